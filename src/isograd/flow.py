@@ -1,0 +1,235 @@
+"""What one forward and one backward measured: sites x statistics, on the backbone and per parameter.
+
+A `Flow` is plain data. It keeps no tensor of the model, no graph and no module, so it can be
+stored, compared and diagnosed after the model is gone.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A place in a model: where it is, what happens there, and how deep it lies.
+
+    `depth` counts along the backbone from the input (0) to the loss.
+    """
+
+    name: str
+    """What the user would call it: `h.3 · residual add`."""
+    kind: str
+    """linear, convolution, activation, normalisation, residual add, attention, embedding,
+    recurrent, pooling, dropout, softmax, elementwise, reshape, custom, input, loss."""
+    operation: str
+    """The autograd operation: `addmm`, `gelu`."""
+    module: str
+    """Module path in the model, '' for the root or for code outside of any module."""
+    source: str
+    """`file.py:112` in the user's code, or '' when no frame of theirs was found."""
+    shape: tuple[int, ...]
+    dtype: str
+    depth: int
+
+    @property
+    def place(self) -> str:
+        """Name, kind and source on one line."""
+        return " · ".join(part for part in (self.name, self.source) if part)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One operation inside a segment: a row of the ledger that says which operation costs what."""
+
+    site: Site
+    level: float
+    """log10 of the gradient norm at its output over that at the segment's output; NaN: not measured."""
+    decades: float
+    """What it costs: the level below it less its own; NaN where its gradient forks."""
+    activation_rms: float
+    branch: bool
+    """Lies on the branch of a residual block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """How much of the gradient that leaves a residual segment came by which way.
+
+    The two are norms relative to the gradient that entered the segment, and do not add up to
+    the gain: the vectors do.
+    """
+
+    skip: float
+    branch: float
+    forward_ratio: float
+    """rms(branch output) / rms(stream) in the forward pass; NaN: not measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class Activation:
+    """One activation function at work: how much of the gradient it lets through."""
+
+    site: Site
+    function: str
+    bottleneck: bool
+    """All gradient of its backbone segment or residual branch passes through it."""
+    mean_derivative: float
+    """Mean of |phi'| over all elements."""
+    saturated: float
+    """Share of elements whose |phi'| is below 5% of the function's largest derivative;
+    0 for functions that saturate on one side only by design (ReLU and its relatives)."""
+    dead: float
+    """Share of units whose derivative is exactly 0 for every sample and position."""
+    units: int
+    samples: int
+    """Samples and positions each unit was seen on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter and its gradient, true values: the renormalisation is undone in log space."""
+
+    name: str
+    shape: tuple[int, ...]
+    state: str
+    """'measured', 'frozen' (requires no gradient), 'unused' (the loss does not depend on it),
+    or 'unmeasured' (in a part that could not be examined)."""
+    grad_norm_log10: float
+    """log10 of the gradient's L2 norm; -inf: exactly zero; NaN: not measured."""
+    weight_norm: float
+    zeros: float
+    """Share of gradient elements that are exactly 0."""
+    nonfinite: int
+    """Gradient elements that are NaN or Inf."""
+    depth: float
+    """Where it acts along the backbone, in sites from the input; NaN: off the backbone."""
+    first_update: float = math.nan
+    """rms(first update) / rms(weight) under the optimizer's rule; NaN: no optimizer given."""
+
+    @property
+    def ratio_log10(self) -> float:
+        """log10 of gradient norm over weight norm."""
+        if not self.weight_norm > 0:
+            return math.nan
+        return self.grad_norm_log10 - math.log10(self.weight_norm)
+
+
+@dataclass(frozen=True, slots=True)
+class LossCall:
+    """A loss function at work: facts about what it was given, before any gradient."""
+
+    site: Site
+    function: str
+    source: str
+    """Operation that made its input: 'softmax', 'sigmoid', 'linear' …"""
+    width: int
+    """Elements in one row of its input: classes, or outputs."""
+    rows: int
+    input_min: float
+    input_max: float
+    row_sum_error: float
+    """Largest |sum of a row - 1|: 0 for probabilities over classes."""
+    input_spread: float
+    """Largest standard deviation of an output over the rows: 0 if the output ignores the input."""
+    target_min: float
+    target_max: float
+    target: str
+    """'classes' or 'values'."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleSignal:
+    """A module of the user's tree with its signal: rms of its output and log10 gradient norm there."""
+
+    path: str
+    kind: str
+    """Class name."""
+    activation_rms: float
+    grad_norm_log10: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A forward or backward that raised: the user's own traceback, kept as text."""
+
+    phase: str
+    """'forward' or 'backward'."""
+    error: str
+    traceback: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class NonFinite:
+    """The first operation, in the order of execution, that made a NaN or an Inf out of finite values."""
+
+    phase: str
+    site: Site
+    nan: int
+    inf: int
+    elements: int
+
+
+@dataclass(frozen=True)
+class Flow:
+    """Sites along the backbone in forward order, input first, with what was measured at each.
+
+    Every column is float64 of shape (site,). NaN means *not measured*, never zero.
+    """
+
+    sites: tuple[Site, ...]
+    columns: dict[str, Tensor]
+    """grad_norm_log10   log10 L2 norm of the gradient at the site's output
+    gain              norm at the next site towards the input over norm here
+    decades           log10(gain); adds up exactly to `Flow.decades`; NaN for loss sites and the input
+    activation_rms    root mean square of the site's output
+    forward_gain      activation_rms over that of the site before it
+    nonfinite         NaN and Inf elements in the site's output"""
+    splits: dict[int, Split] = field(default_factory=dict[int, Split])
+    """Residual segments by the depth of the site that ends them."""
+    ledgers: dict[int, tuple[Step, ...]] = field(default_factory=dict[int, tuple[Step, ...]])
+    """What happens inside a segment, by the depth of the site that ends it."""
+    activations: tuple[Activation, ...] = ()
+    parameters: tuple[Parameter, ...] = ()
+    modules: tuple[ModuleSignal, ...] = ()
+    """The model's tree in registration order, the root first."""
+    layers: int = 0
+    """Backbone segments that multiply by weights between the input and the output: L of sigma^L."""
+    loss: float = math.nan
+    losses: tuple[LossCall, ...] = ()
+    outputs: tuple[Site, ...] = ()
+    """The model's own results, where the model was called as a whole."""
+    towers: tuple[Flow, ...] = ()
+    """The same for the model's other inputs (a decoder's tokens, a second tower): sites and columns."""
+    inputs: dict[str, tuple[float, float, float, float]] = field(
+        default_factory=dict[str, tuple[float, float, float, float]]
+    )
+    """Mean, root mean square, standard deviation and largest magnitude of the float inputs, by name."""
+    nonfinite: NonFinite | None = None
+    failure: Failure | None = None
+    notes: tuple[str, ...] = ()
+    """Things said about the measurement: 'unwrapped from torch.compile'."""
+    unexamined: dict[str, str] = field(default_factory=dict[str, str])
+    """What could not be measured, and why."""
+
+    def column(self, name: str) -> Tensor:
+        """A column, or NaN at every site when it was not measured."""
+        if name in self.columns:
+            return self.columns[name]
+        return torch.full((len(self.sites),), math.nan, dtype=torch.float64)
+
+    @property
+    def decades(self) -> float:
+        """log10 of the gradient norm at the input side over that at the output side."""
+        measured = self.column("decades")
+        measured = measured[~measured.isnan()]
+        return float(measured.sum()) if len(measured) else math.nan
+
+    @property
+    def sigma(self) -> float:
+        """Geometric mean gain per layer: 10 ** (decades / layers)."""
+        return 10 ** (self.decades / self.layers) if self.layers else math.nan

@@ -1,0 +1,552 @@
+"""One forward and one backward, renormalised at every backbone node: model, loss -> Flow."""
+
+from __future__ import annotations
+
+import math
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node
+
+from isograd.backbone import Backbone, Graph, Segment, backbone, sinks, step_site
+from isograd.flow import (
+    Activation,
+    Failure,
+    Flow,
+    LossCall,
+    ModuleSignal,
+    NonFinite,
+    Parameter,
+    Site,
+    Split,
+    Step,
+)
+from isograd.optimizers import first_update
+from isograd.preserve import preserved
+from isograd.trace import Trace, norm
+
+LOG2 = math.log10(2.0)
+Loss = Callable[[nn.Module], Tensor]
+
+
+def measure(model: nn.Module, loss: Loss, *, optimizer: torch.optim.Optimizer | None = None) -> Flow:
+    """Measure the gradient along the backbone of `loss(model)` with one forward and one backward.
+
+    Args:
+        model: any module; `torch.compile` and data-parallel wrappers are taken off, and that is noted.
+        loss: `loss(model)` returns a tensor with one element that depends on the model's parameters.
+        optimizer: tells the size of the first update of every parameter; without it that is unmeasured.
+
+    The model is left as it was: parameters, `.grad`, buffers, train/eval mode and random generators.
+    A forward that raises is the caller's error and passes through; a backward that raises is a reading
+    (`Flow.failure`).
+
+    Raises:
+        TypeError: the model is no module, or the loss returns no tensor.
+        ValueError: the loss has more than one element or depends on nothing that can be trained.
+    """
+    model, notes = unwrapped(model)
+    trace = Trace(model)
+    with preserved(model), _eager():
+        with trace.recording():
+            value = loss(model)
+        _validate(value, model)
+        return _Measurement(model, trace, value, notes, optimizer).flow()
+
+
+def unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:
+    """The user's own module below `torch.compile` and data-parallel wrappers, and what was taken off."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected an nn.Module to measure, got {type(model).__name__}")
+    notes: list[str] = []
+    while True:
+        if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            notes.append("unwrapped from torch.compile: measured eagerly")
+        elif isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+            inner = model.module
+            notes.append(f"unwrapped from {type(model).__name__}: this process's batch, before any reduction")
+        else:
+            return model, notes
+        model = inner
+
+
+@contextmanager
+def _eager() -> Iterator[None]:
+    """Compiled parts of the model run eagerly, so that their operations can be seen; grad mode is on."""
+    with torch.compiler.set_stance("force_eager"), torch.enable_grad():
+        yield
+
+
+def _validate(value: Any, model: nn.Module) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(
+            f"the loss returned {type(value).__name__}, not a tensor: let loss(model) return the scalar itself, "
+            "for example `lambda m: m(**batch).loss`"
+        )
+    if value.numel() != 1:
+        raise ValueError(
+            f"the loss has shape {tuple(value.shape)}, and a gradient starts at one number: "
+            "reduce it, for example with .mean()"
+        )
+    if value.grad_fn is None:
+        trainable = sum(p.requires_grad for p in model.parameters())
+        why = (
+            "no parameter of the model requires a gradient"
+            if not trainable
+            else "it was computed under no_grad, detached, or from other weights than the model's"
+        )
+        raise ValueError(f"the loss does not depend on the model's parameters: {why}")
+
+
+def _exact_power(exponent: Tensor, dtype: torch.dtype) -> Tensor:
+    """2**exponent, exactly; clamped to what the dtype holds."""
+    limit = 14 if dtype == torch.float16 else 126
+    return torch.exp2(exponent.clamp(-limit, limit)).to(dtype)
+
+
+class _Measurement:
+    """The backward pass with its readings, and the flow assembled from them."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        trace: Trace,
+        value: Tensor,
+        notes: list[str],
+        optimizer: torch.optim.Optimizer | None,
+    ) -> None:
+        self.model, self.trace, self.value, self.notes = model, trace, value, notes
+        self.optimizer = optimizer
+        assert value.grad_fn is not None
+        self.graph = Graph(value.grad_fn)
+        trace.keep(self.graph.children)
+        found = sinks(self.graph, trace)
+        self.main = backbone(self.graph, trace, found[0])
+        self.others = [backbone(self.graph, trace, sink) for sink in found[1:] if sink in self.graph.children]
+        self.norms: dict[Node, Tensor] = {}
+        self.exponents: list[Tensor] = []
+        self.splits: dict[int, tuple[Tensor, Tensor]] = {}
+        self.fired: list[Node] = []
+        self._held: dict[int, Tensor] = {}
+        self.region, self._mixed = self._regions()
+
+    # -- the backward ------------------------------------------------------------------------------
+
+    def _regions(self) -> tuple[dict[Node, int], list[tuple[Node, int, int, int]]]:
+        """By which rescaled backbone node each node's gradient comes, and the edges where two such meet.
+
+        Off the backbone (tied weights, a bias shared by all blocks, a decoder's memory) contributions
+        with different scales are added: there, all are brought to the scale of the first.
+        """
+        index = {node: i for i, node in enumerate(self.main.tops)}
+        region: dict[Node, int] = {}
+        incoming: dict[Node, list[tuple[Node, int, int]]] = {}
+        mixed: list[tuple[Node, int, int, int]] = []
+        for node in self.graph.order:
+            edges = incoming.pop(node, [])
+            region[node] = min((scale for *_, scale in edges), default=0)
+            mixed += [(source, i, scale, region[node]) for source, i, scale in edges if scale != region[node]]
+            out = index.get(node, region[node])
+            for i, (child, _) in enumerate(node.next_functions):
+                if child is not None:
+                    incoming.setdefault(child, []).append((node, i, out))
+        return region, mixed
+
+    def _read(self, node: Node) -> Callable[[tuple[Tensor | None, ...]], None]:
+        def hook(grads: tuple[Tensor | None, ...]) -> None:
+            if any(g is not None for g in grads):
+                self.norms[node] = norm(grads)
+                self.fired.append(node)
+
+        return hook
+
+    def _renormalise(self, index: int, node: Node) -> Callable[..., tuple[Tensor | None, ...]]:
+        """Read the gradient at a backbone node and bring its norm to [1/2, 1) by a power of two: exact."""
+
+        def hook(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+            length = norm(grads)
+            self.norms[node] = length
+            self.fired.append(node)
+            self._split(index - 1, grads)
+            exponent = torch.frexp(length).exponent.double()
+            exponent = torch.where(torch.isfinite(length), exponent, torch.zeros_like(exponent))
+            before = self.exponents[index - 1] if index else torch.zeros_like(exponent)
+            dtype = next(g.dtype for g in grads if g is not None)
+            limit = 14.0 if dtype == torch.float16 else 126.0
+            exponent = exponent.clamp(-limit, limit)
+            self.exponents.append(before + exponent)
+            factor = _exact_power(-exponent, dtype)
+            return tuple(None if g is None else g * factor for g in grads)
+
+        return hook
+
+    def _split(self, index: int, grads: tuple[Tensor | None, ...]) -> None:
+        """Skip and branch share of what arrives below residual segment `index`."""
+        held = self._held.pop(index, None)
+        total = next((g for g in grads if g is not None), None)
+        if held is not None and total is not None and held.shape == total.shape:
+            self.splits[index] = (norm([held]), norm([total.detach() - held]))
+
+    def _hold(self, index: int, edges: list[int]) -> Callable[..., None]:
+        def hook(grad_inputs: tuple[Tensor | None, ...], grad_outputs: Any) -> None:
+            for edge in edges:
+                part = grad_inputs[edge]
+                if part is not None:
+                    part = part.detach()
+                    self._held[index] = self._held[index] + part if index in self._held else part
+
+        return hook
+
+    def _align(self, edges: list[tuple[int, int, int]]) -> Callable[..., tuple[Tensor | None, ...]]:
+        def hook(grad_inputs: tuple[Tensor | None, ...], grad_outputs: Any) -> tuple[Tensor | None, ...]:
+            aligned = list(grad_inputs)
+            for edge, have, want in edges:
+                part = aligned[edge]
+                if part is not None:
+                    exponent = self.exponents[have] - self.exponents[want]
+                    half = (exponent / 2).trunc()  # in two steps: 2**200 is no float32
+                    for step in (half, exponent - half):
+                        part = part * _exact_power(step, part.dtype)
+                    aligned[edge] = part
+            return tuple(aligned)
+
+        return hook
+
+    def _backward(self) -> tuple[dict[str, Tensor | None], Failure | None]:
+        """Gradients of all parameters (scaled) and the readings; nothing is accumulated in `.grad`."""
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        wanted = [p for _, p in named] + self.trace.opened
+        handles: list[Any] = []
+        tops = {node: i for i, node in enumerate(self.main.tops)}
+        for i, segment in enumerate(self.main.segments):
+            for node in {node for node, _ in segment.skip}:
+                edges = [edge for source, edge in segment.skip if source is node]
+                handles.append(node.register_hook(self._hold(i, edges)))
+        aligned: dict[Node, list[tuple[int, int, int]]] = {}
+        for node, edge, have, want in self._mixed:
+            aligned.setdefault(node, []).append((edge, have, want))
+        handles += [node.register_hook(self._align(edges)) for node, edges in aligned.items()]
+        for node in self.graph.order:
+            if node in tops:
+                handles.append(node.register_prehook(self._renormalise(tops[node], node)))
+            elif node in self.trace.made and self.trace.made[node].shape:
+                handles.append(node.register_prehook(self._read(node)))
+        try:
+            found = torch.autograd.grad(self.value, wanted, allow_unused=True)
+        except Exception as error:
+            text = "".join(traceback.format_exception_only(error)).strip()
+            return {}, Failure("backward", type(error).__name__, text, self._where_it_stopped())
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {name: grad for (name, _), grad in zip(named, found, strict=False)}, None
+
+    def _where_it_stopped(self) -> str:
+        """Source of the last operation whose gradient was read before the backward raised."""
+        sources = [self.trace.made[n].call.source for n in self.fired if n in self.trace.made]
+        return next((source for source in reversed(sources) if source), "")
+
+    # -- assembly ----------------------------------------------------------------------------------
+
+    def flow(self) -> Flow:
+        grads, failure = self._backward()
+        scalars = _Scalars()
+        norms = {node: scalars.add(value) for node, value in self.norms.items()}
+        exponents = [scalars.add(value) for value in self.exponents]
+        rms = {n: scalars.add(made.rms) for n, made in self.trace.made.items() if made.rms is not None}
+        splits = {i: (scalars.add(a), scalars.add(b)) for i, (a, b) in self.splits.items()}
+        inputs = {name: [scalars.add(v) for v in values] for name, values in self.trace.inputs.items()}
+        weights = {name: scalars.add(norm([p])) for name, p in self.model.named_parameters() if p.numel()}
+        gradients = {
+            name: (scalars.add(norm([g])), scalars.add((g == 0).sum() / max(g.numel(), 1)))
+            for name, g in grads.items()
+            if g is not None
+        }
+        activations = [[scalars.add(v) for v in a.values] for a in self.trace.activations]
+        losses = [[scalars.add(v) for v in call.values] for call in self.trace.losses]
+        value = scalars.add(self.value.detach().reshape(()))
+        read = scalars.read()
+
+        scale = [read[i] * LOG2 for i in exponents]
+        self.logs: dict[Node, float] = {}
+        index = {node: i for i, node in enumerate(self.main.tops)}
+        for node, i in norms.items():
+            region = index[node] - 1 if node in index else self.region[node]
+            self.logs[node] = _log10(read[i]) + (scale[region] if 0 <= region < len(scale) else 0.0)
+        self.rms = {node: read[i] for node, i in rms.items()}
+        self.updates = first_update(self.optimizer, self.model, grads, self._parameter_scale(scale))
+
+        segments = self.main.segments
+        depth = len(segments) - 1
+        return Flow(
+            sites=_sites(self.main),
+            columns=self._columns(self.main),
+            splits={
+                depth - i: Split(read[a], read[b], self._forward_ratio(segments[i], segments[i + 1]))
+                for i, (a, b) in splits.items()
+            },
+            ledgers={
+                depth - i: steps for i, s in enumerate(segments[:-1]) if (steps := self._ledger(i, s))
+            },
+            activations=tuple(
+                self._activation(a, [read[i] for i in values])
+                for a, values in zip(self.trace.activations, activations, strict=True)
+                if a.node in self.graph.children
+            ),
+            parameters=self._parameters(
+                {k: read[v] for k, v in weights.items()},
+                {k: (read[a], read[b]) for k, (a, b) in gradients.items()},
+                grads,
+                scale,
+                failure,
+            ),
+            modules=self._modules(),
+            layers=sum(s.weighted for s in segments[self.main.exit : -1]),
+            loss=read[value],
+            losses=tuple(
+                self._loss(call, [read[i] for i in values])
+                for call, values in zip(self.trace.losses, losses, strict=True)
+            ),
+            outputs=tuple(
+                step_site(self.trace.made[n]) for n in dict.fromkeys(self.trace.results) if n in self.trace.made
+            ),
+            towers=tuple(
+                Flow(
+                    sites=_sites(other),
+                    columns=self._columns(other),
+                    layers=sum(s.weighted for s in other.segments[other.exit : -1]),
+                )
+                for other in self.others
+                if _adds(other, self.main)
+            ),
+            inputs={name: _four([read[i] for i in values]) for name, values in inputs.items()},
+            nonfinite=self._nonfinite(),
+            failure=failure,
+            notes=tuple(self.notes),
+            unexamined=self._unexamined(),
+        )
+
+    def _columns(self, line: Backbone) -> dict[str, Tensor]:
+        """Forward order: input first."""
+        logs = [self.logs.get(node, math.nan) for node in line.tops]
+        below = [*logs[1:], math.nan]
+        decades = [
+            math.nan if i < line.exit or math.isinf(a) else b - a
+            for i, (a, b) in enumerate(zip(logs, below, strict=True))
+        ]
+        rms = [next((self.rms[n] for n in s.nodes if n in self.rms), math.nan) for s in line.segments]
+        forward = [_ratio(a, b) for a, b in zip(rms, [*rms[1:], math.nan], strict=True)]
+        columns = {
+            "grad_norm_log10": logs,
+            "gain": [10**d if d < 300 else math.inf for d in decades],
+            "decades": decades,
+            "activation_rms": rms,
+            "forward_gain": forward,
+        }
+        return {name: torch.tensor(c[::-1], dtype=torch.float64) for name, c in columns.items()}
+
+    def _forward_ratio(self, segment: Segment, following: Segment) -> float:
+        """rms(branch) / rms(stream)."""
+        stream = next((self.rms[n] for n in following.nodes if n in self.rms), math.nan)
+        branch = math.nan
+        for node in [segment.branch, *segment.spine] if segment.branch is not None else []:
+            if node in self.rms:
+                branch = self.rms[node]
+                break
+        return _ratio(branch, stream)
+
+    def _ledger(self, index: int, segment: Segment) -> tuple[Step, ...]:
+        """The calls inside a segment, output side first, with what each costs where that is one number."""
+        top = self.logs.get(segment.nodes[0], math.nan)
+        spine = [n for n in segment.spine if n in self.logs]
+        chosen = spine or [n for n in segment.inside if n in self.logs and n in self.rms]
+        if not chosen:
+            return ()
+        levels = [self.logs[n] - top for n in chosen]
+        costs = [math.nan] * len(chosen)
+        if spine and index in self.splits:
+            last = _log10(float(self.splits[index][1])) - self._entering(index)
+            costs = [b - a for a, b in zip(levels, [*levels[1:], last], strict=True)]
+        return tuple(
+            Step(step_site(self.trace.made[n]), level, cost, self.rms.get(n, math.nan), bool(spine))
+            for n, level, cost in zip(chosen, levels, costs, strict=True)
+        )
+
+    def _entering(self, index: int) -> float:
+        """log10 of the rescaled norm with which the gradient entered segment `index`."""
+        mantissa = float(torch.frexp(self.norms[self.main.tops[index]]).mantissa)
+        return _log10(mantissa)
+
+    def _activation(self, seen: Any, values: list[float]) -> Activation:
+        for i, segment in enumerate(self.main.segments):
+            if seen.node in segment.nodes:
+                site = self.main.segments[i].site
+                return Activation(site, seen.function, True, *values, seen.units, seen.samples)
+        spines = {n for s in self.main.segments for n in s.spine}
+        site = step_site(self.trace.made[seen.node])
+        return Activation(site, seen.function, seen.node in spines, *values, seen.units, seen.samples)
+
+    def _parameter_nodes(self) -> dict[int, Node]:
+        return {id(n.variable): n for n in self.graph.order if hasattr(n, "variable")}  # pyright: ignore
+
+    def _parameter_scale(self, scale: Sequence[float]) -> dict[str, float]:
+        """log10 of true over rescaled gradient, by parameter name."""
+        nodes = self._parameter_nodes()
+        return {
+            name: scale[self.region[nodes[id(p)]]]
+            for name, p in self.model.named_parameters()
+            if id(p) in nodes and self.region[nodes[id(p)]] < len(scale)
+        }
+
+    def _parameters(
+        self,
+        weights: dict[str, float],
+        readings: dict[str, tuple[float, float]],
+        grads: dict[str, Tensor | None],
+        scale: Sequence[float],
+        failure: Failure | None,
+    ) -> tuple[Parameter, ...]:
+        nodes, scales = self._parameter_nodes(), self._parameter_scale(scale)
+        found: list[Parameter] = []
+        depth = len(self.main.segments) - 1
+        for name, p in self.model.named_parameters():
+            state, log, zeros, bad, where = "measured", math.nan, math.nan, 0, math.nan
+            if not p.requires_grad:
+                state = "frozen"
+            elif failure is not None:
+                state = "unmeasured"
+            elif name not in readings or name not in scales:
+                state = "unused"
+            else:
+                length, zeros = readings[name]
+                log = _log10(length) + scales[name]
+                gradient = grads[name]
+                if not math.isfinite(length) and gradient is not None:
+                    bad = int((~torch.isfinite(gradient)).sum())
+                where = float(depth - self.region[nodes[id(p)]])
+            update = self.updates.get(name, math.nan)
+            found.append(
+                Parameter(name, tuple(p.shape), state, log, weights.get(name, 0.0), zeros, bad, where, update)
+            )
+        return tuple(found)
+
+    def _modules(self) -> tuple[ModuleSignal, ...]:
+        signals: list[ModuleSignal] = []
+        for path, module in self.model.named_modules():
+            node = self.trace.outputs.get(path)
+            rms = self.rms.get(node, math.nan) if node is not None else math.nan
+            log = self.logs.get(node, math.nan) if node is not None else math.nan
+            signals.append(ModuleSignal(path, type(module).__name__, rms, log))
+        return tuple(signals)
+
+    def _loss(self, call: Any, values: list[float]) -> LossCall:
+        """Facts of a loss call, with the operation that made its input."""
+        node = call.input_node
+        while node is not None and node in self.trace.made and self.trace.made[node].call.kind == "reshape":
+            node = next((child for child in self.graph.children.get(node, []) if child in self.trace.made), None)
+        source = self.trace.made[node].call.operation if node in self.trace.made else ""
+        site = step_site(self.trace.made[call.node])
+        low, high, error, spread, target_low, target_high = values
+        rows, width = call.shape
+        return LossCall(
+            site, call.function, source, width, rows, low, high, error, spread, target_low, target_high, call.target
+        )
+
+    def _nonfinite(self) -> NonFinite | None:
+        """The first operation, in order of execution, that made a non-finite value out of finite ones."""
+        if not math.isfinite(float(self.value.detach())):
+            first = min(
+                (n for n in self.graph.order if not math.isfinite(self.rms.get(n, 0.0))),
+                key=lambda n: self.trace.made[n].call.order,
+                default=None,
+            )
+            if first is not None:
+                return self._made_nonfinite("forward", first, self.rms[first])
+            return None
+        bad = {n for n in self.fired if not math.isfinite(float(self.norms[n]))}
+        if not bad:
+            return None
+        for node in self.graph.order:
+            if node in self.norms and node not in bad and self._next_read(node) & bad:
+                return self._made_nonfinite("backward", node, math.nan)
+        return None
+
+    def _next_read(self, node: Node) -> set[Node]:
+        """The nearest nodes below whose gradient was read."""
+        found: set[Node] = set()
+        stack, seen = list(self.graph.children[node]), set[Node]()
+        while stack:
+            child = stack.pop()
+            if child in seen:
+                continue
+            seen.add(child)
+            if child in self.norms:
+                found.add(child)
+            else:
+                stack.extend(self.graph.children[child])
+        return found
+
+    def _made_nonfinite(self, phase: str, node: Node, value: float) -> NonFinite:
+        made = self.trace.made[node]
+        elements = math.prod(made.shape)
+        return NonFinite(phase, step_site(made), int(math.isnan(value)), int(math.isinf(value)), elements)
+
+    def _unexamined(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        hidden = [n for n in self.graph.order if n.name().startswith("CheckpointFunction")]
+        if hidden:
+            found["reentrant checkpoint"] = (
+                f"{len(hidden)} block(s) run by checkpoint(use_reentrant=True) hide their inside; "
+                "use_reentrant=False shows it"
+            )
+        return found
+
+
+class _Scalars:
+    """Device scalars, read back together in one copy per device."""
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []
+
+    def add(self, value: Tensor) -> int:
+        self._tensors.append(value.detach())
+        return len(self._tensors) - 1
+
+    def read(self) -> list[float]:
+        result = [0.0] * len(self._tensors)
+        for device in {t.device for t in self._tensors}:
+            mine = [i for i, t in enumerate(self._tensors) if t.device == device]
+            values: list[float] = torch.stack([self._tensors[i].double() for i in mine]).tolist()
+            for i, value in zip(mine, values, strict=True):
+                result[i] = value
+        return result
+
+
+def _sites(line: Backbone) -> tuple[Site, ...]:
+    return tuple(segment.site for segment in reversed(line.segments))
+
+
+def _adds(other: Backbone, main: Backbone) -> bool:
+    """Does this input's backbone go through layers that the main one does not?"""
+    known = {node for segment in main.segments for node in segment.nodes}
+    own = [s for s in other.segments[other.exit :] if s.weighted and s.nodes[0] not in known]
+    return len(own) >= 2
+
+
+def _four(values: list[float]) -> tuple[float, float, float, float]:
+    mean, rms, std, largest = values
+    return mean, rms, std, largest
+
+
+def _log10(value: float) -> float:
+    if value > 0:
+        return math.log10(value)
+    return -math.inf if value == 0 else math.nan
+
+
+def _ratio(a: float, b: float) -> float:
+    return a / b if b > 0 else math.nan

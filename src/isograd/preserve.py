@@ -1,0 +1,55 @@
+"""Leave the user's model, and every random generator, as they were found."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def preserved(model: nn.Module) -> Iterator[None]:
+    """Restore buffers (BatchNorm statistics), train/eval mode and random generators, bit by bit.
+
+    Costs one copy of the buffers. Parameters and their `.grad` are never written by a measurement.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    copies = {id(b): b.clone() for _, held in buffers for b in held.values() if isinstance(b, Tensor)}
+    generators = _generators(model)
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for module, held in buffers:
+                module._buffers.clear()
+                module._buffers.update(held)
+                for buffer in held.values():
+                    if buffer is not None and not _same_bits(buffer, copies[id(buffer)]):
+                        buffer.copy_(copies[id(buffer)])
+        for restore, state in generators:
+            restore(state)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
+
+
+def _generators(model: nn.Module) -> list[tuple[Any, Any]]:
+    states: list[tuple[Any, Any]] = [
+        (torch.set_rng_state, torch.get_rng_state()),
+        (random.setstate, random.getstate()),
+    ]
+    if torch.cuda.is_initialized():
+        states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        states.append((numpy.random.set_state, numpy.random.get_state()))
+    return states

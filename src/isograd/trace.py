@@ -1,0 +1,369 @@
+"""What ran forward: for every autograd node the operation, the module and the source line that made it.
+
+A `Trace` is a `TorchFunctionMode`, so it sees every torch call of any Python code, functional or in a
+module, and needs neither module hooks that break graphs nor the names of an architecture. After each
+call it walks from the result's `grad_fn` to the nodes it already knows: what lies between was made by
+this call. All statistics stay on the device until `Reading.collect` reads them back in one copy.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import sys
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import Node, saved_tensors_hooks
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from isograd.operations import ACTIVATIONS, LOSSES, WEIGHTED, kind_of_call, operation_of
+
+TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
+OWN_FOLDER = os.path.dirname(os.path.abspath(__file__)) + os.sep
+
+
+def norm(tensors: Iterable[Tensor | None]) -> Tensor:
+    """L2 norm of all elements of the given tensors together, as a float64 scalar on their device.
+
+    Accumulates in float32, and in float64 where float32 would over- or underflow: a norm of 1e25s
+    is not infinite and a norm of 1e-30s is not zero (both are real readings of deep networks).
+    """
+    parts = [_norm(tensor) for tensor in tensors if tensor is not None]
+    return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts))
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    if tensor.is_sparse:
+        tensor = tensor.coalesce().values()
+    if tensor.numel() == 0:
+        return torch.zeros((), dtype=torch.float64, device=tensor.device)
+    if tensor.is_cuda or tensor.dtype == torch.float64:  # on a GPU the cast is fused into the reduction
+        return torch.linalg.vector_norm(tensor, dtype=torch.float64)
+    value = torch.linalg.vector_norm(tensor, dtype=torch.float32)
+    # Reading a value on the CPU costs nothing; a float64 pass costs a copy, so only where it is needed.
+    if tensor.device.type == "cpu" and not 1e-15 < value.item() < 1e18:
+        return torch.linalg.vector_norm(tensor, dtype=torch.float64)
+    return value.double()
+
+
+@dataclass(slots=True)
+class Call:
+    """One call of a torch function and the module it happened in."""
+
+    operation: str
+    kind: str
+    module: str
+    invocation: int
+    """Number of the module call it happened in: a shared layer is called several times."""
+    source: str
+    order: int
+    leaf: str
+    """Class name of that module if it has no children, else ''."""
+    unit_dim: int = -1
+    """Dimension of the output along which units (features, channels) lie."""
+    data: bool = False
+    """Reads a tensor that no gradient reaches: the entrance of the model's data."""
+    user_input: bool = False
+    """That tensor is one of the arguments given to the model."""
+
+    @property
+    def weighted(self) -> bool:
+        """Multiplies by weights: a layer in the sense of sigma^L."""
+        return self.kind in WEIGHTED or self.operation == "multi_head_attention_forward"
+
+
+@dataclass(slots=True)
+class Made:
+    """What is known of one autograd node."""
+
+    call: Call
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    rms: Tensor | None = None
+
+
+@dataclass(slots=True)
+class ActivationStatistics:
+    """Derivative statistics of one activation call, as tensors on its device."""
+
+    node: Node
+    function: str
+    values: Tensor
+    """mean |phi'|, saturated share, dead share of units."""
+    units: int
+    samples: int
+
+
+@dataclass(slots=True)
+class LossCall:
+    """A loss function at work: the facts about its input and target, before any gradient."""
+
+    function: str
+    node: Node | None
+    input_node: Node | None
+    shape: tuple[int, ...]
+    values: Tensor
+    """input min, max, largest |row sum - 1|, std; target min, max."""
+    target: str
+    """'classes', 'values' or ''."""
+
+
+@dataclass
+class Trace(TorchFunctionMode):
+    """Records a forward pass. Use `with trace.recording(): loss = closure(model)`."""
+
+    model: nn.Module
+    made: dict[Node, Made] = field(default_factory=dict[Node, Made])
+    activations: list[ActivationStatistics] = field(default_factory=list[ActivationStatistics])
+    losses: list[LossCall] = field(default_factory=list[LossCall])
+    outputs: dict[str, Node] = field(default_factory=dict[str, Node])
+    """Node of each module's (last) output, by module path."""
+    inputs: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
+    """mean, rms, standard deviation and largest magnitude of the model's float inputs, by name."""
+    opened: list[Tensor] = field(default_factory=list[Tensor])
+    """Leaves put in front of the model's float inputs."""
+    results: list[Node] = field(default_factory=list[Node])
+    """Nodes of the tensors the model itself returned."""
+    entered: int = 0
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self._names = {id(module): name for name, module in self.model.named_modules()}
+        self._stack: list[tuple[str, int, str]] = []
+        self._order = 0
+        self._given: set[int] = set()
+        self._parameters = {id(p) for p in self.model.parameters()}
+
+    @contextmanager
+    def recording(self) -> Iterator[Trace]:
+        """Watch every torch call and every module call until the block ends."""
+        with ExitStack() as stack:
+            before = nn.modules.module.register_module_forward_pre_hook(self._enter)
+            stack.callback(before.remove)
+            after = nn.modules.module.register_module_forward_hook(self._leave, always_call=True)
+            stack.callback(after.remove)
+            root = self.model.register_forward_pre_hook(self._receive, with_kwargs=True)
+            stack.callback(root.remove)
+            stack.enter_context(self)
+            yield self
+
+    def keep(self, nodes: Collection[Node]) -> None:
+        """Forget what the loss does not depend on, so that nothing of it is kept alive."""
+        self.made = {node: made for node, made in self.made.items() if node in nodes}
+        self.outputs = {path: node for path, node in self.outputs.items() if node in nodes}
+        self.results = [node for node in self.results if node in nodes]
+        self.activations = [seen for seen in self.activations if seen.node in nodes]
+        self.losses = [call for call in self.losses if call.node in nodes]
+
+    # -- modules -----------------------------------------------------------------------------------
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        self.entered += 1
+        name = self._names.get(id(module), self._stack[-1][0] if self._stack else "")
+        leaf = type(module).__name__ if next(module.children(), None) is None else ""
+        self._stack.append((name, self.entered, leaf))
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._stack:
+            return
+        name, _, leaf = self._stack[-1]
+        for tensor in pytree.tree_leaves(output) if output is not None else ():
+            if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                if tensor.grad_fn not in self.made:  # made outside of any torch function: a custom Function
+                    self._attribute(tensor, self._call("custom", "custom"))
+                self.outputs[name] = tensor.grad_fn
+                if module is self.model:
+                    self.results.append(tensor.grad_fn)
+        self._stack.pop()
+
+    def _receive(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Let the gradient reach the model's float inputs, and remember what data it was given."""
+
+        named = _argument_names(module, args)
+
+        def open_input(path: Any, value: Any) -> Any:
+            if not isinstance(value, Tensor) or value.layout != torch.strided or value.numel() < 2:
+                return value
+            self._given.add(value.data_ptr())
+            name = pytree.keystr(path)
+            name = named.get(name, name.removeprefix("[1]").strip("[]'"))
+            if not value.is_floating_point() or value.grad_fn is not None or "mask" in name:
+                return value
+            seen = value.detach().double() if value.numel() < 1_000_000 else value.detach().float()
+            statistics = [seen.mean(), seen.square().mean().sqrt(), seen.std(), seen.abs().amax()]
+            self.inputs[name] = torch.stack(statistics).double()
+            # Its values are the user's, bit by bit; a clone, so that in-place operations stay allowed.
+            leaf = value.detach().requires_grad_()
+            opened = leaf.clone()
+            made = Made(self._call("input", "input"), tuple(value.shape), _name(value.dtype))
+            made.rms = norm([value]) / value.numel() ** 0.5
+            made.call.user_input = True
+            assert opened.grad_fn is not None
+            self.made[opened.grad_fn] = made
+            self.opened.append(leaf)
+            return opened
+
+        with torch._C.DisableTorchFunction(), torch.enable_grad():
+            args, kwargs = pytree.tree_map_with_path(open_input, (args, kwargs))
+        return args, kwargs
+
+    # -- calls -------------------------------------------------------------------------------------
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if torch._C._functorch.peek_interpreter_stack() is not None:  # inside vmap or torch.func
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name in ("__get__", "__set__", "size", "dim", "numel", "__len__", "is_floating_point"):
+            return func(*args, **kwargs)
+        activation = ACTIVATIONS.get(name.rstrip("_")) if args and isinstance(args[0], Tensor) else None
+        derivative = None
+        if activation and args[0].requires_grad and args[0].is_floating_point():
+            derivative = _derivative(func, args, kwargs)
+        out = func(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return out
+        tensors = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.grad_fn is not None]
+        if not tensors:
+            return out
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            call = self._call(name, kind_of_call(name, args, kwargs, self._parameters))
+            self._describe(call, args, kwargs)
+            for tensor in tensors:
+                self._attribute(tensor, call)
+            if derivative is not None and activation is not None:
+                self._activation(tensors[0], name, derivative, activation.largest_slope)
+            if name in LOSSES:
+                self._loss(name, args, kwargs, tensors[0])
+        return out
+
+    def _call(self, name: str, kind: str) -> Call:
+        module, invocation, leaf = self._stack[-1] if self._stack else ("", 0, "")
+        self._order += 1
+        return Call(name.strip("_"), kind, module, invocation, _source(), self._order, leaf)
+
+    def _describe(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Where the units lie in the output, and whether the model's data comes in here."""
+        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        data = [t for t in tensors if not t.requires_grad and id(t) not in self._parameters and t.ndim > 0]
+        call.data = bool(data)
+        call.user_input = any(t.layout == torch.strided and t.data_ptr() in self._given for t in data)
+        if call.kind == "convolution":
+            call.unit_dim = 1
+        elif call.kind not in ("linear", "attention", "embedding", "recurrent"):
+            above = next((self.made[t.grad_fn] for t in tensors if t.grad_fn in self.made), None)
+            if above is not None:
+                call.unit_dim = above.call.unit_dim
+        if call.operation in ("batch_norm", "group_norm", "instance_norm"):
+            call.unit_dim = 1
+
+    def _attribute(self, tensor: Tensor, call: Call) -> None:
+        """All nodes between this result and those already known were made by this call."""
+        top = tensor.grad_fn
+        assert top is not None
+        stack = [top] if top not in self.made else []
+        while stack:
+            node = stack.pop()
+            if node in self.made:
+                continue
+            self.made[node] = Made(call)
+            stack.extend(n for n, _ in node.next_functions if n is not None and not hasattr(n, "variable"))
+        made = self.made[top]
+        if made.shape:  # a later output of the same node, or a result passed on unchanged
+            return
+        made.shape, made.dtype = tuple(tensor.shape), _name(tensor.dtype)
+        if tensor.numel() and tensor.is_floating_point() and call.kind != "reshape":
+            made.rms = norm([tensor]) / tensor.numel() ** 0.5
+
+    def _activation(self, out: Tensor, name: str, derivative: Tensor, largest: float) -> None:
+        node = out.grad_fn
+        assert node is not None
+        slope = derivative.abs()
+        dim = self.made[node].call.unit_dim % slope.ndim if slope.ndim else 0
+        units = slope.shape[dim] if slope.ndim else 1
+        zero = slope == 0
+        dead = zero.movedim(dim, 0).reshape(units, -1).all(dim=1) if units else zero
+        # float32 on purpose: a mean of a million bf16 values would lose its digits
+        mean = slope.mean(dtype=torch.float32)
+        saturated = (slope < 0.05 * largest).mean(dtype=torch.float32) if largest else torch.zeros_like(mean)
+        values = torch.stack([mean, saturated, dead.mean(dtype=torch.float32)]).double()
+        samples = slope.numel() // max(units, 1)
+        self.activations.append(ActivationStatistics(node, name.strip("_"), values, units, samples))
+
+    def _loss(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+        given = kwargs.get("input", args[0] if args else None)
+        target = kwargs.get("target", args[1] if len(args) > 1 else None)
+        if not isinstance(given, Tensor) or not isinstance(target, Tensor) or not given.numel():
+            return
+        rows = given.detach().flatten(1) if given.ndim > 1 else given.detach()[:, None]
+        if given.ndim > 2 and name in ("cross_entropy", "nll_loss"):
+            rows = given.detach().movedim(1, -1).flatten(0, -2)
+        rows = rows.float()
+        sums = rows.sum(1).sub(1).abs().amax()
+        spread = rows.std(0, correction=0).amax() if rows.shape[0] > 1 else torch.zeros_like(sums)
+        seen = target.detach().float() if target.numel() else torch.zeros(1)
+        values = torch.stack([rows.amin(), rows.amax(), sums, spread, seen.amin(), seen.amax()]).double()
+        kind = "values" if target.is_floating_point() else "classes"
+        self.losses.append(LossCall(name, out.grad_fn, given.grad_fn, tuple(rows.shape), values, kind))
+
+
+def _derivative(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """phi'(x) element by element, from the function itself, whatever it is. None: not elementwise."""
+    # Own identity hooks: inside a checkpointed block its packing must not see our saved tensors.
+    with torch._C.DisableTorchFunction(), torch.enable_grad(), saved_tensors_hooks(_same, _same):
+        x = args[0].detach().clone() if kwargs.get("inplace") else args[0].detach()
+        x = x.requires_grad_()
+        rest = {key: False if key == "inplace" else value for key, value in kwargs.items()}
+        plain = getattr(torch, func.__name__[:-1], func) if func.__name__.endswith("_") else func
+        y = plain(x, *(False if a is True else a for a in args[1:]), **rest)
+        if not isinstance(y, Tensor) or y.shape != x.shape or y.grad_fn is None:
+            return None
+        return torch.autograd.grad(y, x, torch.ones_like(y))[0]
+
+
+def _argument_names(module: nn.Module, args: tuple[Any, ...]) -> dict[str, str]:
+    """`[0][1]` -> the name of the second positional argument of the module's forward."""
+    names = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in (0, 1)]
+    return {f"[0][{i}]": names[i] if i < len(names) else f"input {i}" for i in range(len(args))}
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _source() -> str:
+    """`file:line` of the innermost frame that is neither torch's nor ours."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        shown = _shown(frame.f_code.co_filename)
+        if shown:
+            return f"{shown}:{frame.f_lineno}"
+        frame = frame.f_back
+    return ""
+
+
+@lru_cache(maxsize=4096)
+def _shown(filename: str) -> str:
+    """How a file is called to the user: relative to where they are, or inside its package; '' for torch's."""
+    path = os.path.abspath(filename)
+    if path.startswith((TORCH_FOLDER, OWN_FOLDER)) or filename.startswith("<frozen") or "contextlib" in path:
+        return ""
+    packages = os.sep + "site-packages" + os.sep
+    if packages in path:
+        return path.rsplit(packages, 1)[1]
+    here = os.getcwd() + os.sep
+    return path.removeprefix(here) if path.startswith(here) else filename
