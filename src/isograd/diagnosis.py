@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 from isograd.flow import Flow
+
+if TYPE_CHECKING:
+    from rich.text import Text
 
 
 class Severity(IntEnum):
@@ -48,8 +53,12 @@ class Finding:
     remedies: tuple[str, ...] = ()
     effects: tuple[Effect, ...] = ()
 
+    def matches(self, patterns: Sequence[str]) -> bool:
+        """Is this finding meant by one of these code prefixes (`VG`, `VG1`, `VG101`) or names?"""
+        return any(self.name == pattern or self.code.startswith(pattern) for pattern in patterns)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, repr=False)
 class Diagnosis:
     """Findings, most severe first; what is healthy; what could not be examined; and the flow."""
 
@@ -60,3 +69,55 @@ class Diagnosis:
     unexamined: dict[str, str] = field(default_factory=dict[str, str])
     """By code or subject: why it could not be examined."""
     target: str = ""
+
+    @property
+    def errors(self) -> tuple[Finding, ...]:
+        """The findings that make the verdict."""
+        return tuple(finding for finding in self.findings if finding.severity is Severity.ERROR)
+
+    @property
+    def verdict(self) -> str:
+        """'broken', 'exploding', 'vanishing' or 'healthy'.
+
+        Broken comes first: where values are not finite, the backward fails or no gradient leaves the
+        loss, what happens along depth cannot be told.
+        """
+        codes = [finding.code for finding in self.errors]
+        if any(code.startswith("NF4") or code == "VG102" for code in codes):
+            return "broken"
+        if any(code.startswith("EG2") for code in codes):
+            return "exploding"
+        return "vanishing" if codes else "healthy"
+
+    def narrowed(self, select: Sequence[str] | None = None, ignore: Sequence[str] | None = None) -> Diagnosis:
+        """Only the findings that `select` means (all by default) and `ignore` does not."""
+        kept = (
+            f for f in self.findings if (select is None or f.matches(select)) and not f.matches(ignore or ())
+        )
+        return replace(self, findings=tuple(kept))
+
+    # A diagnosis prints itself. How it looks is an edge of the house: rendering is imported when it is asked
+    # for, so that the core neither needs nor knows it.
+
+    def __repr__(self) -> str:
+        return self.__rich__().plain
+
+    def __rich__(self) -> Text:
+        from isograd.render.text import document
+
+        return document(self)
+
+    def _repr_html_(self) -> str:
+        return self.to_html()
+
+    def to_html(self) -> str:
+        """An HTML fragment without scripts or links: what a notebook shows."""
+        from isograd.render.html import fragment
+
+        return fragment(self)
+
+    def to_json(self) -> str:
+        """JSON as docs/diagnosis.md describes it: strict, with null where nothing finite was measured."""
+        from isograd.render.json import to_json
+
+        return to_json(self)

@@ -1,0 +1,60 @@
+"""Find out why gradients vanish or explode in a PyTorch model, repair it, and prove the repair."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from isograd.check import check as check
+    from isograd.diagnosis import Diagnosis as Diagnosis
+    from isograd.diagnosis import Finding as Finding
+    from isograd.diagnosis import Severity as Severity
+    from isograd.diagnosis import diagnose as diagnose
+    from isograd.flow import Flow as Flow
+    from isograd.flow import Site as Site
+    from isograd.measure import measure as measure
+    from isograd.pages import explain as explain
+
+__version__ = "0.1.0"
+
+# Loaded when first used, so that `isograd --help` and `isograd explain` need not wait for torch.
+_HOME = {
+    "check": "isograd.check",
+    "measure": "isograd.measure",
+    "diagnose": "isograd.diagnosis",
+    "explain": "isograd.pages",
+    "Diagnosis": "isograd.diagnosis",
+    "Finding": "isograd.diagnosis",
+    "Flow": "isograd.flow",
+    "Severity": "isograd.diagnosis",
+    "Site": "isograd.flow",
+}
+
+__all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'isograd' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _Package(ModuleType):
+    """Keeps `isograd.measure` the verb: importing the file of that name would bind the module to it."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in _HOME and isinstance(value, ModuleType):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

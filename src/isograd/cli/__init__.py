@@ -1,0 +1,59 @@
+"""The `isograd` command. No file here imports torch at its top: help must not wait for it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+import click
+
+import isograd
+from isograd.cli.check import check
+from isograd.cli.demo import demo
+from isograd.cli.explain import explain
+
+USAGE_ERROR = 2
+INTERRUPTED = 130
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(isograd.__version__, prog_name="isograd")
+def cli() -> None:
+    """Find out why gradients vanish or explode in a PyTorch model.
+
+    \b
+    isograd demo                              a sick network and its diagnosis
+    isograd check net.py:build                your own model, with its own loss
+    isograd check net.py:Net --input 32,64    a bare module, with random data
+
+    Exit status: 0 healthy, 1 an error was found in the model, 2 the command could not be carried out.
+    """
+
+
+for command in (check, explain, demo):
+    cli.add_command(command)
+
+
+def main(args: Sequence[str] | None = None) -> NoReturn:
+    """Run the command and exit with its status; the entry point."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # a terminal that cannot show `→` shows `?`  # pyright: ignore
+    try:
+        status = cli.main(args, prog_name="isograd", standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        status = error.exit_code
+    except (click.Abort, KeyboardInterrupt):
+        click.echo("isograd: interrupted", err=True)
+        status = INTERRUPTED
+    except BrokenPipeError:  # `isograd explain | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except Exception:
+        traceback.print_exc()
+        click.echo("isograd: this is a bug in isograd, not in your model: please report it", err=True)
+        status = USAGE_ERROR
+    sys.exit(status)

@@ -1,0 +1,170 @@
+"""The text of a diagnosis: verdict, where, why, what to do next, then the model with its signal.
+
+One styled text serves all: plain when it is piped, coloured in a terminal, as HTML in a notebook. It is
+built from `Text` pieces and never from markup, so `[brackets]` in a module's name stay what they are.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+
+from rich.text import Text
+
+from isograd.diagnosis import Diagnosis, Effect, Finding, Severity
+from isograd.flow import Flow
+from isograd.render import numbers
+from isograd.render.tree import Row, rows
+
+WIDTH = 100
+LABEL = 8
+"""Width of the labels `cause`, `try` … that stand before a paragraph."""
+COLUMN = 19
+"""Width of a column of signals: two numbers and the dots between them."""
+MOST_EFFECTS = 4
+
+VERDICTS = {
+    "healthy": "bold green",
+    "vanishing": "bold red",
+    "exploding": "bold red",
+    "broken": "bold red",
+}
+SEVERITIES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.INFO: "cyan"}
+
+
+def document(diagnosis: Diagnosis, *, width: int = WIDTH) -> Text:
+    """The whole diagnosis, no line wider than `width` but for words that are."""
+    parts = [_verdict(diagnosis)]
+    parts += [_finding(finding, width) for finding in diagnosis.findings]
+    if tree := _tree(diagnosis.flow, width):
+        parts.append(tree)
+    if footer := _footer(diagnosis, width):
+        parts.append(footer)
+    return Text("\n\n").join(parts)
+
+
+def _verdict(diagnosis: Diagnosis) -> Text:
+    text = Text(diagnosis.verdict, VERDICTS[diagnosis.verdict])
+    if diagnosis.target:
+        text.append(f"  {diagnosis.target}", "bold")
+    if summary := _summary(diagnosis.flow):
+        text.append(f"\n  {summary}")
+    return text
+
+
+def _summary(flow: Flow) -> str:
+    if math.isnan(flow.decades):
+        return ""
+    said = f"{numbers.decades(flow.decades)} decades from the output to the input"
+    if flow.layers and math.isfinite(flow.sigma):
+        said += f", {flow.layers} layers, sigma {numbers.signal(flow.sigma)} per layer"
+    return said
+
+
+def _finding(finding: Finding, width: int) -> Text:
+    text = Text()
+    text.append(f"{finding.code} {finding.name}", "bold")
+    text.append(f"  {finding.severity.name.lower()}", SEVERITIES[finding.severity])
+    if finding.sites:
+        text.append(f"  {_where(finding.sites)}")
+    _paragraph(text, "", finding.message, width)
+    _paragraph(text, "cause", finding.cause, width)
+    for effect in finding.effects[:MOST_EFFECTS]:
+        _paragraph(text, "tested", _effect(effect), width)
+    if finding.evidence:
+        said = " · ".join(f"{name} {numbers.value(value)}" for name, value in finding.evidence.items())
+        _paragraph(text, "evidence", said, width, "dim")
+    for remedy in finding.remedies:
+        _paragraph(text, "try", remedy, width)
+    _paragraph(text, "more", f"isograd explain {finding.code}", width, "dim")
+    return text
+
+
+def _where(sites: tuple[str, ...]) -> str:
+    if len(sites) <= 2:
+        return ", ".join(sites)
+    return f"{sites[0]} … {sites[-1]} ({len(sites)} sites)"
+
+
+def _effect(effect: Effect) -> str:
+    if math.isnan(effect.given_back):
+        said = f"{effect.intervention}: not tested"
+    else:
+        before, after = numbers.decades(effect.decades_before), numbers.decades(effect.decades_after)
+        back = numbers.decades(effect.given_back)
+        said = f"{effect.intervention}: {before} to {after} decades, gives back {back}"
+    return f"{said} ({effect.note})" if effect.note else said
+
+
+def _paragraph(text: Text, label: str, words: str, width: int, style: str = "") -> None:
+    """Indented, with its label in front and its lines wrapped below each other. No words, no paragraph."""
+    if not words:
+        return
+    indent = 2 + (LABEL + 1 if label else 0)
+    for i, line in enumerate(_wrapped(words, width - indent)):
+        text.append("\n  ")
+        if label:
+            text.append(f"{label if i == 0 else '':<{LABEL + 1}}", "bold" if label == "try" else "dim")
+        text.append(line, style)
+
+
+def _wrapped(words: str, width: int) -> list[str]:
+    lines: list[str] = []
+    for line in words.splitlines():
+        lines += textwrap.wrap(line, width, break_long_words=False, break_on_hyphens=False) or [""]
+    return lines
+
+
+def _tree(flow: Flow, width: int) -> Text | None:
+    """None where no module gave a signal: there would be nothing to see."""
+    shown = rows(flow)
+    if all(math.isnan(value) for row in shown for value in row.activation + row.gradient):
+        return None
+    labels = [_label(row) for row in shown]
+    room = min(max(len(label.plain) for label in labels), width - 2 * COLUMN)
+    text = Text()
+    text.append(f"{'model':<{room}}{'→ activation':>{COLUMN}}{'← gradient':>{COLUMN}}\n", "bold")
+    text.append(f"{'':<{room}}{'rms':>{COLUMN}}{'decades':>{COLUMN}}", "dim")
+    for row, label in zip(shown, labels, strict=True):
+        label.truncate(room, overflow="ellipsis", pad=True)
+        text.append("\n").append(label)
+        text.append(f"{_range([numbers.signal(v) for v in row.activation]):>{COLUMN}}")
+        text.append(f"{_range([numbers.decades(v) for v in row.gradient]):>{COLUMN}}")
+    return text
+
+
+def _label(row: Row) -> Text:
+    text = Text("  " * row.indent)
+    if row.label:
+        text.append(f"{row.label} ")
+    text.append(row.kind, "dim" if row.label else "")
+    if row.folded:
+        text.append(f" ({row.folded} like this)", "cyan")
+    if row.hidden:
+        text.append(f" +{row.hidden}", "dim")
+    return text
+
+
+def _range(values: list[str]) -> str:
+    known = list(dict.fromkeys(value or "·" for value in values))
+    return " … ".join(known)
+
+
+def _footer(diagnosis: Diagnosis, width: int) -> Text | None:
+    """What was examined and found well, what could not be examined, and what the measurement has to say."""
+    text = Text()
+    for label, entries, style in (
+        ("healthy", _entries(diagnosis.healthy), "green"),
+        ("not examined", _entries(diagnosis.unexamined | diagnosis.flow.unexamined), "yellow"),
+        ("note", list(diagnosis.flow.notes), "dim"),
+    ):
+        for i, entry in enumerate(entries):
+            for j, line in enumerate(_wrapped(entry, width - 14)):
+                text.append(f"{label if i == j == 0 else '':<14}", style)
+                text.append(f"{line}\n")
+    text.rstrip()
+    return text if text.plain else None
+
+
+def _entries(reasons: dict[str, str]) -> list[str]:
+    return [f"{subject}: {words}" for subject, words in reasons.items()]
