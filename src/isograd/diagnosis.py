@@ -121,3 +121,25 @@ class Diagnosis:
         from isograd.render.json import to_json
 
         return to_json(self)
+
+
+def diagnose(flow: Flow) -> Diagnosis:
+    """Examine a flow for every symptom: findings, what is healthy, what could not be examined."""
+    from isograd.symptoms import Healthy, Unexamined, symptoms  # the symptoms import Finding from here
+
+    findings: list[Finding] = []
+    healthy: dict[str, str] = {}
+    unexamined: dict[str, str] = dict(flow.unexamined)
+    for code, examine in symptoms():
+        for outcome in examine(flow):
+            if isinstance(outcome, Healthy):
+                healthy[code] = outcome.evidence
+            elif isinstance(outcome, Unexamined):
+                unexamined[code] = outcome.why
+            else:
+                findings.append(outcome)
+    for finding in findings:  # one line of a model may be well where another is not
+        healthy.pop(finding.code, None)
+        unexamined.pop(finding.code, None)
+    findings.sort(key=lambda f: -f.severity)
+    return Diagnosis(flow, tuple(findings), healthy, unexamined)

@@ -128,7 +128,8 @@ class _Measurement:
         self.main = backbone(self.graph, trace, found[0])
         self.others = [backbone(self.graph, trace, sink) for sink in found[1:] if sink in self.graph.children]
         self.norms: dict[Node, Tensor] = {}
-        self.exponents: list[Tensor] = []
+        self.exponents: list[Tensor] = [torch.zeros((), dtype=torch.float64, device=value.device)]
+        """log2 of the scale taken out so far; the first for all that lies before the model's output."""
         self.splits: dict[int, tuple[Tensor, Tensor]] = {}
         self.fired: list[Node] = []
         self._held: dict[int, Tensor] = {}
@@ -137,12 +138,12 @@ class _Measurement:
     # -- the backward ------------------------------------------------------------------------------
 
     def _regions(self) -> tuple[dict[Node, int], list[tuple[Node, int, int, int]]]:
-        """By which rescaled backbone node each node's gradient comes, and the edges where two such meet.
+        """How often each node's gradient was rescaled on its way, and the edges where two scales meet.
 
         Off the backbone (tied weights, a bias shared by all blocks, a decoder's memory) contributions
         with different scales are added: there, all are brought to the scale of the first.
         """
-        index = {node: i for i, node in enumerate(self.main.tops)}
+        index = set(self.main.tops[self.main.exit + 1 :])
         region: dict[Node, int] = {}
         incoming: dict[Node, list[tuple[Node, int, int]]] = {}
         mixed: list[tuple[Node, int, int, int]] = []
@@ -150,7 +151,7 @@ class _Measurement:
             edges = incoming.pop(node, [])
             region[node] = min((scale for *_, scale in edges), default=0)
             mixed += [(source, i, scale, region[node]) for source, i, scale in edges if scale != region[node]]
-            out = index.get(node, region[node])
+            out = region[node] + (node in index)
             for i, (child, _) in enumerate(node.next_functions):
                 if child is not None:
                     incoming.setdefault(child, []).append((node, i, out))
@@ -174,11 +175,10 @@ class _Measurement:
             self._split(index - 1, grads)
             exponent = torch.frexp(length).exponent.double()
             exponent = torch.where(torch.isfinite(length), exponent, torch.zeros_like(exponent))
-            before = self.exponents[index - 1] if index else torch.zeros_like(exponent)
             dtype = next(g.dtype for g in grads if g is not None)
             limit = 14.0 if dtype == torch.float16 else 126.0
             exponent = exponent.clamp(-limit, limit)
-            self.exponents.append(before + exponent)
+            self.exponents.append(self.exponents[-1].to(exponent.device) + exponent)
             factor = _exact_power(-exponent, dtype)
             return tuple(None if g is None else g * factor for g in grads)
 
@@ -207,11 +207,8 @@ class _Measurement:
             for edge, have, want in edges:
                 part = aligned[edge]
                 if part is not None:
-                    exponent = self.exponents[have] - self.exponents[want]
-                    half = (exponent / 2).trunc()  # in two steps: 2**200 is no float32
-                    for step in (half, exponent - half):
-                        part = part * _exact_power(step, part.dtype)
-                    aligned[edge] = part
+                    # Clamped: what lies 38 decades below the first contribution adds nothing to it.
+                    aligned[edge] = part * _exact_power(self.exponents[have] - self.exponents[want], part.dtype)
             return tuple(aligned)
 
         return hook
@@ -231,7 +228,7 @@ class _Measurement:
             aligned.setdefault(node, []).append((edge, have, want))
         handles += [node.register_hook(self._align(edges)) for node, edges in aligned.items()]
         for node in self.graph.order:
-            if node in tops:
+            if tops.get(node, -1) > self.main.exit:
                 handles.append(node.register_prehook(self._renormalise(tops[node], node)))
             elif node in self.trace.made and self.trace.made[node].shape:
                 handles.append(node.register_prehook(self._read(node)))
@@ -262,7 +259,7 @@ class _Measurement:
         inputs = {name: [scalars.add(v) for v in values] for name, values in self.trace.inputs.items()}
         weights = {name: scalars.add(norm([p])) for name, p in self.model.named_parameters() if p.numel()}
         gradients = {
-            name: (scalars.add(norm([g])), scalars.add((g == 0).sum() / max(g.numel(), 1)))
+            name: (scalars.add(norm([g])), scalars.add(1 - torch.count_nonzero(g) / max(g.numel(), 1)))
             for name, g in grads.items()
             if g is not None
         }
@@ -273,12 +270,11 @@ class _Measurement:
 
         scale = [read[i] * LOG2 for i in exponents]
         self.logs: dict[Node, float] = {}
-        index = {node: i for i, node in enumerate(self.main.tops)}
         for node, i in norms.items():
-            region = index[node] - 1 if node in index else self.region[node]
-            self.logs[node] = _log10(read[i]) + (scale[region] if 0 <= region < len(scale) else 0.0)
+            self.logs[node] = _log10(read[i]) + scale[self.region[node]]
         self.rms = {node: read[i] for node, i in rms.items()}
-        self.updates = first_update(self.optimizer, self.model, grads, self._parameter_scale(scale))
+        step = first_update(self.optimizer, self.model, grads, self._parameter_scale(scale))
+        self.updates = step.sizes
 
         segments = self.main.segments
         depth = len(segments) - 1
@@ -286,7 +282,11 @@ class _Measurement:
             sites=_sites(self.main),
             columns=self._columns(self.main),
             splits={
-                depth - i: Split(read[a], read[b], self._forward_ratio(segments[i], segments[i + 1]))
+                depth - i: Split(
+                    read[a] / self._entering(i),
+                    read[b] / self._entering(i),
+                    self._forward_ratio(segments[i], segments[i + 1]),
+                )
                 for i, (a, b) in splits.items()
             },
             ledgers={
@@ -307,6 +307,7 @@ class _Measurement:
             modules=self._modules(),
             layers=sum(s.weighted for s in segments[self.main.exit : -1]),
             loss=read[value],
+            first_step=step.decrease / abs(read[value]) if read[value] else math.nan,
             losses=tuple(
                 self._loss(call, [read[i] for i in values])
                 for call, values in zip(self.trace.losses, losses, strict=True)
@@ -346,6 +347,7 @@ class _Measurement:
             "decades": decades,
             "activation_rms": rms,
             "forward_gain": forward,
+            "weighted": [float(s.weighted and i >= line.exit) for i, s in enumerate(line.segments)],
         }
         return {name: torch.tensor(c[::-1], dtype=torch.float64) for name, c in columns.items()}
 
@@ -369,7 +371,7 @@ class _Measurement:
         levels = [self.logs[n] - top for n in chosen]
         costs = [math.nan] * len(chosen)
         if spine and index in self.splits:
-            last = _log10(float(self.splits[index][1])) - self._entering(index)
+            last = _log10(float(self.splits[index][1]) / self._entering(index))
             costs = [b - a for a, b in zip(levels, [*levels[1:], last], strict=True)]
         return tuple(
             Step(step_site(self.trace.made[n]), level, cost, self.rms.get(n, math.nan), bool(spine))
@@ -377,9 +379,9 @@ class _Measurement:
         )
 
     def _entering(self, index: int) -> float:
-        """log10 of the rescaled norm with which the gradient entered segment `index`."""
-        mantissa = float(torch.frexp(self.norms[self.main.tops[index]]).mantissa)
-        return _log10(mantissa)
+        """Norm, after rescaling, with which the gradient entered segment `index`."""
+        length = self.norms[self.main.tops[index]]
+        return float(torch.frexp(length).mantissa if index > self.main.exit else length) or math.nan
 
     def _activation(self, seen: Any, values: list[float]) -> Activation:
         for i, segment in enumerate(self.main.segments):
@@ -412,7 +414,7 @@ class _Measurement:
     ) -> tuple[Parameter, ...]:
         nodes, scales = self._parameter_nodes(), self._parameter_scale(scale)
         found: list[Parameter] = []
-        depth = len(self.main.segments) - 1
+        last, end = len(self.main.segments) - 1, self.main.exit
         for name, p in self.model.named_parameters():
             state, log, zeros, bad, where = "measured", math.nan, math.nan, 0, math.nan
             if not p.requires_grad:
@@ -427,7 +429,7 @@ class _Measurement:
                 gradient = grads[name]
                 if not math.isfinite(length) and gradient is not None:
                     bad = int((~torch.isfinite(gradient)).sum())
-                where = float(depth - self.region[nodes[id(p)]])
+                where = float(last - end - self.region[nodes[id(p)]])
             update = self.updates.get(name, math.nan)
             found.append(
                 Parameter(name, tuple(p.shape), state, log, weights.get(name, 0.0), zeros, bad, where, update)

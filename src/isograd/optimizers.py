@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class FirstStep:
+    """What an optimizer's first step does."""
+
+    sizes: dict[str, float] = field(default_factory=dict[str, float])
+    """rms(update) / rms(weight) by parameter name."""
+    decrease: float = math.nan
+    """Decrease of the loss to first order: sum of gradient times update."""
 
 
 def first_update(
@@ -13,39 +24,34 @@ def first_update(
     model: nn.Module,
     grads: dict[str, Tensor | None],
     scale: dict[str, float],
-) -> dict[str, float]:
-    """rms(first update) / rms(weight) of every parameter, by name.
+) -> FirstStep:
+    """Size of the first step of every parameter and the decrease of the loss it promises.
 
     SGD moves by lr * g; the Adam family, bias-corrected, by lr * g / (|g| + eps), which is lr times the
     sign of g as long as |g| is far above eps and nothing when it is far below. `grads` are rescaled, the
     true gradient is 10**scale times as large. Other rules are not known in closed form: absent.
     """
     if optimizer is None:
-        return {}
+        return FirstStep()
     rule = type(optimizer).__name__
     names = {id(p): name for name, p in model.named_parameters()}
-    found: dict[str, float] = {}
+    sizes: dict[str, float] = {}
+    decrease = 0.0
     for group in optimizer.param_groups:
         for p in group["params"]:
             name = names.get(id(p))
             grad = grads.get(name) if name is not None else None
-            weight = float(torch.linalg.vector_norm(p.detach(), dtype=torch.float64)) if p.numel() else 0.0
-            if name is None or grad is None or name not in scale or not weight > 0:
+            if name is None or grad is None or name not in scale:
                 continue
-            rate = float(group["lr"])
+            true = grad.detach().double() * 10 ** max(min(scale[name], 280.0), -280.0)
             if rule == "SGD":
-                log = _log10_norm(grad) + scale[name]
-                found[name] = rate * 10 ** min(log, 300.0) / weight
+                moved = true
             elif rule in ("Adam", "AdamW", "NAdam", "Adamax", "RAdam"):
-                eps = float(group.get("eps", 1e-8))
-                size = grad.detach().double().abs()
-                # g / (|g| + eps) with both divided by the scale, so that neither under- nor overflows
-                moved = size / (size + eps * 10 ** min(max(-scale[name], -300.0), 300.0))
-                moved = torch.where(size > 0, moved, torch.zeros_like(moved))
-                found[name] = rate * float(torch.linalg.vector_norm(moved)) / weight
-    return found
-
-
-def _log10_norm(grad: Tensor) -> float:
-    value = float(torch.linalg.vector_norm(grad.detach(), dtype=torch.float64))
-    return math.log10(value) if value > 0 else -math.inf
+                moved = torch.where(true == 0, true, true / (true.abs() + float(group.get("eps", 1e-8))))
+            else:
+                continue
+            rate, weight = float(group["lr"]), torch.linalg.vector_norm(p.detach(), dtype=torch.float64)
+            decrease += rate * float((true * moved).sum())
+            if weight > 0:
+                sizes[name] = rate * float(torch.linalg.vector_norm(moved) / weight)
+    return FirstStep(sizes, decrease if sizes else math.nan)

@@ -49,7 +49,7 @@ def explain(code: str, *, folder: Path = SYMPTOMS) -> Page:
 def nearest(word: str, known: Iterable[str]) -> str:
     """`; did you mean VG101?`, or nothing where nothing is near."""
     spelled = {key.lower(): key for key in known}
-    near = [spelled[key] for key in get_close_matches(word.lower(), spelled, n=3, cutoff=0.5)]
+    near = [spelled[key] for key in get_close_matches(word.lower(), spelled, n=3)]
     return f"; did you mean {' or '.join(near)}?" if near else ""
 
 

@@ -26,6 +26,8 @@ from torch.utils import _pytree as pytree
 from isograd.operations import ACTIVATIONS, LOSSES, WEIGHTED, kind_of_call, operation_of
 
 TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
+LARGEST_SAMPLE = 500_000
+"""Elements of an activation or a loss input that statistics are taken over: beyond, whole rows are left out."""
 OWN_FOLDER = os.path.dirname(os.path.abspath(__file__)) + os.sep
 
 
@@ -308,21 +310,24 @@ class Trace(TorchFunctionMode):
         rows = given.detach().flatten(1) if given.ndim > 1 else given.detach()[:, None]
         if given.ndim > 2 and name in ("cross_entropy", "nll_loss"):
             rows = given.detach().movedim(1, -1).flatten(0, -2)
-        rows = rows.float()
+        rows = rows[: max(2, LARGEST_SAMPLE // max(rows.shape[1], 1))].float()
         sums = rows.sum(1).sub(1).abs().amax()
         spread = rows.std(0, correction=0).amax() if rows.shape[0] > 1 else torch.zeros_like(sums)
         seen = target.detach().float() if target.numel() else torch.zeros(1)
         values = torch.stack([rows.amin(), rows.amax(), sums, spread, seen.amin(), seen.amax()]).double()
         kind = "values" if target.is_floating_point() else "classes"
-        self.losses.append(LossCall(name, out.grad_fn, given.grad_fn, tuple(rows.shape), values, kind))
+        shape = (given.numel() // max(rows.shape[1], 1), rows.shape[1])
+        self.losses.append(LossCall(name, out.grad_fn, given.grad_fn, shape, values, kind))
 
 
 def _derivative(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
     """phi'(x) element by element, from the function itself, whatever it is. None: not elementwise."""
     # Own identity hooks: inside a checkpointed block its packing must not see our saved tensors.
     with torch._C.DisableTorchFunction(), torch.enable_grad(), saved_tensors_hooks(_same, _same):
-        x = args[0].detach().clone() if kwargs.get("inplace") else args[0].detach()
-        x = x.requires_grad_()
+        x = args[0].detach()
+        if x.numel() > LARGEST_SAMPLE and x.ndim > 1:  # enough samples to know a unit by
+            x = x[: max(1, LARGEST_SAMPLE * x.shape[0] // x.numel())]
+        x = x.clone().requires_grad_()
         rest = {key: False if key == "inplace" else value for key, value in kwargs.items()}
         plain = getattr(torch, func.__name__[:-1], func) if func.__name__.endswith("_") else func
         y = plain(x, *(False if a is True else a for a in args[1:]), **rest)

@@ -96,11 +96,14 @@ def _codes(text: str) -> list[str]:
 
 
 def _known(patterns: Sequence[str]) -> None:
-    known = [key for page in pages() for key in (page.code, page.name)]
+    """A mistyped code would silently select nothing, and nothing looks like health."""
+    known = pages()
     for pattern in patterns:
-        if not any(key.startswith(pattern) for key in known):
-            hint = f"{nearest(pattern, known)}\n`isograd explain` lists them all"
-            raise click.UsageError(f"no finding is called {pattern!r}{hint}")
+        if not any(page.name == pattern or page.code.startswith(pattern) for page in known):
+            hint = nearest(pattern, [key for page in known for key in (page.code, page.name)])
+            raise click.UsageError(
+                f"no finding is called {pattern!r}{hint}\n`isograd explain` lists them all"
+            )
 
 
 def _diagnosis(

@@ -94,7 +94,7 @@ def _imported(place: str, text: str) -> ModuleType:
     if place.endswith(".py") or "/" in place or "\\" in place:
         path = Path(place).resolve()
         if not path.is_file():
-            near = nearest(path.name, (p.name for p in path.parent.glob("*.py")))
+            near = nearest(path.stem, (p.stem for p in path.parent.glob("*.py")))
             raise TargetError(f"there is no file {place}{near}")
         with _as_script(path), users_code(f"{place} could not be imported"):
             return _import_file(path)
@@ -109,7 +109,7 @@ def _imported(place: str, text: str) -> ModuleType:
                     if Path(f"{place}.py").is_file()
                     else ""
                 )
-                raise TargetError(f"there is no module {place}", why=str(error), type_=type_) from None
+                raise TargetError(f"there is no module {place}", type_=type_) from None
             raise
 
 

@@ -124,7 +124,7 @@ def _tree(flow: Flow, width: int) -> Text | None:
     room = min(max(len(label.plain) for label in labels), width - 2 * COLUMN)
     text = Text()
     text.append(f"{'model':<{room}}{'→ activation':>{COLUMN}}{'← gradient':>{COLUMN}}\n", "bold")
-    text.append(f"{'':<{room}}{'rms':>{COLUMN}}{'decades':>{COLUMN}}", "dim")
+    text.append(f"{'':<{room}}{'rms':>{COLUMN}}{'decades vs output':>{COLUMN}}", "dim")
     for row, label in zip(shown, labels, strict=True):
         label.truncate(room, overflow="ellipsis", pad=True)
         text.append("\n").append(label)

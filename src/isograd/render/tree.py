@@ -140,9 +140,7 @@ def _open(module: _Module, indent: int, depth: int) -> list[Row]:
 
 def _row(module: _Module, indent: int, *, closed: bool) -> Row:
     hidden = module.inside if closed else 0
-    return Row(
-        module.label, module.kind, indent, (module.activation,), (module.gradient,), folded=0, hidden=hidden
-    )
+    return Row(module.label, module.kind, indent, (module.activation,), (module.gradient,), hidden=hidden)
 
 
 def _repeat(children: Sequence[_Module], start: int) -> tuple[int, int]:
@@ -164,18 +162,19 @@ def _alike(children: Sequence[_Module], a: int, b: int, period: int) -> bool:
 
 
 def _fold(blocks: Sequence[Sequence[_Module]], indent: int, depth: int) -> list[Row]:
-    """The first, the last and the odd blocks in full, each stretch between them as one row."""
-    full = {0, len(blocks) - 1, *_odd(blocks)}
+    """The first block and the odd ones in full, the last closed, each stretch between them as one row."""
+    full = {0, *_odd(blocks)}
+    alone = full | {len(blocks) - 1}
     shown: list[Row] = []
     i = 0
     while i < len(blocks):
-        stretch = next((k for k in range(i, len(blocks)) if k in full), len(blocks)) - i
+        stretch = next((k for k in range(i, len(blocks)) if k in alone), len(blocks)) - i
         if stretch > 1:
             shown.append(_folded(blocks[i : i + stretch], indent))
             i += stretch
         else:
             for module in blocks[i]:
-                shown += _open(module, indent, depth)
+                shown += _open(module, indent, depth if i in full else 1)
             i += 1
     return shown
 

@@ -1,0 +1,46 @@
+"""The whole diagnosis in one call: measure, examine, and test the causes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from isograd.causes import explained
+from isograd.diagnosis import Diagnosis, diagnose
+from isograd.measure import Loss, measure, unwrapped
+
+
+def check(
+    model: nn.Module,
+    loss: Loss,
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    select: Sequence[str] | None = None,
+    ignore: Sequence[str] | None = None,
+) -> Diagnosis:
+    """Diagnose a model from one batch.
+
+    One forward and one backward measure the gradient along the backbone. For each error found, the
+    candidate causes are then tried on a copy of the model, one forward and one backward each, and the
+    decades that each gives back are reported.
+
+    Args:
+        model: any module. It is left bitwise as it was.
+        loss: `loss(model)` returns the loss of one batch as a tensor with one element.
+        optimizer: lets the size of the first updates be examined; without it they are unexamined.
+        select: code prefixes or names of the findings to keep; all by default.
+        ignore: code prefixes or names of the findings to drop.
+
+    Raises:
+        TypeError, ValueError: see `measure`. An error in the model's own forward passes through.
+
+    Example:
+        >>> diagnosis = isograd.check(model, lambda m: cross_entropy(m(x), y))
+        >>> diagnosis.verdict
+        'vanishing'
+    """
+    flow = measure(model, loss, optimizer=optimizer)
+    diagnosis = diagnose(flow).narrowed(select, ignore)
+    return explained(diagnosis, unwrapped(model)[0], loss)

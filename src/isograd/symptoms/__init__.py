@@ -1,0 +1,54 @@
+"""One file per thing that goes wrong: a page, a threshold with its reason, and `examine(flow)`.
+
+`examine` yields findings, or says with what evidence all is well, or why it could not look.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+
+from isograd.diagnosis import Finding
+from isograd.flow import Flow
+
+
+@dataclass(frozen=True, slots=True)
+class Healthy:
+    """Examined and found well."""
+
+    evidence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Unexamined:
+    """Could not be examined."""
+
+    why: str
+
+
+Outcome = Finding | Healthy | Unexamined
+
+NAMES = (
+    "failed_backward",
+    "nonfinite_forward",
+    "nonfinite_backward",
+    "no_gradient_at_loss",
+    "vanishing_gradient",
+    "exploding_gradient",
+    "exploding_activation",
+    "gradient_underflow",
+    "dead_units",
+    "saturated_units",
+    "unnormalised_input",
+    "parameter_without_gradient",
+    "first_update_too_large",
+    "first_update_too_small",
+)
+
+
+def symptoms() -> Iterator[tuple[str, Callable[[Flow], Iterator[Outcome]]]]:
+    """Code and `examine` of every symptom, in the order in which they are told."""
+    for name in NAMES:
+        module = import_module(f"isograd.symptoms.{name}")
+        yield module.CODE, module.examine

@@ -1,0 +1,66 @@
+"""UP501 parameter-without-gradient: parameters that the loss cannot change.
+
+What it means
+    A parameter that requires a gradient gets none, or exactly zero. It stays as it was initialised.
+
+Why it happens
+    It is not used in this forward pass, its part was detached or run under `no_grad`, an expert of a
+    mixture got no token, or everything above it is dead. Exactly zero is by design behind a branch whose
+    last layer starts at zero (ReZero, Fixup, LayerScale 0): there it is only noted.
+
+Evidence
+    `None` (the loss does not depend on it) told from exact zeros, from a rescaled backward that does not
+    underflow. Frozen parameters are not counted.
+
+What helps
+    Use the module, remove it, or freeze it with `requires_grad_(False)`.
+
+References
+    PyTorch, DistributedDataParallel: `find_unused_parameters`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from isograd.diagnosis import Finding, Severity
+from isograd.flow import Flow
+from isograd.symptoms import Healthy, Outcome, Unexamined
+
+CODE = "UP501"
+NAME = "parameter-without-gradient"
+
+
+def examine(flow: Flow) -> Iterator[Outcome]:
+    """Unused parameters, and those whose gradient is exactly zero."""
+    if flow.failure is not None:
+        yield Unexamined("the backward failed")
+        return
+    trainable = [p for p in flow.parameters if p.state != "frozen"]
+    unused = [p for p in trainable if p.state == "unused"]
+    zero = [p for p in trainable if p.grad_norm_log10 == -math.inf]
+    if not unused and not zero:
+        yield Healthy(f"all {len(trainable)} trainable parameters receive a gradient")
+        return
+    if unused:
+        yield Finding(
+            CODE,
+            NAME,
+            Severity.WARNING,
+            f"the loss does not depend on {len(unused)} of {len(trainable)} trainable parameters",
+            cause="not used in this forward pass, or detached",
+            sites=tuple(p.name for p in unused[:5]),
+            evidence={"unused": len(unused), "trainable": len(trainable)},
+            remedies=("use-or-freeze",),
+        )
+    if zero:
+        yield Finding(
+            CODE,
+            NAME,
+            Severity.INFO,
+            f"the gradient of {len(zero)} of {len(trainable)} trainable parameters is exactly zero",
+            cause="no gradient arrives: a branch that starts at zero, an expert without tokens, or dead units",
+            sites=tuple(p.name for p in zero[:5]),
+            evidence={"zero": len(zero), "trainable": len(trainable)},
+        )
