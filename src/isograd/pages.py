@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 
 SYMPTOMS = Path(__file__).parent / "symptoms"
@@ -27,10 +28,11 @@ class Page:
         return self.text
 
 
-def pages(folder: Path = SYMPTOMS) -> list[Page]:
+@cache
+def pages(folder: Path = SYMPTOMS) -> tuple[Page, ...]:
     """All pages in the order of their codes."""
     read = (_page(path) for path in sorted(folder.glob("*.py")))
-    return sorted((page for page in read if page is not None), key=lambda page: page.code)
+    return tuple(sorted((page for page in read if page is not None), key=lambda page: page.code))
 
 
 def explain(code: str, *, folder: Path = SYMPTOMS) -> Page:

@@ -13,13 +13,14 @@ from rich.text import Text
 
 from isograd.diagnosis import Diagnosis, Effect, Finding, Severity
 from isograd.flow import Flow
+from isograd.pages import pages
 from isograd.render import numbers
 from isograd.render.tree import Row, rows
 
 WIDTH = 100
 LABEL = 8
 """Width of the labels `cause`, `try` … that stand before a paragraph."""
-COLUMN = 19
+COLUMN = 21
 """Width of a column of signals: two numbers and the dots between them."""
 MOST_EFFECTS = 4
 
@@ -34,7 +35,7 @@ SEVERITIES = {Severity.ERROR: "bold red", Severity.WARNING: "yellow", Severity.I
 
 def document(diagnosis: Diagnosis, *, width: int = WIDTH) -> Text:
     """The whole diagnosis, no line wider than `width` but for words that are."""
-    parts = [_verdict(diagnosis)]
+    parts = [_verdict(diagnosis, width)]
     parts += [_finding(finding, width) for finding in diagnosis.findings]
     if tree := _tree(diagnosis.flow, width):
         parts.append(tree)
@@ -43,12 +44,11 @@ def document(diagnosis: Diagnosis, *, width: int = WIDTH) -> Text:
     return Text("\n\n").join(parts)
 
 
-def _verdict(diagnosis: Diagnosis) -> Text:
+def _verdict(diagnosis: Diagnosis, width: int) -> Text:
     text = Text(diagnosis.verdict, VERDICTS[diagnosis.verdict])
     if diagnosis.target:
         text.append(f"  {diagnosis.target}", "bold")
-    if summary := _summary(diagnosis.flow):
-        text.append(f"\n  {summary}")
+    _paragraph(text, "", _summary(diagnosis.flow), width)
     return text
 
 
@@ -65,9 +65,12 @@ def _finding(finding: Finding, width: int) -> Text:
     text = Text()
     text.append(f"{finding.code} {finding.name}", "bold")
     text.append(f"  {finding.severity.name.lower()}", SEVERITIES[finding.severity])
-    if finding.sites:
-        text.append(f"  {_where(finding.sites)}")
+    where = _where(finding.sites)
+    beside = text.cell_len + 2 + len(where) <= width
+    if where and beside:
+        text.append(f"  {where}")
     _paragraph(text, "", finding.message, width)
+    _paragraph(text, "where", "" if beside else where, width)
     _paragraph(text, "cause", finding.cause, width)
     for effect in finding.effects[:MOST_EFFECTS]:
         _paragraph(text, "tested", _effect(effect), width)
@@ -167,4 +170,6 @@ def _footer(diagnosis: Diagnosis, width: int) -> Text | None:
 
 
 def _entries(reasons: dict[str, str]) -> list[str]:
-    return [f"{subject}: {words}" for subject, words in reasons.items()]
+    """`VG101 vanishing-gradient: why`; what is not a code stands for itself."""
+    names = {page.code: f"{page.code} {page.name}" for page in pages()}
+    return [f"{names.get(subject, subject)}: {words}" for subject, words in reasons.items()]
