@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 
 from torch.autograd.graph import Node
 
@@ -122,16 +123,45 @@ def sinks(graph: Graph, trace: Trace) -> list[Node]:
     found: list[tuple[bool, int, int, Node]] = []
     for i, node in enumerate(graph.order):
         made = trace.made.get(node)
-        if made is None or not made.shape:
+        if made is None or made.shape is None:
             continue
         entrance = made.call.data and made.call.kind in ("embedding", "linear", "convolution", "recurrent")
-        if made.call.kind == "input" or entrance and not _has_signal(graph, trace, node):
+        if made.call.kind == "input" or (entrance and not _has_signal(graph, trace, node)):
             found.append((made.call.user_input, graph.depth[node], -i, node))
     if not found:  # no data that we saw: the deepest operation that is more than a view of a parameter
-        made_here = [n for n in graph.order if n in trace.made and trace.made[n].call.kind not in ("reshape",)]
+        made_here = [
+            n for n in graph.order if n in trace.made and trace.made[n].call.kind not in ("reshape",)
+        ]
         deepest = max(made_here or graph.order[:1], key=lambda n: graph.depth[n])
         return [deepest]
-    return [node for *_, node in sorted(found, key=lambda f: f[:3], reverse=True)]
+    ordered = [node for *_, node in sorted(found, key=lambda f: f[:3], reverse=True)]
+    if trace.made[ordered[0]].call.kind == "input":
+        first = _first_layer(graph, trace)
+        # A model that scales its output by statistics of its input passes gradient by all layers.
+        if first is not None and _layers(graph, trace, first) > _layers(graph, trace, ordered[0]):
+            ordered.insert(0, first)
+    return ordered
+
+
+def _first_layer(graph: Graph, trace: Trace) -> Node | None:
+    """The deepest layer below which there is no other."""
+    layers = [
+        n
+        for n in graph.order
+        if n in trace.made and trace.made[n].shape is not None and trace.made[n].call.weighted
+    ]
+    return max(layers, key=lambda n: graph.depth[n], default=None)
+
+
+def _layers(graph: Graph, trace: Trace, sink: Node) -> int:
+    """Segments with a layer between the loss and this sink."""
+    above = graph.above(sink)
+    position = {node: i for i, node in enumerate(above)}
+    weighted = [0]
+    for node in above:
+        weighted.append(weighted[-1] + (node in trace.made and trace.made[node].call.weighted))
+    ends = [position[node] for node in graph.dominators(above)]
+    return sum(weighted[b + 1] > weighted[a + 1] for a, b in pairwise(ends))
 
 
 def _has_signal(graph: Graph, trace: Trace, node: Node) -> bool:
@@ -216,7 +246,7 @@ def _segment(
     kind = made.call.kind
     if made.call.invocation in folded:
         kind = kind_of_module(folded[made.call.invocation], kind)
-    shape = next((m.shape for m in known if m.shape), made.shape)
+    shape = next((m.shape for m in known if m.shape is not None), made.shape) or ()
     dtype = next((m.dtype for m in known if m.dtype), made.dtype)
     site = Site("", kind, made.call.operation, made.call.module, made.call.source, shape, dtype, 0)
     segment = Segment(site, nodes, made, inside)
@@ -313,4 +343,4 @@ def step_site(made: Made) -> Site:
     """The place of one operation inside a segment."""
     call = made.call
     name = f"{call.module} · {call.operation}" if call.module else call.operation
-    return Site(name, call.kind, call.operation, call.module, call.source, made.shape, made.dtype, -1)
+    return Site(name, call.kind, call.operation, call.module, call.source, made.shape or (), made.dtype, -1)

@@ -244,11 +244,10 @@ class Flow:
         depth leave out an input layer and a head that do so, and all that comes after the head.
         """
         weighted = [i for i, flag in enumerate(self.column("weighted").tolist()) if flag == 1]
-        if len(weighted) < 3:
+        if not weighted:
             return slice(1, len(self.sites))
         first, last = weighted[0], weighted[-1]
-        start = first + 1 if self._resizes(first) else 1
-        return slice(start, last if self._resizes(last) else len(self.sites))
+        return slice(first + 1 if self._resizes(first) else 1, last if self._resizes(last) else last + 1)
 
     def _resizes(self, index: int) -> bool:
         site, before = self.sites[index], self.sites[index - 1]
@@ -259,10 +258,29 @@ class Flow:
 
     @property
     def lost(self) -> float:
-        """Decades over the hidden sites: negative where the gradient vanishes. -inf: exactly zero."""
-        decades = self.column("decades")[self.hidden]
-        measured = decades[~decades.isnan()]
-        return float(measured.sum()) if len(measured) else math.nan
+        """Decades that depth costs: negative where the gradient vanishes, -inf where it is exactly zero.
+
+        The sum over the hidden sites or that over all, whichever is smaller: a head drawn small on purpose
+        is no vanishing gradient, nor is a factor moved from one layer into the next.
+        """
+        measured = self._counted(self.hidden)
+        hidden = float(measured.sum()) if len(measured) else math.nan
+        ends = self._counted(slice(1, len(self.sites)))
+        total = float(ends.sum()) if len(ends) else math.nan
+        return total if abs(total) < abs(hidden) else hidden
+
+    def _counted(self, part: slice) -> Tensor:
+        """Decades of a part, without fused recurrent kernels: their gain mixes layers and time."""
+        decades = self.column("decades")[part]
+        recurrent = torch.tensor([site.kind == "recurrent" for site in self.sites[part]], dtype=torch.bool)
+        return decades[~decades.isnan() & ~recurrent]
+
+    @property
+    def growth(self) -> float:
+        """Decades by which the root mean square of the activations changes over the hidden sites."""
+        rms = self.column("activation_rms")[self.hidden]
+        rms = rms[~rms.isnan() & (rms > 0)]
+        return float(rms[-1].log10() - rms[0].log10()) if len(rms) > 1 else math.nan
 
     @property
     def typical(self) -> float:

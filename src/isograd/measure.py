@@ -126,7 +126,11 @@ class _Measurement:
         trace.keep(self.graph.children)
         found = sinks(self.graph, trace)
         self.main = backbone(self.graph, trace, found[0])
-        self.others = [backbone(self.graph, trace, sink) for sink in found[1:] if sink in self.graph.children]
+        self.others: list[Backbone] = []
+        for sink in found[1:]:
+            other = backbone(self.graph, trace, sink)
+            if all(_adds(other, known) for known in (self.main, *self.others)):
+                self.others.append(other)
         self.norms: dict[Node, Tensor] = {}
         self.exponents: list[Tensor] = [torch.zeros((), dtype=torch.float64, device=value.device)]
         """log2 of the scale taken out so far; the first for all that lies before the model's output."""
@@ -208,7 +212,9 @@ class _Measurement:
                 part = aligned[edge]
                 if part is not None:
                     # Clamped: what lies 38 decades below the first contribution adds nothing to it.
-                    aligned[edge] = part * _exact_power(self.exponents[have] - self.exponents[want], part.dtype)
+                    aligned[edge] = part * _exact_power(
+                        self.exponents[have] - self.exponents[want], part.dtype
+                    )
             return tuple(aligned)
 
         return hook
@@ -230,7 +236,7 @@ class _Measurement:
         for node in self.graph.order:
             if tops.get(node, -1) > self.main.exit:
                 handles.append(node.register_prehook(self._renormalise(tops[node], node)))
-            elif node in self.trace.made and self.trace.made[node].shape:
+            elif node in self.trace.made and self.trace.made[node].shape is not None:
                 handles.append(node.register_prehook(self._read(node)))
         try:
             found = torch.autograd.grad(self.value, wanted, allow_unused=True)
@@ -289,9 +295,7 @@ class _Measurement:
                 )
                 for i, (a, b) in splits.items()
             },
-            ledgers={
-                depth - i: steps for i, s in enumerate(segments[:-1]) if (steps := self._ledger(i, s))
-            },
+            ledgers={depth - i: steps for i, s in enumerate(segments[:-1]) if (steps := self._ledger(i, s))},
             activations=tuple(
                 self._activation(a, [read[i] for i in values])
                 for a, values in zip(self.trace.activations, activations, strict=True)
@@ -313,7 +317,9 @@ class _Measurement:
                 for call, values in zip(self.trace.losses, losses, strict=True)
             ),
             outputs=tuple(
-                step_site(self.trace.made[n]) for n in dict.fromkeys(self.trace.results) if n in self.trace.made
+                step_site(self.trace.made[n])
+                for n in dict.fromkeys(self.trace.results)
+                if n in self.trace.made
             ),
             towers=tuple(
                 Flow(
@@ -322,7 +328,6 @@ class _Measurement:
                     layers=sum(s.weighted for s in other.segments[other.exit : -1]),
                 )
                 for other in self.others
-                if _adds(other, self.main)
             ),
             inputs={name: _four([read[i] for i in values]) for name, values in inputs.items()},
             nonfinite=self._nonfinite(),
@@ -449,13 +454,26 @@ class _Measurement:
         """Facts of a loss call, with the operation that made its input."""
         node = call.input_node
         while node is not None and node in self.trace.made and self.trace.made[node].call.kind == "reshape":
-            node = next((child for child in self.graph.children.get(node, []) if child in self.trace.made), None)
+            node = next(
+                (child for child in self.graph.children.get(node, []) if child in self.trace.made), None
+            )
         source = self.trace.made[node].call.operation if node in self.trace.made else ""
         site = step_site(self.trace.made[call.node])
         low, high, error, spread, target_low, target_high = values
         rows, width = call.shape
         return LossCall(
-            site, call.function, source, width, rows, low, high, error, spread, target_low, target_high, call.target
+            site,
+            call.function,
+            source,
+            width,
+            rows,
+            low,
+            high,
+            error,
+            spread,
+            target_low,
+            target_high,
+            call.target,
         )
 
     def _nonfinite(self) -> NonFinite | None:
@@ -494,7 +512,7 @@ class _Measurement:
 
     def _made_nonfinite(self, phase: str, node: Node, value: float) -> NonFinite:
         made = self.trace.made[node]
-        elements = math.prod(made.shape)
+        elements = math.prod(made.shape or ())
         return NonFinite(phase, step_site(made), int(math.isnan(value)), int(math.isinf(value)), elements)
 
     def _unexamined(self) -> dict[str, str]:
@@ -504,6 +522,11 @@ class _Measurement:
             found["reentrant checkpoint"] = (
                 f"{len(hidden)} block(s) run by checkpoint(use_reentrant=True) hide their inside; "
                 "use_reentrant=False shows it"
+            )
+        fused = [s.site.name for s in self.main.segments if s.site.kind == "recurrent"]
+        if fused:
+            found["time"] = (
+                f"{', '.join(fused)}: one fused kernel; its inside, layer by layer and step by step, is not seen"
             )
         return found
 

@@ -11,8 +11,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from torch.autograd.graph import Node
 
-    from isograd.trace import Call
-
 
 @dataclass(frozen=True, slots=True)
 class ActivationFunction:
@@ -83,7 +81,7 @@ _KINDS = {
     "index_select gather unfold fold T mT rot90 alias numpy_T ravel broadcast_to",
 }
 _KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names.split()}
-_KIND_OF |= {name: "activation" for name in ACTIVATIONS} | {name: "loss" for name in LOSSES}
+_KIND_OF |= dict.fromkeys(ACTIVATIONS, "activation") | dict.fromkeys(LOSSES, "loss")
 
 # Nodes that carry a tensor on without computing: they fold into their neighbour.
 _TRIVIAL_NODES = set(
@@ -91,6 +89,7 @@ _TRIVIAL_NODES = set(
     "reshape_alias detach unflatten flatten copy_slices copy_backwards mkldnn_reshape unsafe_split split "
     "split_with_sizes unbind cat stack repeat index roll flip constant_pad_nd tbackward".split()
 )
+
 
 def operation_of(node: Node) -> str:
     """`addmm` for AddmmBackward0, `copy_slices` for CopySlices; a custom Function keeps its own name."""
@@ -108,7 +107,9 @@ def is_trivial(operation: str) -> bool:
 
 def kind_of_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], parameters: set[int]) -> str:
     """Kind of a torch call by its name and, for products, by what it multiplies."""
-    kind = _KIND_OF.get(name) or _KIND_OF.get(name.rstrip("_")) or _KIND_OF.get(name.strip("_"), "elementwise")
+    kind = (
+        _KIND_OF.get(name) or _KIND_OF.get(name.rstrip("_")) or _KIND_OF.get(name.strip("_"), "elementwise")
+    )
     if kind == "linear" and name not in ("linear", "bilinear"):
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         if not any(_of_parameters(t, parameters) for t in tensors):

@@ -23,7 +23,7 @@ from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from isograd.operations import ACTIVATIONS, LOSSES, WEIGHTED, kind_of_call, operation_of
+from isograd.operations import ACTIVATIONS, LOSSES, WEIGHTED, kind_of_call
 
 TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
 LARGEST_SAMPLE = 500_000
@@ -87,7 +87,8 @@ class Made:
     """What is known of one autograd node."""
 
     call: Call
-    shape: tuple[int, ...] = ()
+    shape: tuple[int, ...] | None = None
+    """None: not the result of its call, but a step towards it."""
     dtype: str = ""
     rms: Tensor | None = None
 
@@ -176,7 +177,7 @@ class Trace(TorchFunctionMode):
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if not self._stack:
             return
-        name, _, leaf = self._stack[-1]
+        name = self._stack[-1][0]
         for tensor in pytree.tree_leaves(output) if output is not None else ():
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
                 if tensor.grad_fn not in self.made:  # made outside of any torch function: a custom Function
@@ -226,6 +227,8 @@ class Trace(TorchFunctionMode):
         if torch._C._functorch.peek_interpreter_stack() is not None:  # inside vmap or torch.func
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
+        if name == "__set__" and func == Tensor.requires_grad.__set__ and args[1] and not args[0].is_leaf:
+            return None  # some models switch their input's gradient on; it is on already
         if name in ("__get__", "__set__", "size", "dim", "numel", "__len__", "is_floating_point"):
             return func(*args, **kwargs)
         activation = ACTIVATIONS.get(name.rstrip("_")) if args and isinstance(args[0], Tensor) else None
@@ -281,7 +284,7 @@ class Trace(TorchFunctionMode):
             self.made[node] = Made(call)
             stack.extend(n for n, _ in node.next_functions if n is not None and not hasattr(n, "variable"))
         made = self.made[top]
-        if made.shape:  # a later output of the same node, or a result passed on unchanged
+        if made.shape is not None:  # a later output of the same node, or a result passed on unchanged
             return
         made.shape, made.dtype = tuple(tensor.shape), _name(tensor.dtype)
         if tensor.numel() and tensor.is_floating_point() and call.kind != "reshape":

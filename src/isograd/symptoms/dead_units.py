@@ -42,12 +42,18 @@ def examine(flow: Flow) -> Iterator[Outcome]:
     """Share of dead units of every activation that a whole segment or branch passes through."""
     seen = [a for a in flow.activations if a.bottleneck and a.samples >= SAMPLES]
     if not seen:
-        why = f"fewer than {SAMPLES} samples" if any(a.bottleneck for a in flow.activations) else "no activation function"
+        why = (
+            f"fewer than {SAMPLES} samples"
+            if any(a.bottleneck for a in flow.activations)
+            else "no activation function"
+        )
         yield Unexamined(f"{why} on the backbone")
         return
     worst = max(seen, key=lambda a: a.dead)
     if worst.dead < WARNING:
-        yield Healthy(f"at most {worst.dead:.0%} of a layer's units are dead ({len(seen)} activations, an error from {ERROR:.0%})")
+        yield Healthy(
+            f"at most {worst.dead:.0%} of a layer's units are dead ({len(seen)} activations, an error from {ERROR:.0%})"
+        )
         return
     sick = [a for a in seen if a.dead >= WARNING]
     yield Finding(
@@ -58,6 +64,12 @@ def examine(flow: Flow) -> Iterator[Outcome]:
         f"{len(sick)} of {len(seen)} activations have more than {WARNING:.0%}",
         cause="pre-activations lie below zero for every sample",
         sites=tuple(a.site.place for a in sick[:3]),
-        evidence={"dead": worst.dead, "threshold": ERROR, "samples": worst.samples, "layers": len(sick), "cause": "dead-units"},
+        evidence={
+            "dead": worst.dead,
+            "threshold": ERROR,
+            "samples": worst.samples,
+            "layers": len(sick),
+            "cause": "dead-units",
+        },
         remedies=("zero-biases", "leaky-activation", "standardise-input"),
     )

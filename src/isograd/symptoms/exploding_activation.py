@@ -41,6 +41,9 @@ ERROR = 3.0
 
 def examine(flow: Flow) -> Iterator[Outcome]:
     """Forward growth over the hidden sites."""
+    if flow.failure is not None or not math.isfinite(flow.loss):
+        yield Unexamined("the loss is not finite or the backward failed")
+        return
     rms = flow.column("activation_rms")[flow.hidden]
     rms = rms[~rms.isnan() & (rms > 0)]
     if len(rms) < 3 or not math.isfinite(float(rms[-1])):

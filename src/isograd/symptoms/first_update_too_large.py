@@ -49,7 +49,9 @@ def examine(flow: Flow) -> Iterator[Outcome]:
     largest = max(matrices, key=lambda p: p.first_update, default=None)
     ratio = largest.first_update if largest is not None else 0.0
     if flow.first_step < PROMISE and ratio < RATIO:
-        yield Healthy(f"the first step promises {flow.first_step:.2g} of the loss, updates up to {ratio:.2g} of a weight matrix")
+        yield Healthy(
+            f"the first step promises {flow.first_step:.2g} of the loss, updates up to {ratio:.2g} of a weight matrix"
+        )
         return
     yield Finding(
         CODE,
@@ -59,6 +61,11 @@ def examine(flow: Flow) -> Iterator[Outcome]:
         f"{largest.name if largest is not None else 'the weights'} by {ratio:.2g} of its size",
         cause="the learning rate is too large for the first step: all layers move at once",
         sites=tuple(p.name for p in sorted(matrices, key=lambda p: -p.first_update)[:3]),
-        evidence={"promise": flow.first_step, "threshold": PROMISE, "largest_ratio": ratio, "ratio_threshold": RATIO},
+        evidence={
+            "promise": flow.first_step,
+            "threshold": PROMISE,
+            "largest_ratio": ratio,
+            "ratio_threshold": RATIO,
+        },
         remedies=("warm-up", "lower-learning-rate"),
     )

@@ -38,17 +38,23 @@ BEHIND = 1e-2
 def examine(flow: Flow) -> Iterator[Outcome]:
     """Update ratios of the early weight matrices against the median."""
     matrices = [
-        p for p in flow.parameters if len(p.shape) > 1 and not math.isnan(p.first_update) and not math.isnan(p.depth)
+        p
+        for p in flow.parameters
+        if len(p.shape) > 1 and not math.isnan(p.first_update) and not math.isnan(p.depth)
     ]
     if len(matrices) < 4:
         yield Unexamined("needs the optimizer and at least four weight matrices")
         return
     middle = median(p.first_update for p in matrices)
-    edge = min(p.depth for p in matrices) + (max(p.depth for p in matrices) - min(p.depth for p in matrices)) / 3
+    edge = (
+        min(p.depth for p in matrices) + (max(p.depth for p in matrices) - min(p.depth for p in matrices)) / 3
+    )
     early = [p for p in matrices if p.depth <= edge and p.grad_norm_log10 != -math.inf]
     slow = [p for p in early if p.first_update < BEHIND * middle]
     if not early or len(slow) < len(early) / 2 or not middle > 0:
-        yield Healthy(f"early weight matrices move by {_said(early)} of their size, the median by {middle:.1e}")
+        yield Healthy(
+            f"early weight matrices move by {_said(early)} of their size, the median by {middle:.1e}"
+        )
         return
     yield Finding(
         CODE,

@@ -59,7 +59,9 @@ def examine(flow: Flow) -> Iterator[Outcome]:
         Severity.ERROR if alone else Severity.INFO,
         f"the gradient underflows {site.dtype} at {len(under)} of {len(lost)} sites: its rms of 1e{rms:.0f} at "
         f"{site.name} is below the smallest number, 1e{smallest:.0f}",
-        cause=f"{site.dtype} without loss scaling" if alone else "the gradient vanished before it underflowed",
+        cause=f"{site.dtype} without loss scaling"
+        if alone
+        else "the gradient vanished before it underflowed",
         sites=tuple(s.place for s, *_ in under[-3:]),
         evidence={"rms_log10": rms, "smallest_log10": smallest, "sites": len(under), "cause": "precision"},
         remedies=("loss-scale", "bfloat16"),
@@ -68,5 +70,11 @@ def examine(flow: Flow) -> Iterator[Outcome]:
 
 def _smallest(dtype: str) -> float:
     """log10 of the smallest positive (subnormal) number of a format."""
-    info = torch.finfo(getattr(torch, dtype)) if dtype in ("float16", "bfloat16", "float32", "float64") else None
-    return math.log10(info.smallest_normal * info.eps) if info is not None and info.smallest_normal * info.eps else -323.0
+    info = (
+        torch.finfo(getattr(torch, dtype)) if dtype in ("float16", "bfloat16", "float32", "float64") else None
+    )
+    return (
+        math.log10(info.smallest_normal * info.eps)
+        if info is not None and info.smallest_normal * info.eps
+        else -323.0
+    )

@@ -89,26 +89,31 @@ def examine(flow: Flow) -> Iterator[Outcome]:
 
 def _misfit(call: LossCall) -> tuple[str, str, str] | None:
     """What is wrong between this loss and its input: message, cause, remedy."""
-    if call.function == "cross_entropy" and call.width == 1 or call.source == "softmax" and call.width == 1:
+    if (call.function == "cross_entropy" and call.width == 1) or (
+        call.source == "softmax" and call.width == 1
+    ):
         return (
             "softmax over one unit is always 1, so that the loss is constant and its gradient exactly zero",
             "one output unit where each class needs its own",
             "use one unit with binary_cross_entropy_with_logits, or one unit per class",
         )
     probabilities = call.input_min >= 0 and call.input_max <= 1 and call.row_sum_error < 1e-3
-    if call.function == "cross_entropy" and (call.source == "softmax" or probabilities and call.width > 1):
+    if call.function == "cross_entropy" and (call.source == "softmax" or (probabilities and call.width > 1)):
         return (
             "cross_entropy applies log_softmax itself, but is given probabilities: softmax acts twice",
             "a softmax before a loss that expects logits flattens its gradient",
             "pass logits: remove the softmax",
         )
-    if call.function in ("cross_entropy", "binary_cross_entropy_with_logits") and call.source in ("sigmoid", "relu"):
+    if call.function in ("cross_entropy", "binary_cross_entropy_with_logits") and call.source in (
+        "sigmoid",
+        "relu",
+    ):
         return (
             f"{call.function} expects logits, but is given the output of {call.source}",
             f"a {call.source} before a loss that applies its own function",
             f"pass logits: remove the {call.source}",
         )
-    if call.function == "nll_loss" and (call.source == "softmax" or probabilities and call.width > 1):
+    if call.function == "nll_loss" and (call.source == "softmax" or (probabilities and call.width > 1)):
         return (
             "nll_loss expects log-probabilities, but is given probabilities",
             "a softmax where log_softmax is expected",
@@ -137,16 +142,23 @@ def _at_output(flow: Flow) -> Outcome:
     cost = float(flow.column("decades")[top])
     site = flow.sites[top]
     ends = site.kind in ("softmax", "activation")
-    if log == -math.inf or ends and cost == -math.inf:
+    if log == -math.inf or (ends and cost == -math.inf):
         one = site.operation in ("softmax", "log_softmax") and site.shape[-1:] == (1,)
         return Finding(
             CODE,
             NAME,
             Severity.ERROR,
             f"the gradient at the model's output ({site.place}) is exactly zero: nothing can learn",
-            cause="softmax over one unit is constant" if one else "the loss is flat where the output stands (clipped or saturated)",
+            cause="softmax over one unit is constant"
+            if one
+            else "the loss is flat where the output stands (clipped or saturated)",
             sites=(site.place,),
-            evidence={"grad_norm_log10": log, "output": site.operation, "width": (site.shape or (1,))[-1], "cause": "head"},
+            evidence={
+                "grad_norm_log10": log,
+                "output": site.operation,
+                "width": (site.shape or (1,))[-1],
+                "cause": "head",
+            },
             remedies=("one unit per class, or a sigmoid for one unit" if one else "pass logits to the loss",),
         )
     if ends and cost < SATURATED:

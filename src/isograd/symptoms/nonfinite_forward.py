@@ -41,7 +41,9 @@ def examine(flow: Flow) -> Iterator[Outcome]:
     made = flow.nonfinite
     value = "NaN" if math.isnan(flow.loss) else "infinite"
     if made is None or made.phase != "forward":
-        yield Finding(CODE, NAME, Severity.ERROR, f"the loss is {value}; the operation that made it was not seen")
+        yield Finding(
+            CODE, NAME, Severity.ERROR, f"the loss is {value}; the operation that made it was not seen"
+        )
         return
     what = "NaN" if made.nan else "Inf"
     yield Finding(
@@ -51,6 +53,11 @@ def examine(flow: Flow) -> Iterator[Outcome]:
         f"the loss is {value}; {made.site.place} is the first operation with a {what} in its output",
         cause=f"{made.site.operation} made a {what} out of finite values",
         sites=(made.site.place,),
-        evidence={"operation": made.site.operation, "phase": "forward", "source": made.site.source, "loss": str(flow.loss)},
+        evidence={
+            "operation": made.site.operation,
+            "phase": "forward",
+            "source": made.site.source,
+            "loss": str(flow.loss),
+        },
         remedies=("safe-loss", "critical-initialisation", "loss-scale"),
     )

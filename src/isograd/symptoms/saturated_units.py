@@ -42,7 +42,9 @@ def examine(flow: Flow) -> Iterator[Outcome]:
         return
     worst = max(seen, key=lambda a: a.saturated)
     if worst.saturated < WARNING:
-        yield Healthy(f"at most {worst.saturated:.0%} of a layer's elements are saturated ({len(seen)} activations)")
+        yield Healthy(
+            f"at most {worst.saturated:.0%} of a layer's elements are saturated ({len(seen)} activations)"
+        )
         return
     sick = [a for a in seen if a.saturated >= WARNING]
     yield Finding(
@@ -53,6 +55,10 @@ def examine(flow: Flow) -> Iterator[Outcome]:
         f"{len(sick)} of {len(seen)} activations are by more than {WARNING:.0%}",
         cause="pre-activations are too large for the activation",
         sites=tuple(a.site.place for a in sick[:3]),
-        evidence={"saturated": worst.saturated, "mean_derivative": worst.mean_derivative, "threshold": WARNING},
+        evidence={
+            "saturated": worst.saturated,
+            "mean_derivative": worst.mean_derivative,
+            "threshold": WARNING,
+        },
         remedies=("critical-initialisation", "standardise-input", "insert-normalisation"),
     )

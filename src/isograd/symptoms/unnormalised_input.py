@@ -43,7 +43,7 @@ def examine(flow: Flow) -> Iterator[Outcome]:
     name, (mean, rms, std, largest) = max(flow.inputs.items(), key=lambda item: item[1][1])
     first = flow.column("activation_rms")[1:4]
     carried = float(first[~first.isnan()].max()) if (~first.isnan()).any() else 0.0
-    if rms < WARNING or carried < SIGNAL and "normalisation" in [s.kind for s in flow.sites[1:4]]:
+    if rms < WARNING or (carried < SIGNAL and "normalisation" in [s.kind for s in flow.sites[1:4]]):
         yield Healthy(f"input {name}: mean {mean:.2g}, standard deviation {std:.2g}")
         return
     yield Finding(

@@ -85,7 +85,12 @@ def _along(flow: Flow) -> Iterator[Outcome]:
             "finite_width_spread": flow.spread,
             "from_to": where,
         },
-        remedies=("critical-initialisation", "exchange-activation", "insert-normalisation", "insert-residual"),
+        remedies=(
+            "critical-initialisation",
+            "exchange-activation",
+            "insert-normalisation",
+            "insert-residual",
+        ),
     )
 
 
