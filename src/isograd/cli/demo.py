@@ -37,4 +37,4 @@ def demo() -> None:
         ("isograd check net.py:build", "your own: a function that returns (model, loss)"),
         ("isograd check net.py:Net --input 32,64", "or a bare module and the shape of its input"),
     ):
-        console.print(f"  {command:<42}{words}")
+        console.print(f"  {command:<42}{words}", soft_wrap=True)

@@ -40,11 +40,16 @@ class TargetError(click.ClickException):
         return "\n".join(parts)
 
 
+FROM_DATA = (RuntimeError, TypeError, ValueError, IndexError)
+"""What torch raises when data does not fit: for these it makes sense to offer other data."""
+
+
 @contextmanager
-def users_code(what: str, *, type_: str = "") -> Iterator[None]:
+def users_code(what: str, *, why: str = "", type_: str = "") -> Iterator[None]:
     """Run code of the user's: what it raises becomes a `TargetError`, what it prints goes to stderr.
 
-    Standard output belongs to the report: a `print` in a forward must not end up inside the JSON.
+    `type_` is offered where the data may be to blame. Standard output belongs to the report: a `print` in
+    a forward must not end up inside the JSON.
     """
     try:
         with redirect_stdout(sys.stderr):
@@ -55,7 +60,8 @@ def users_code(what: str, *, type_: str = "") -> Iterator[None]:
         why = "it called sys.exit: put what should only run as a script below `if __name__ == '__main__':`"
         raise TargetError(what, why=why, cause=error) from None
     except Exception as error:
-        raise TargetError(what, type_=type_, cause=error) from None
+        type_ = type_ if isinstance(error, FROM_DATA) else ""
+        raise TargetError(what, why=why, type_=type_, cause=error) from None
 
 
 def users_traceback(error: BaseException) -> str:

@@ -54,14 +54,16 @@ def load(text: str, inputs: Sequence[InputSpec] = (), *, seed: int = 0) -> Targe
     match made:
         case nn.Module():
             return _bare(text, made, inputs, seed)
-        case (nn.Module() as model, nn.Module()):
-            why = f"the second of the pair is a module: which data would it see? Return {FORMS}"
-            raise TargetError(f"{text} returned two modules", why=why)
         case (nn.Module() as model, second):
-            _refuse(text, inputs)
+            if inputs:
+                raise TargetError(
+                    f"{text} brings its own data", why="--input describes that of a bare module"
+                )
             if callable(second) and not isinstance(second, Mapping | Tensor):
-                return Target(text, model, _guarded(text, cast(losses.Loss, second), ""))
-            return Target(text, model, _guarded(text, losses.of_batch(second, seed), _batch_hint(second)))
+                _check_loss(text, second)
+                return Target(text, model, _guarded(text, cast(losses.Loss, second)))
+            hint = _batch_hint(second)
+            return Target(text, model, _guarded(text, losses.of_batch(second, seed), type_=hint))
         case _:
             raise TargetError(f"{text} returned {_described(made)}", why=f"it must return {FORMS}")
 
@@ -130,7 +132,11 @@ def _import_file(path: Path) -> ModuleType:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses and pickle look their module up by name
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
     return module
 
 
@@ -196,19 +202,24 @@ def _bare(text: str, model: nn.Module, inputs: Sequence[InputSpec], seed: int) -
         )
     with users_code(f"the input for {text} could not be made"):
         args, kwargs = losses.random_inputs(model, inputs, seed)
-    seen = "".join(f" --input {spec}" for spec in inputs)
-    hint = f"isograd check {text} {suggestion(model)}\nthe input was{seen}"
-    return Target(text, model, _guarded(text, losses.of_call(args, kwargs, seed), hint))
+    why = f"the data was {' '.join(f'--input {spec}' for spec in inputs)}"
+    type_ = f"isograd check {text} {suggestion(model)}"
+    return Target(text, model, _guarded(text, losses.of_call(args, kwargs, seed), why=why, type_=type_))
 
 
-def _refuse(text: str, inputs: Sequence[InputSpec]) -> None:
-    if inputs:
-        raise TargetError(f"{text} brings its own data", why="--input describes the data of a bare module")
+def _check_loss(text: str, loss: Callable[..., Any]) -> None:
+    """A criterion of (output, target) is not yet a loss: it knows no data."""
+    if isinstance(loss, nn.Module) or len(_required(loss)) > 1:
+        raise TargetError(
+            f"{text} returned {_described(loss)} as its loss",
+            why="the loss is called as loss(model), and brings the data itself",
+            type_="return model, lambda m: criterion(m(x), y)",
+        )
 
 
-def _guarded(text: str, loss: losses.Loss, hint: str) -> losses.Loss:
+def _guarded(text: str, loss: losses.Loss, *, why: str = "", type_: str = "") -> losses.Loss:
     def guarded(model: nn.Module) -> Tensor:
-        with users_code(f"{text} raised in the forward pass", type_=hint):
+        with users_code(f"{text} raised in the forward pass", why=why, type_=type_):
             return loss(model)
 
     return guarded

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from isograd.diagnosis import Diagnosis, Finding, Severity
 from isograd.render.places import places
+from isograd.render.remedies import in_words
 
 LEVELS = {Severity.ERROR: "error", Severity.WARNING: "warning", Severity.INFO: "notice"}
 
@@ -17,7 +18,7 @@ def _annotation(diagnosis: Diagnosis, finding: Finding) -> str:
     properties = {"title": f"{finding.code} {finding.name}"}
     for place in places(diagnosis, finding)[:1]:
         properties = {"file": place.path, "line": str(place.line)} | properties
-    said = [finding.message, finding.cause, *(f"try: {remedy}" for remedy in finding.remedies)]
+    said = [finding.message, finding.cause, *(f"try: {in_words(remedy)}" for remedy in finding.remedies)]
     message = _escaped("\n".join(part for part in said if part))
     named = ",".join(f"{name}={_property(value)}" for name, value in properties.items())
     return f"::{LEVELS[finding.severity]} {named}::{message}"

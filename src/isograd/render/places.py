@@ -26,7 +26,8 @@ class Place:
 
 def places(diagnosis: Diagnosis, finding: Finding) -> list[Place]:
     """The distinct source lines of a finding's sites; the target's file where none is known."""
-    sources = {site.name: site.source for site in _sites(diagnosis.flow)}
+    known = list(_sites(diagnosis.flow))
+    sources = {name: site.source for site in known for name in (site.name, site.place)}
     named = [(name, sources.get(name, "")) for name in finding.sites]
     named.append(("", str(finding.evidence.get("source", ""))))
     found: dict[tuple[str, int], Place] = {}

@@ -11,6 +11,7 @@ import msgspec
 import isograd
 from isograd.diagnosis import Diagnosis, Finding, Severity
 from isograd.render.places import Place, places
+from isograd.render.remedies import in_words
 
 SCHEMA = "https://docs.oasis-open.org/sarif/sarif/v2.1.0/errata01/os/schemas/sarif-schema-2.1.0.json"
 LEVELS = {Severity.ERROR: "error", Severity.WARNING: "warning", Severity.INFO: "note"}
@@ -43,7 +44,7 @@ def _rule(code: str, name: str) -> dict[str, Any]:
 
 
 def _result(diagnosis: Diagnosis, finding: Finding, rules: list[str]) -> dict[str, Any]:
-    said = [finding.message, finding.cause, *(f"try: {remedy}" for remedy in finding.remedies)]
+    said = [finding.message, finding.cause, *(f"try: {in_words(remedy)}" for remedy in finding.remedies)]
     found = places(diagnosis, finding)
     return {
         "ruleId": finding.code,

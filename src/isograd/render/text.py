@@ -7,6 +7,7 @@ built from `Text` pieces and never from markup, so `[brackets]` in a module's na
 from __future__ import annotations
 
 import math
+import re
 import textwrap
 
 from rich.text import Text
@@ -15,6 +16,7 @@ from isograd.diagnosis import Diagnosis, Effect, Finding, Severity
 from isograd.flow import Flow
 from isograd.pages import pages
 from isograd.render import numbers
+from isograd.render.remedies import in_words
 from isograd.render.tree import Row, rows
 
 WIDTH = 100
@@ -57,7 +59,8 @@ def _summary(flow: Flow) -> str:
         return ""
     said = f"{numbers.decades(flow.decades)} decades from the output to the input"
     if flow.layers and math.isfinite(flow.sigma):
-        said += f", {flow.layers} layers, sigma {numbers.signal(flow.sigma)} per layer"
+        layers = "1 layer" if flow.layers == 1 else f"{flow.layers} layers"
+        said += f", {layers}, sigma {numbers.signal(flow.sigma)} per layer"
     return said
 
 
@@ -69,16 +72,16 @@ def _finding(finding: Finding, width: int) -> Text:
     beside = text.cell_len + 2 + len(where) <= width
     if where and beside:
         text.append(f"  {where}")
-    _paragraph(text, "", finding.message, width)
+    _paragraph(text, "", _true_minus(finding.message), width)
     _paragraph(text, "where", "" if beside else where, width)
-    _paragraph(text, "cause", finding.cause, width)
+    _paragraph(text, "cause", _true_minus(finding.cause), width)
     for effect in finding.effects[:MOST_EFFECTS]:
         _paragraph(text, "tested", _effect(effect), width)
     if finding.evidence:
         said = " · ".join(f"{name} {numbers.value(value)}" for name, value in finding.evidence.items())
         _paragraph(text, "evidence", said, width, "dim")
     for remedy in finding.remedies:
-        _paragraph(text, "try", remedy, width)
+        _paragraph(text, "try", in_words(remedy), width)
     _paragraph(text, "more", f"isograd explain {finding.code}", width, "dim")
     return text
 
@@ -97,6 +100,11 @@ def _effect(effect: Effect) -> str:
         back = numbers.decades(effect.given_back)
         said = f"{effect.intervention}: {before} to {after} decades, gives back {back}"
     return f"{said} ({effect.note})" if effect.note else said
+
+
+def _true_minus(words: str) -> str:
+    """`−3.1 decades` for `-3.1 decades`; the hyphens of names, ranges and `1e-3` stay."""
+    return re.sub(r"(?<![\w.-])-(?=\d)", "−", words)
 
 
 def _paragraph(text: Text, label: str, words: str, width: int, style: str = "") -> None:
@@ -155,14 +163,17 @@ def _range(values: list[str]) -> str:
 
 def _footer(diagnosis: Diagnosis, width: int) -> Text | None:
     """What was examined and found well, what could not be examined, and what the measurement has to say."""
+    well = _entries(diagnosis.healthy)
+    if diagnosis.findings:  # what is wrong comes first; the evidence of the rest is in the JSON
+        well = [", ".join(_named(code) for code in diagnosis.healthy)] if diagnosis.healthy else []
     text = Text()
     for label, entries, style in (
-        ("healthy", _entries(diagnosis.healthy), "green"),
+        ("healthy", well, "green"),
         ("not examined", _entries(diagnosis.unexamined | diagnosis.flow.unexamined), "yellow"),
         ("note", list(diagnosis.flow.notes), "dim"),
     ):
         for i, entry in enumerate(entries):
-            for j, line in enumerate(_wrapped(entry, width - 14)):
+            for j, line in enumerate(_wrapped(_true_minus(entry), width - 14)):
                 text.append(f"{label if i == j == 0 else '':<14}", style)
                 text.append(f"{line}\n")
     text.rstrip()
@@ -170,6 +181,9 @@ def _footer(diagnosis: Diagnosis, width: int) -> Text | None:
 
 
 def _entries(reasons: dict[str, str]) -> list[str]:
-    """`VG101 vanishing-gradient: why`; what is not a code stands for itself."""
-    names = {page.code: f"{page.code} {page.name}" for page in pages()}
-    return [f"{names.get(subject, subject)}: {words}" for subject, words in reasons.items()]
+    return [f"{_named(subject)}: {words}" for subject, words in reasons.items()]
+
+
+def _named(subject: str) -> str:
+    """`VG101 vanishing-gradient`; a subject that is not a code stands for itself."""
+    return next((f"{page.code} {page.name}" for page in pages() if page.code == subject), subject)

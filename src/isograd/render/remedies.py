@@ -1,0 +1,32 @@
+"""What each remedy is, in words that a user can act on."""
+
+from __future__ import annotations
+
+WORDS = {
+    "avoid-in-place": "replace the in-place operation by its plain form: x = x + y for x += y",
+    "bfloat16": "train in bfloat16, which has the range of float32",
+    "clip-gradients": "clip the gradient norm: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)",
+    "critical-initialisation": "draw the weights at the critical gain of the activation: "
+    "nn.init.orthogonal_(layer.weight, gain)",
+    "exchange-activation": "put ReLU, GELU or SiLU in place of the saturating activation",
+    "insert-normalisation": "put nn.LayerNorm (or nn.BatchNorm2d after convolutions) before each activation",
+    "insert-residual": "add skip connections: x + f(x) around layers that keep their width",
+    "leaky-activation": "put nn.LeakyReLU or nn.GELU in place of ReLU: no unit is then off for good",
+    "loss-scale": "scale the loss in half precision: torch.amp.GradScaler",
+    "lower-learning-rate": "lower the learning rate",
+    "reset-norm-epsilon": "set the normalisation's eps back to its default, 1e-5",
+    "reset-norm-gain": "start the normalisation's weights at 1: nn.init.ones_(norm.weight)",
+    "safe-derivative": "keep off the point where the derivative is infinite: sqrt(x + eps), x.clamp(min=eps)",
+    "safe-loss": "pass logits to a loss that works in log space: cross_entropy, "
+    "binary_cross_entropy_with_logits",
+    "scale-residual-branches": "scale the last weights of each residual branch by 1/sqrt(number of blocks)",
+    "standardise-input": "standardise the input: (x - mean) / std of each feature over the training set",
+    "use-or-freeze": "use the parameter in the forward, or freeze it: parameter.requires_grad_(False)",
+    "warm-up": "raise the learning rate from near zero over the first steps",
+    "zero-biases": "start the biases at 0: nn.init.zeros_(layer.bias)",
+}
+
+
+def in_words(remedy: str) -> str:
+    """`warm-up: raise the learning rate …`; a remedy that is a sentence already stays as it is."""
+    return f"{remedy}: {WORDS[remedy]}" if remedy in WORDS else remedy
