@@ -1,0 +1,66 @@
+"""What the numbers should be: mean-field theory of signals and gradients in deep networks at initialisation."""
+
+from isograd.theory.blocks import (
+    Averaging,
+    BatchNorm,
+    Dropout,
+    Elementwise,
+    LayerNorm,
+    Linear,
+    Residual,
+    RMSNorm,
+    batch_norm_gain,
+    causal_share,
+    post_norm,
+    pre_norm,
+    spread,
+)
+from isograd.theory.chain import Expected, Operation, Response, Signal, expected, propagate
+from isograd.theory.law import Extrapolation, Law, law
+from isograd.theory.mean_field import (
+    Critical,
+    FixedPoint,
+    chi,
+    critical,
+    depth_scale,
+    fixed_point,
+    gain,
+    moments,
+)
+from isograd.theory.quadrature import NAMES, Moments, Phi
+
+__all__ = [
+    "NAMES",
+    "Averaging",
+    "BatchNorm",
+    "Critical",
+    "Dropout",
+    "Elementwise",
+    "Expected",
+    "Extrapolation",
+    "FixedPoint",
+    "Law",
+    "LayerNorm",
+    "Linear",
+    "Moments",
+    "Operation",
+    "Phi",
+    "RMSNorm",
+    "Residual",
+    "Response",
+    "Signal",
+    "batch_norm_gain",
+    "causal_share",
+    "chi",
+    "critical",
+    "depth_scale",
+    "expected",
+    "fixed_point",
+    "gain",
+    "law",
+    "moments",
+    "post_norm",
+    "pre_norm",
+    "propagate",
+    "spread",
+]
