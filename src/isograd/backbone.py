@@ -137,8 +137,8 @@ def sinks(graph: Graph, trace: Trace) -> list[Node]:
     ordered = [node for *_, node in sorted(found, key=lambda f: f[:3], reverse=True)]
     if trace.made[ordered[0]].call.kind == "input":
         first = _first_layer(graph, trace)
-        # A model that scales its output by statistics of its input passes gradient by all layers.
-        if first is not None and _layers(graph, trace, first) > _layers(graph, trace, ordered[0]):
+        # A model that scales its output by statistics of its input passes gradient around all its layers.
+        if first is not None and _layers(graph, trace, first) > 2 * _layers(graph, trace, ordered[0]) + 1:
             ordered.insert(0, first)
     return ordered
 

@@ -61,7 +61,7 @@ def explained(diagnosis: Diagnosis, model: nn.Module, loss: Loss) -> Diagnosis:
         note = "" if not math.isnan(given) else "could not be tested on a copy"
         effects.append(Effect(change.change, change.cause, before, after[change.cause], given, note))
     if "activation" in after:
-        effects = _shared(effects, before, _try(_both(diagnosis.flow), model, loss))
+        effects = _shared(effects, _try(_both(diagnosis.flow), model, loss))
     told = {id(f): _told(f, tuple(effects), before) for f in depth}
     return replace(diagnosis, findings=tuple(told.get(id(f), f) for f in diagnosis.findings))
 
@@ -101,22 +101,17 @@ def _try(intervention: Intervention, model: nn.Module, loss: Loss) -> float:
     return distance(flow)
 
 
-def _shared(effects: list[Effect], before: float, together: float) -> list[Effect]:
-    """Activation and initialisation act together: each gets its average share of what both give back.
-
-    The share is the Shapley value of two players: the mean of what a change gives back when it is made
-    first and when it is made second.
+def _shared(effects: list[Effect], together: float) -> list[Effect]:
+    """Activation and initialisation act together: the initialisation gets what it gives back on its own,
+    at the best gain there is for the activation in use, and the activation what is left of both.
     """
     pair = {e.cause: e for e in effects if e.cause in ("activation", "initialisation")}
-    best = min((e.decades_after for e in pair.values() if not math.isnan(e.decades_after)), default=math.nan)
-    if len(pair) < 2 or not together < best:
+    weights = pair["initialisation"]
+    if len(pair) < 2 or not together < weights.decades_after:
         return effects
-    first, second = pair["activation"], pair["initialisation"]
-    shares: dict[str, float] = {}
-    for mine, other in ((first, second), (second, first)):
-        shares[mine.cause] = ((before - mine.decades_after) + (other.decades_after - together)) / 2
-    note = f"its share of the {before - together:.1f} decades that both give back together"
-    return [replace(e, given_back=shares[e.cause], note=note) if e.cause in shares else e for e in effects]
+    note = f"what remains of {weights.decades_before - together:.1f} decades that both give back together"
+    rest = replace(pair["activation"], given_back=weights.decades_after - together, note=note)
+    return [rest if e.cause == "activation" else e for e in effects]
 
 
 def _told(finding: Finding, effects: tuple[Effect, ...], before: float) -> Finding:
@@ -136,8 +131,8 @@ def _told(finding: Finding, effects: tuple[Effect, ...], before: float) -> Findi
         )
         return replace(finding, cause=why, effects=effects)
     most = max(e.given_back for e in telling)
-    shared = sorted((e for e in telling if e.note), key=lambda e: -e.given_back)
-    if shared and sum(e.given_back for e in shared) >= MOST * most:
+    shared = sorted((e for e in telling if e.cause in ("activation", "initialisation")), key=_given)[::-1]
+    if any(e.note for e in shared) and sum(map(_given, shared)) >= MOST * most:
         causes = shared
     else:
         causes = [next(e for e in telling if e.given_back >= MOST * most)]
@@ -151,6 +146,10 @@ def _told(finding: Finding, effects: tuple[Effect, ...], before: float) -> Findi
         effects=effects,
         remedies=tuple(dict.fromkeys(_REMEDY[e.cause] for e in (*causes, *others))),
     )
+
+
+def _given(effect: Effect) -> float:
+    return effect.given_back
 
 
 def _cost(effect: Effect, before: float) -> str:

@@ -27,7 +27,7 @@ ACTIVATIONS = {
     "hardtanh": ActivationFunction(1.0, bounded=True),
     "hardsigmoid": ActivationFunction(1 / 6, bounded=True),
     "softsign": ActivationFunction(1.0, bounded=True),
-    "relu6": ActivationFunction(1.0),
+    "relu6": ActivationFunction(0.0),
     "softplus": ActivationFunction(0.0),
     "logsigmoid": ActivationFunction(0.0),
     "relu": ActivationFunction(0.0),

@@ -231,6 +231,8 @@ class Trace(TorchFunctionMode):
             return None  # some models switch their input's gradient on; it is on already
         if name in ("__get__", "__set__", "size", "dim", "numel", "__len__", "is_floating_point"):
             return func(*args, **kwargs)
+        if name == "hardtanh" and (kwargs.get("min_val", args[1] if len(args) > 1 else -1.0)) == 0:
+            name = "relu6"  # which calls it, and is flat below zero by design
         activation = ACTIVATIONS.get(name.rstrip("_")) if args and isinstance(args[0], Tensor) else None
         derivative = None
         if activation and args[0].requires_grad and args[0].is_floating_point():
