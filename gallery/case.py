@@ -20,9 +20,13 @@ class Case:
     build: Callable[[], Built]
     """Makes the model and its loss closure; seeded inside, so that every call gives the same pair."""
     verdict: str
-    """'healthy', 'vanishing', 'exploding' or 'broken'."""
+    """'healthy', 'vanishing', 'exploding', 'broken', or 'sick': whatever the verdict, one of `codes` is found."""
     causes: frozenset[str] = frozenset()
     """Cause slugs of which the diagnosis must name one; empty: the cause is not asked for."""
+    codes: frozenset[str] = frozenset()
+    """Codes of which one must be found; empty: any error finding will do."""
+    tolerated: frozenset[str] = frozenset()
+    """Codes that may be reported as errors of a healthy case: true of it, and no gradient fault along depth."""
     truth: str = ""
     """How the verdict was established."""
     residuals: int | None = None

@@ -241,6 +241,18 @@ def deeply_supervised() -> Built:
     return model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), y.repeat_interleave(2))
 
 
+class ClampedRoot(nn.Module):
+    """A root of clamped values: infinite slopes inside the backward that the clamp's mask takes out again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.before, self.after = nn.Linear(64, 64), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.before(x)
+        return self.after(torch.where(hidden > 0, hidden.clamp(min=0).sqrt(), torch.zeros_like(hidden)))
+
+
 def half(make: Make) -> Make:
     return lambda: make().bfloat16()
 
@@ -269,7 +281,7 @@ def handmade() -> tuple[Case, ...]:
         case("zero-initialised branches", zero_branches, digit_batch, 16),
         case("zero-initialised gammas", zero_gamma, pictures(), 9),
         case("zero-initialised head", zero_head, digit_batch, 0),
-        case("low-rank adapters", adapted, digit_batch, 0),
+        case("low-rank adapters", adapted, digit_batch),
         case("frozen body", frozen_backbone, digit_batch, 0),
         case("vgg with batch norm", lambda: vgg((2, 2, 3, 3), 16), pictures(64), 0),
         case("densenet-121", lambda: densenet((6, 12, 24, 16), 16), pictures(64), 0),
@@ -285,6 +297,7 @@ def handmade() -> tuple[Case, ...]:
         case("tanh default, 5 layers", lambda: mlp(nn.Tanh, 5, 128, None), digit_batch, 0),
         case("logistic regression", lambda: nn.Sequential(nn.Linear(64, 10)), digit_batch, 0),
         case("siamese", Siamese, lambda: (digit_batch()[0], torch.arange(64).roll(-1)), 0),
+        case("root of a clamped value", ClampedRoot, digit_batch, 0),
         Case("autoencoder", "plain", autoencoder, "healthy", truth=TRUTH, residuals=0),
         Case("tanh regression", "plain", regression, "healthy", truth=TRUTH, residuals=0),
         Case("deep supervision", "plain", deeply_supervised, "healthy", truth=TRUTH, residuals=0),

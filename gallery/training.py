@@ -48,16 +48,30 @@ class Setting:
 
 ADAMW = tuple(Setting("adamw", lr) for lr in (1e-3, 3e-3, 3e-4, 1e-2, 1e-4))
 SGD = tuple(Setting("sgd", lr) for lr in (0.01, 0.1, 0.001, 1.0))
+SMALL_SGD = tuple(Setting("sgd", lr) for lr in (1e-4, 1e-5))
+"""What an exploding gradient may ask for."""
+
+
+def output(model: nn.Module, x: Tensor) -> Tensor:
+    """What a model answers: its tensor, or the logits of a transformers model."""
+    answer = model(x)
+    return answer if isinstance(answer, Tensor) else answer.logits
 
 
 def cross_entropy(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Cross-entropy of a classifier that returns logits, the classes in the last dimension."""
-    logits = model(x)
+    logits = output(model, x)
     return functional.cross_entropy(logits.flatten(0, -2).float(), y.flatten())
 
 
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    return (model(x).argmax(-1) == y).float().mean().item()
+    """Share of right answers."""
+    return (output(model, x).argmax(-1) == y).float().mean().item()
+
+
+def explained(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """R^2 of a regression, 0 where it is worse than the mean."""
+    return max(0.0, 1 - ((output(model, x) - y).square().mean() / y.var()).item())
 
 
 def digits(batch: int = 64, image: bool = False) -> Task:
@@ -75,6 +89,21 @@ def digits(batch: int = 64, image: bool = False) -> Task:
     return Task("digits", 0.1, sample, (x[~kept], y[~kept]))
 
 
+def copying(batch: int = 16, time: int = 12, vocabulary: int = 16) -> Task:
+    """Name the previous token: attention must look back by one. Nothing tells what stands before the first."""
+
+    def sample(generator: torch.Generator, rows: int = batch) -> tuple[Tensor, Tensor]:
+        x = torch.randint(vocabulary, (rows, time), generator=generator)
+        return x, x.roll(1, 1)
+
+    return Task("copying", 1 / vocabulary, sample, sample(torch.Generator().manual_seed(9), 128))
+
+
+def memorising(x: Tensor, y: Tensor, classes: int) -> Task:
+    """Fit one batch: the least that a network must be able to do."""
+    return Task("one batch", 1 / classes, lambda _: (x, y), (x, y))
+
+
 def train(
     build: Callable[[], nn.Module],
     task: Task,
@@ -87,9 +116,13 @@ def train(
     score: Score = accuracy,
     every: int = 50,
 ) -> float:
-    """Best held-out score that one training reaches; stops once `enough` is reached or the loss is lost."""
+    """Best held-out score that one training reaches; stops once `enough` is reached or the loss is lost.
+
+    The model stays in training mode throughout: the question is what the gradient can teach it, not
+    whether running statistics of a short training are ready for use.
+    """
     torch.manual_seed(seed)
-    model = build()
+    model = build().train()
     optimizer = setting.attach(model)
     generator = torch.Generator().manual_seed(1000 + seed)
     best = 0.0
@@ -101,10 +134,8 @@ def train(
         value.backward()
         optimizer.step()
         if step % every == 0:
-            model.eval()
             with torch.no_grad():
                 best = max(best, score(model, *task.held_out))
-            model.train()
             if best >= enough:
                 break
     return best
