@@ -42,7 +42,7 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that cannot show `→` shows `?`  # pyright: ignore
     try:
-        status = cli.main(args, prog_name="isograd", standalone_mode=False)
+        status = cli.main(args, prog_name="isograd", standalone_mode=False) or 0
     except click.ClickException as error:
         error.show()
         status = error.exit_code
