@@ -155,6 +155,8 @@ def _given(effect: Effect) -> float:
 def _cost(effect: Effect, before: float) -> str:
     if before >= FAR:
         return f"let nothing finite through: changed, {effect.decades_after:.1f} decades remain"
+    if effect.given_back >= 0.95 * before:
+        return f"cost the {before:.1f} decades"
     return f"cost {effect.given_back:.1f} of the {before:.1f} decades"
 
 

@@ -200,8 +200,6 @@ class Flow:
     layers: int = 0
     """Backbone segments that multiply by weights between the input and the output: L of sigma^L."""
     loss: float = math.nan
-    first_step: float = math.nan
-    """Decrease of the loss that its gradient predicts for the optimizer's first step, over the loss."""
     losses: tuple[LossCall, ...] = ()
     outputs: tuple[Site, ...] = ()
     """The model's own results, where the model was called as a whole."""

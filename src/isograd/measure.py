@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.utils import checkpoint
 
 from isograd.backbone import Backbone, Graph, Segment, backbone, sinks, step_site
+from isograd.backward import Backward
 from isograd.flow import (
     Activation,
     Failure,
@@ -77,8 +79,29 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:
 @contextmanager
 def _eager() -> Iterator[None]:
     """Compiled parts of the model run eagerly, so that their operations can be seen; grad mode is on."""
-    with torch.compiler.set_stance("force_eager"), torch.enable_grad():
+    with torch.compiler.set_stance("force_eager"), torch.enable_grad(), _open_checkpoints():
         yield
+
+
+class _OpenCheckpoint:
+    """Stands in for reentrant checkpointing, which refuses any backward but `.backward()` and hides its inside."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        if not any(isinstance(a, Tensor) and a.requires_grad for a in args):
+            with torch.no_grad():  # as the reentrant form has it
+                return function(*args)
+        return checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
+
+
+@contextmanager
+def _open_checkpoints() -> Iterator[None]:
+    original = checkpoint.CheckpointFunction
+    checkpoint.CheckpointFunction = _OpenCheckpoint  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        yield
+    finally:
+        checkpoint.CheckpointFunction = original
 
 
 def _validate(value: Any, model: nn.Module) -> None:
@@ -100,12 +123,6 @@ def _validate(value: Any, model: nn.Module) -> None:
             else "it was computed under no_grad, detached, or from other weights than the model's"
         )
         raise ValueError(f"the loss does not depend on the model's parameters: {why}")
-
-
-def _exact_power(exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """2**exponent, exactly; clamped to what the dtype holds."""
-    limit = 14 if dtype == torch.float16 else 126
-    return torch.exp2(exponent.clamp(-limit, limit)).to(dtype)
 
 
 class _Measurement:
@@ -131,126 +148,23 @@ class _Measurement:
             other = backbone(self.graph, trace, sink)
             if all(_adds(other, known) for known in (self.main, *self.others)):
                 self.others.append(other)
-        self.norms: dict[Node, Tensor] = {}
-        self.exponents: list[Tensor] = [torch.zeros((), dtype=torch.float64, device=value.device)]
-        """log2 of the scale taken out so far; the first for all that lies before the model's output."""
-        self.splits: dict[int, tuple[Tensor, Tensor]] = {}
-        self.fired: list[Node] = []
-        self._held: dict[int, Tensor] = {}
-        self.region, self._mixed = self._regions()
-
-    # -- the backward ------------------------------------------------------------------------------
-
-    def _regions(self) -> tuple[dict[Node, int], list[tuple[Node, int, int, int]]]:
-        """How often each node's gradient was rescaled on its way, and the edges where two scales meet.
-
-        Off the backbone (tied weights, a bias shared by all blocks, a decoder's memory) contributions
-        with different scales are added: there, all are brought to the scale of the first.
-        """
-        index = set(self.main.tops[self.main.exit + 1 :])
-        region: dict[Node, int] = {}
-        incoming: dict[Node, list[tuple[Node, int, int]]] = {}
-        mixed: list[tuple[Node, int, int, int]] = []
-        for node in self.graph.order:
-            edges = incoming.pop(node, [])
-            region[node] = min((scale for *_, scale in edges), default=0)
-            mixed += [(source, i, scale, region[node]) for source, i, scale in edges if scale != region[node]]
-            out = region[node] + (node in index)
-            for i, (child, _) in enumerate(node.next_functions):
-                if child is not None:
-                    incoming.setdefault(child, []).append((node, i, out))
-        return region, mixed
-
-    def _read(self, node: Node) -> Callable[[tuple[Tensor | None, ...]], None]:
-        def hook(grads: tuple[Tensor | None, ...]) -> None:
-            if any(g is not None for g in grads):
-                self.norms[node] = norm(grads)
-                self.fired.append(node)
-
-        return hook
-
-    def _renormalise(self, index: int, node: Node) -> Callable[..., tuple[Tensor | None, ...]]:
-        """Read the gradient at a backbone node and bring its norm to [1/2, 1) by a power of two: exact."""
-
-        def hook(grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-            length = norm(grads)
-            self.norms[node] = length
-            self.fired.append(node)
-            self._split(index - 1, grads)
-            exponent = torch.frexp(length).exponent.double()
-            exponent = torch.where(torch.isfinite(length), exponent, torch.zeros_like(exponent))
-            dtype = next(g.dtype for g in grads if g is not None)
-            limit = 14.0 if dtype == torch.float16 else 126.0
-            exponent = exponent.clamp(-limit, limit)
-            self.exponents.append(self.exponents[-1].to(exponent.device) + exponent)
-            factor = _exact_power(-exponent, dtype)
-            return tuple(None if g is None else g * factor for g in grads)
-
-        return hook
-
-    def _split(self, index: int, grads: tuple[Tensor | None, ...]) -> None:
-        """Skip and branch share of what arrives below residual segment `index`."""
-        held = self._held.pop(index, None)
-        total = next((g for g in grads if g is not None), None)
-        if held is not None and total is not None and held.shape == total.shape:
-            self.splits[index] = (norm([held]), norm([total.detach() - held]))
-
-    def _hold(self, index: int, edges: list[int]) -> Callable[..., None]:
-        def hook(grad_inputs: tuple[Tensor | None, ...], grad_outputs: Any) -> None:
-            for edge in edges:
-                part = grad_inputs[edge]
-                if part is not None:
-                    part = part.detach()
-                    self._held[index] = self._held[index] + part if index in self._held else part
-
-        return hook
-
-    def _align(self, edges: list[tuple[int, int, int]]) -> Callable[..., tuple[Tensor | None, ...]]:
-        def hook(grad_inputs: tuple[Tensor | None, ...], grad_outputs: Any) -> tuple[Tensor | None, ...]:
-            aligned = list(grad_inputs)
-            for edge, have, want in edges:
-                part = aligned[edge]
-                if part is not None:
-                    # Clamped: what lies 38 decades below the first contribution adds nothing to it.
-                    aligned[edge] = part * _exact_power(
-                        self.exponents[have] - self.exponents[want], part.dtype
-                    )
-            return tuple(aligned)
-
-        return hook
+        self.passed = Backward(self.graph, self.main, value.device)
 
     def _backward(self) -> tuple[dict[str, Tensor | None], Failure | None]:
-        """Gradients of all parameters (scaled) and the readings; nothing is accumulated in `.grad`."""
+        """Gradients of all parameters, rescaled."""
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         wanted = [p for _, p in named] + self.trace.opened
-        handles: list[Any] = []
-        tops = {node: i for i, node in enumerate(self.main.tops)}
-        for i, segment in enumerate(self.main.segments):
-            for node in {node for node, _ in segment.skip}:
-                edges = [edge for source, edge in segment.skip if source is node]
-                handles.append(node.register_hook(self._hold(i, edges)))
-        aligned: dict[Node, list[tuple[int, int, int]]] = {}
-        for node, edge, have, want in self._mixed:
-            aligned.setdefault(node, []).append((edge, have, want))
-        handles += [node.register_hook(self._align(edges)) for node, edges in aligned.items()]
-        for node in self.graph.order:
-            if tops.get(node, -1) > self.main.exit:
-                handles.append(node.register_prehook(self._renormalise(tops[node], node)))
-            elif node in self.trace.made and self.trace.made[node].shape is not None:
-                handles.append(node.register_prehook(self._read(node)))
-        try:
-            found = torch.autograd.grad(self.value, wanted, allow_unused=True)
-        except Exception as error:
-            text = "".join(traceback.format_exception_only(error)).strip()
-            return {}, Failure("backward", type(error).__name__, text, self._where_it_stopped())
-        finally:
-            for handle in handles:
-                handle.remove()
+        made = self.trace.made
+        found, failure = self.passed.run(
+            self.value, wanted, lambda node: node in made and made[node].shape is not None
+        )
+        if failure is not None:
+            return {}, replace(failure, source=self._where_it_stopped())
         return {name: grad for (name, _), grad in zip(named, found, strict=False)}, None
 
     def _where_it_stopped(self) -> str:
         """Source of the last operation whose gradient was read before the backward raised."""
-        sources = [self.trace.made[n].call.source for n in self.fired if n in self.trace.made]
+        sources = [self.trace.made[n].call.source for n in self.passed.fired if n in self.trace.made]
         return next((source for source in reversed(sources) if source), "")
 
     # -- assembly ----------------------------------------------------------------------------------
@@ -258,10 +172,10 @@ class _Measurement:
     def flow(self) -> Flow:
         grads, failure = self._backward()
         scalars = _Scalars()
-        norms = {node: scalars.add(value) for node, value in self.norms.items()}
-        exponents = [scalars.add(value) for value in self.exponents]
+        norms = {node: scalars.add(value) for node, value in self.passed.norms.items()}
+        exponents = {key: scalars.add(value) for key, value in self.passed.exponents.items()}
         rms = {n: scalars.add(made.rms) for n, made in self.trace.made.items() if made.rms is not None}
-        splits = {i: (scalars.add(a), scalars.add(b)) for i, (a, b) in self.splits.items()}
+        splits = {i: (scalars.add(a), scalars.add(b)) for i, (a, b) in self.passed.splits.items()}
         inputs = {name: [scalars.add(v) for v in values] for name, values in self.trace.inputs.items()}
         weights = {name: scalars.add(norm([p])) for name, p in self.model.named_parameters() if p.numel()}
         gradients = {
@@ -274,13 +188,12 @@ class _Measurement:
         value = scalars.add(self.value.detach().reshape(()))
         read = scalars.read()
 
-        scale = [read[i] * LOG2 for i in exponents]
+        scale = {key: read[i] * LOG2 for key, i in exponents.items()}
         self.logs: dict[Node, float] = {}
         for node, i in norms.items():
-            self.logs[node] = _log10(read[i]) + scale[self.region[node]]
+            self.logs[node] = _log10(read[i]) + scale[self.passed.scale[node]]
         self.rms = {node: read[i] for node, i in rms.items()}
-        step = first_update(self.optimizer, self.model, grads, self._parameter_scale(scale))
-        self.updates = step.sizes
+        self.updates = first_update(self.optimizer, self.model, grads, self._parameter_scale(scale))
 
         segments = self.main.segments
         depth = len(segments) - 1
@@ -289,8 +202,8 @@ class _Measurement:
             columns=self._columns(self.main),
             splits={
                 depth - i: Split(
-                    read[a] / self._entering(i),
-                    read[b] / self._entering(i),
+                    read[a] / self.passed.entering(i),
+                    read[b] / self.passed.entering(i),
                     self._forward_ratio(segments[i], segments[i + 1]),
                 )
                 for i, (a, b) in splits.items()
@@ -311,7 +224,6 @@ class _Measurement:
             modules=self._modules(),
             layers=sum(s.weighted for s in segments[self.main.exit : -1]),
             loss=read[value],
-            first_step=step.decrease / abs(read[value]) if read[value] else math.nan,
             losses=tuple(
                 self._loss(call, [read[i] for i in values])
                 for call, values in zip(self.trace.losses, losses, strict=True)
@@ -375,18 +287,13 @@ class _Measurement:
             return ()
         levels = [self.logs[n] - top for n in chosen]
         costs = [math.nan] * len(chosen)
-        if spine and index in self.splits:
-            last = _log10(float(self.splits[index][1]) / self._entering(index))
+        if spine and index in self.passed.splits:
+            last = _log10(float(self.passed.splits[index][1]) / self.passed.entering(index))
             costs = [b - a for a, b in zip(levels, [*levels[1:], last], strict=True)]
         return tuple(
             Step(step_site(self.trace.made[n]), level, cost, self.rms.get(n, math.nan), bool(spine))
             for n, level, cost in zip(chosen, levels, costs, strict=True)
         )
-
-    def _entering(self, index: int) -> float:
-        """Norm, after rescaling, with which the gradient entered segment `index`."""
-        length = self.norms[self.main.tops[index]]
-        return float(torch.frexp(length).mantissa if index > self.main.exit else length) or math.nan
 
     def _activation(self, seen: Any, values: list[float]) -> Activation:
         for i, segment in enumerate(self.main.segments):
@@ -400,13 +307,13 @@ class _Measurement:
     def _parameter_nodes(self) -> dict[int, Node]:
         return {id(n.variable): n for n in self.graph.order if hasattr(n, "variable")}  # pyright: ignore
 
-    def _parameter_scale(self, scale: Sequence[float]) -> dict[str, float]:
+    def _parameter_scale(self, scale: dict[int, float]) -> dict[str, float]:
         """log10 of true over rescaled gradient, by parameter name."""
         nodes = self._parameter_nodes()
         return {
-            name: scale[self.region[nodes[id(p)]]]
+            name: scale[self.passed.scale[nodes[id(p)]]]
             for name, p in self.model.named_parameters()
-            if id(p) in nodes and self.region[nodes[id(p)]] < len(scale)
+            if id(p) in nodes and self.passed.scale[nodes[id(p)]] in scale
         }
 
     def _parameters(
@@ -414,7 +321,7 @@ class _Measurement:
         weights: dict[str, float],
         readings: dict[str, tuple[float, float]],
         grads: dict[str, Tensor | None],
-        scale: Sequence[float],
+        scale: dict[int, float],
         failure: Failure | None,
     ) -> tuple[Parameter, ...]:
         nodes, scales = self._parameter_nodes(), self._parameter_scale(scale)
@@ -434,7 +341,7 @@ class _Measurement:
                 gradient = grads[name]
                 if not math.isfinite(length) and gradient is not None:
                     bad = int((~torch.isfinite(gradient)).sum())
-                where = float(last - end - self.region[nodes[id(p)]])
+                where = float(last - end - self.passed.rescalings[self.passed.scale[nodes[id(p)]]])
             update = self.updates.get(name, math.nan)
             found.append(
                 Parameter(name, tuple(p.shape), state, log, weights.get(name, 0.0), zeros, bad, where, update)
@@ -487,11 +394,11 @@ class _Measurement:
             if first is not None:
                 return self._made_nonfinite("forward", first, self.rms[first])
             return None
-        bad = {n for n in self.fired if not math.isfinite(float(self.norms[n]))}
+        bad = {n for n in self.passed.fired if not math.isfinite(float(self.passed.norms[n]))}
         if not bad:
             return None
         for node in self.graph.order:
-            if node in self.norms and node not in bad and self._next_read(node) & bad:
+            if node in self.passed.norms and node not in bad and self._next_read(node) & bad:
                 return self._made_nonfinite("backward", node, math.nan)
         return None
 
@@ -504,7 +411,7 @@ class _Measurement:
             if child in seen:
                 continue
             seen.add(child)
-            if child in self.norms:
+            if child in self.passed.norms:
                 found.add(child)
             else:
                 stack.extend(self.graph.children[child])
@@ -517,12 +424,6 @@ class _Measurement:
 
     def _unexamined(self) -> dict[str, str]:
         found: dict[str, str] = {}
-        hidden = [n for n in self.graph.order if n.name().startswith("CheckpointFunction")]
-        if hidden:
-            found["reentrant checkpoint"] = (
-                f"{len(hidden)} block(s) run by checkpoint(use_reentrant=True) hide their inside; "
-                "use_reentrant=False shows it"
-            )
         fused = [s.site.name for s in self.main.segments if s.site.kind == "recurrent"]
         if fused:
             found["time"] = (

@@ -2,21 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field
-
 import torch
 from torch import Tensor, nn
-
-
-@dataclass(frozen=True, slots=True)
-class FirstStep:
-    """What an optimizer's first step does."""
-
-    sizes: dict[str, float] = field(default_factory=dict[str, float])
-    """rms(update) / rms(weight) by parameter name."""
-    decrease: float = math.nan
-    """Decrease of the loss to first order: sum of gradient times update."""
 
 
 def first_update(
@@ -24,19 +11,18 @@ def first_update(
     model: nn.Module,
     grads: dict[str, Tensor | None],
     scale: dict[str, float],
-) -> FirstStep:
-    """Size of the first step of every parameter and the decrease of the loss it promises.
+) -> dict[str, float]:
+    """rms(first update) / rms(weight) of every parameter, by name.
 
     SGD moves by lr * g; the Adam family, bias-corrected, by lr * g / (|g| + eps), which is lr times the
     sign of g as long as |g| is far above eps and nothing when it is far below. `grads` are rescaled, the
     true gradient is 10**scale times as large. Other rules are not known in closed form: absent.
     """
     if optimizer is None:
-        return FirstStep()
+        return {}
     rule = type(optimizer).__name__
     names = {id(p): name for name, p in model.named_parameters()}
     sizes: dict[str, float] = {}
-    decrease = 0.0
     for group in optimizer.param_groups:
         for p in group["params"]:
             name = names.get(id(p))
@@ -51,7 +37,6 @@ def first_update(
             else:
                 continue
             rate, weight = float(group["lr"]), torch.linalg.vector_norm(p.detach(), dtype=torch.float64)
-            decrease += rate * float((true * moved).sum())
             if weight > 0:
                 sizes[name] = rate * float(torch.linalg.vector_norm(moved) / weight)
-    return FirstStep(sizes, decrease if sizes else math.nan)
+    return sizes

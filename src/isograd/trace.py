@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from isograd.operations import ACTIVATIONS, LOSSES, WEIGHTED, kind_of_call
+from isograd.operations import ACTIVATIONS, LOSSES, WEIGHTED, kind_of_call, operation_of
 
 TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
 LARGEST_SAMPLE = 500_000
@@ -204,7 +204,7 @@ class Trace(TorchFunctionMode):
             statistics = [seen.mean(), seen.square().mean().sqrt(), seen.std(), seen.abs().amax()]
             self.inputs[name] = torch.stack(statistics).double()
             # Its values are the user's, bit by bit; a clone, so that in-place operations stay allowed.
-            leaf = value.detach().requires_grad_()
+            leaf = value if value.requires_grad else value.detach().requires_grad_()
             opened = leaf.clone()
             made = Made(self._call("input", "input"), tuple(value.shape), _name(value.dtype))
             made.rms = norm([value]) / value.numel() ** 0.5
@@ -283,7 +283,10 @@ class Trace(TorchFunctionMode):
             node = stack.pop()
             if node in self.made:
                 continue
-            self.made[node] = Made(call)
+            own = hasattr(node, "_forward_cls")  # a custom Function is no torch call: it was seen by nobody
+            self.made[node] = Made(
+                replace(call, operation=operation_of(node), kind="custom", source="") if own else call
+            )
             stack.extend(n for n, _ in node.next_functions if n is not None and not hasattr(n, "variable"))
         made = self.made[top]
         if made.shape is not None:  # a later output of the same node, or a result passed on unchanged

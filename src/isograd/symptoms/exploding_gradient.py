@@ -41,6 +41,8 @@ ERROR = 3.0
 """Decades from which SGD trained at no learning rate (gallery.border)."""
 ERROR_DEEP = 2.0
 """The same for 24 layers and more: tanh of gain 3 over 20 layers, +2.4 decades, learned nothing at any rate."""
+MOST_DEEP = 1.4
+"""The line through both goes on to 48 layers and 1.6 decades: 1.1^50 left SGD at every rate with nothing."""
 HELD = 4.5
 """Decades that count where normalisation or skips hold the forward signal, so that each layer's effective
 step adapts to its gradient: batch normalisation without skips passes them after 54 layers; the steepest
@@ -98,5 +100,5 @@ def _threshold(flow: Flow) -> float:
     growing = flow.growth >= flow.lost / 2 and exponential
     if holding >= flow.layers / 3 and not growing:
         return HELD
-    share = min(max((flow.layers - 8) / 16, 0.0), 1.0)
+    share = min(max((flow.layers - 8) / 16, 0.0), MOST_DEEP)
     return ERROR + share * (ERROR_DEEP - ERROR)

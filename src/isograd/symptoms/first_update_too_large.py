@@ -10,9 +10,11 @@ Why it happens
     the normalised stream, by about the number of sublayers. That is why it needs warm-up.
 
 Evidence
-    The decrease of the loss that its gradient promises for the first step, sum of gradient times update,
-    over the loss itself. A promise of more than the whole loss cannot be kept; and the largest update of a
-    weight matrix over its weights.
+    The relative first update of each layer, rms(update) over rms(weight) under the optimizer's rule, times
+    the share of the stream that this layer writes, summed over the layers: by how much of itself the
+    output changes when all layers move at once, to first order. In a pre-norm network the shares fall
+    with depth as the stream grows; in a post-norm network they do not. And the largest update of a weight
+    matrix over its weights.
 
 What helps
     Warm-up, a lower learning rate, pre-norm in place of post-norm, DeepNorm or Admin initialisation.
@@ -25,6 +27,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from statistics import median
 
 from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow
@@ -33,39 +36,57 @@ from isograd.symptoms import Healthy, Outcome, Unexamined
 CODE = "UP502"
 NAME = "first-update-too-large"
 
-PROMISE = 3.0
-"""Promised decrease over the loss. Two is exact for the largest stable step on a quadratic; beyond, the
-step leaves the region where the gradient tells anything."""
+OUTPUT = 0.5
+"""Relative change of the output: beyond a half the step replaces what the network computes, and no gradient
+taken before it tells anything about the loss after it."""
 RATIO = 0.5
 """rms(update) / rms(weight): half of a weight matrix replaced in one step."""
 
 
 def examine(flow: Flow) -> Iterator[Outcome]:
-    """Promised decrease, and the largest update of a weight matrix."""
-    if math.isnan(flow.first_step):
+    """Change of the output when all layers move at once, and the largest update of a weight matrix."""
+    matrices = [p for p in flow.parameters if len(p.shape) > 1 and not math.isnan(p.first_update)]
+    if not matrices:
         yield Unexamined("needs the optimizer: check(model, loss, optimizer=…) or --optimizer adamw:1e-3")
         return
-    matrices = [p for p in flow.parameters if len(p.shape) > 1 and not math.isnan(p.first_update)]
-    largest = max(matrices, key=lambda p: p.first_update, default=None)
-    ratio = largest.first_update if largest is not None else 0.0
-    if flow.first_step < PROMISE and ratio < RATIO:
+    largest = max(matrices, key=lambda p: p.first_update)
+    change = sum(_share(flow, depth) * update for depth, update in _updates(flow).items())
+    if change < OUTPUT and largest.first_update < RATIO:
         yield Healthy(
-            f"the first step promises {flow.first_step:.2g} of the loss, updates up to {ratio:.2g} of a weight matrix"
+            f"the first step changes the output by about {change:.2g} of itself, {largest.name} by {largest.first_update:.2g}"
         )
         return
     yield Finding(
         CODE,
         NAME,
         Severity.WARNING,
-        f"the first step promises to lower the loss by {flow.first_step:.2g} times itself, and changes "
-        f"{largest.name if largest is not None else 'the weights'} by {ratio:.2g} of its size",
-        cause="the learning rate is too large for the first step: all layers move at once",
+        f"the first step changes the output by about {change:.2g} times itself ({flow.layers} layers move at once), "
+        f"and {largest.name} by {largest.first_update:.2g} of its size",
+        cause="the learning rate is too large for the first steps: what all layers change adds up",
         sites=tuple(p.name for p in sorted(matrices, key=lambda p: -p.first_update)[:3]),
         evidence={
-            "promise": flow.first_step,
-            "threshold": PROMISE,
-            "largest_ratio": ratio,
+            "output_change": change,
+            "threshold": OUTPUT,
+            "largest_ratio": largest.first_update,
             "ratio_threshold": RATIO,
         },
-        remedies=("warm-up", "lower-learning-rate"),
+        remedies=("warm-up", "lower-learning-rate", "pre-norm"),
     )
+
+
+def _updates(flow: Flow) -> dict[int, float]:
+    """Median relative update of the weight matrices of each layer, by its depth on the backbone."""
+    found: dict[int, list[float]] = {}
+    for p in flow.parameters:
+        if len(p.shape) > 1 and not math.isnan(p.first_update) and not math.isnan(p.depth):
+            found.setdefault(int(p.depth), []).append(p.first_update)
+    weighted = flow.column("weighted")
+    return {depth: median(sizes) for depth, sizes in found.items() if weighted[depth] == 1}
+
+
+def _share(flow: Flow, depth: int) -> float:
+    """Share of the stream that the layer at this depth writes: 1 without a skip connection."""
+    split = flow.splits.get(depth)
+    if split is None or math.isnan(split.forward_ratio):
+        return 1.0
+    return split.forward_ratio / math.hypot(1.0, split.forward_ratio)

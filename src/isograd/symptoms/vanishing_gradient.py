@@ -62,7 +62,9 @@ def examine(flow: Flow) -> Iterator[Outcome]:
 def _along(flow: Flow) -> Iterator[Outcome]:
     lost, limit = flow.lost, max(threshold(flow.layers), 3 * flow.spread)
     if math.isnan(lost) and flow.decades == -math.inf:
-        yield Unexamined("the head passes no gradient yet, its weights being zero: check again after one step")
+        yield Unexamined(
+            "the head passes no gradient yet, its weights being zero: check again after one step"
+        )
         return
     if math.isnan(lost):
         yield Unexamined("no backbone between the loss and an input, so no product of gains")
