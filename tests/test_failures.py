@@ -1,0 +1,177 @@
+"""What cannot be measured: losses without a gradient, values that are not finite, backwards that raise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from isograd import check, measure
+from tests.models import Loss, line_of, projected
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+# -- errors ----------------------------------------------------------------------------------------
+
+
+def test_a_loss_that_is_no_tensor_is_told_what_to_return() -> None:
+    with pytest.raises(TypeError, match=r"returned float, not a tensor.*return the scalar"):
+        measure(nn.Linear(4, 4), lambda m: float(m(torch.randn(2, 4)).sum()))  # pyright: ignore
+
+
+def test_a_loss_with_more_than_one_element_is_told_to_reduce() -> None:
+    with pytest.raises(ValueError, match=r"shape \(2, 4\).*reduce it.*\.mean\(\)"):
+        measure(nn.Linear(4, 4), lambda m: m(torch.randn(2, 4)))
+
+
+def test_a_loss_with_one_element_need_not_be_a_scalar() -> None:
+    assert measure(nn.Linear(4, 1), lambda m: m(torch.randn(1, 4))).layers == 1
+
+
+def _detached(m: nn.Module) -> Tensor:
+    return m(torch.randn(2, 4)).sum().detach()
+
+
+def _without_grad(m: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return m(torch.randn(2, 4)).sum()
+
+
+@pytest.mark.parametrize("loss", [_detached, _without_grad, lambda _: torch.zeros(())])
+def test_a_loss_without_a_gradient_is_named(loss: Loss) -> None:
+    with pytest.raises(ValueError, match=r"does not depend on the model's parameters.*no_grad, detached"):
+        measure(nn.Linear(4, 4), loss)
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the gradient of something else than the model's parameters is accepted"
+)
+def test_a_loss_of_other_weights_is_named() -> None:
+    other = nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"does not depend on the model's parameters.*other weights"):
+        measure(nn.Linear(4, 4), lambda _: other(torch.randn(2, 4)).sum())
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [torch.zeros(2, dtype=torch.long), pytest.param(torch.randn(2, 4), marks=pytest.mark.xfail(strict=True, reason="as above"))],
+    ids=["tokens", "floats"],
+)  # fmt: skip
+def test_a_frozen_model_is_named(inputs: Tensor) -> None:
+    model = nn.Sequential(nn.Linear(4, 4) if inputs.is_floating_point() else nn.Embedding(3, 4))
+    with pytest.raises(ValueError, match=r"no parameter of the model requires a gradient"):
+        measure(model.requires_grad_(False), lambda m: m(inputs).sum())
+
+
+def test_what_is_no_module_is_named() -> None:
+    with pytest.raises(TypeError, match=r"expected an nn.Module to measure, got function"):
+        measure(lambda x: x, lambda m: m(torch.randn(2)).sum())  # pyright: ignore
+
+
+def test_an_error_of_the_users_forward_passes_through() -> None:
+    with pytest.raises(RuntimeError, match=r"shapes cannot be multiplied"):
+        measure(nn.Linear(4, 4), lambda m: m(torch.randn(2, 5)).sum())
+
+
+# -- values that are not finite, backwards that fail -----------------------------------------------
+
+
+class Then(nn.Module):
+    """A layer, then any function of its output."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layer, self.function = nn.Linear(16, 16), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(self.layer(x))
+
+
+def _log_of_zero(x: Tensor) -> Tensor:
+    return torch.log(x * 0)  # here: log of zero
+
+
+def _zero_by_zero(x: Tensor) -> Tensor:
+    top = x - x
+    return top / top  # here: zero by zero
+
+
+def _overflow(x: Tensor) -> Tensor:
+    return torch.exp(x.abs() * 1e4)  # here: overflow
+
+
+def _root_at_zero(x: Tensor) -> Tensor:
+    return torch.sqrt(x * 0)  # here: root at zero
+
+
+def _hidden_by_where(x: Tensor) -> Tensor:
+    return torch.where(x > 0, torch.log(x.relu()), x)  # here: hidden by where
+
+
+@pytest.mark.parametrize(
+    ("function", "phase", "operation", "marker"),
+    [
+        (_log_of_zero, "forward", "log", "log of zero"),
+        (_zero_by_zero, "forward", "div", "zero by zero"),
+        (_overflow, "forward", "exp", "overflow"),
+        (_root_at_zero, "backward", "sqrt", "root at zero"),
+        (_hidden_by_where, "backward", "log", "hidden by where"),
+    ],
+)
+def test_what_makes_a_nan_or_an_infinity_is_named_with_its_line(
+    function: Callable[[Tensor], Tensor], phase: str, operation: str, marker: str
+) -> None:
+    found = measure(Then(function), projected(torch.randn(8, 16))).nonfinite
+    assert found is not None
+    assert (found.phase, found.site.operation) == (phase, operation)
+    assert found.site.source.endswith(line_of(__file__, marker))
+
+
+def test_a_finite_model_has_nothing_that_is_not() -> None:
+    flow = measure(Then(torch.tanh), projected(torch.randn(8, 16)))
+    assert flow.nonfinite is None
+    assert [p.nonfinite for p in flow.parameters] == [0, 0]
+
+
+class Raising(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        raise KeyError("no derivative today")
+
+
+def _changed_in_place(x: Tensor) -> Tensor:
+    y = torch.sigmoid(x)
+    z = y * 2
+    y.add_(1)
+    return z + y
+
+
+@pytest.mark.parametrize(
+    ("function", "error", "text"),
+    [
+        (Raising.apply, "KeyError", "no derivative today"),
+        (_changed_in_place, "RuntimeError", "modified by an inplace operation"),
+    ],
+)
+def test_a_backward_that_raises_is_a_reading(
+    function: Callable[[Tensor], Tensor], error: str, text: str
+) -> None:
+    model = Then(function)
+    flow = measure(model, projected(torch.randn(8, 16)))
+    assert flow.failure is not None
+    assert (flow.failure.phase, flow.failure.error) == ("backward", error)
+    assert text in flow.failure.traceback
+    assert {p.state for p in flow.parameters} == {"unmeasured"}
+    diagnosis = check(model, projected(torch.randn(8, 16)))
+    assert [f.code for f in diagnosis.errors] == ["NF404"]
+    assert diagnosis.verdict == "broken"
