@@ -200,7 +200,7 @@ def test_repeated_blocks_fold() -> None:
     shown = rows(flow)
     assert labels(flow) == [
         "GPT", "h.0 Block", "ln LayerNorm", "attn Attention", "mlp MLP",
-        "h.1 … h.94 Block", "h.95 Block", "head Linear",
+        "h.1 … 94 Block", "h.95 Block", "head Linear",
     ]  # fmt: skip
     fold = shown[5]
     assert fold.folded == 94
@@ -213,8 +213,8 @@ def test_a_block_that_differs_from_its_like_is_not_folded_away() -> None:
     kills = 40
     flow = transformer(96, lambda i: -8.0 if i < kills else 0.0)
     assert "h.40 Block" in labels(flow)
-    assert "h.1 … h.39 Block" in labels(flow)
-    assert "h.41 … h.94 Block" in labels(flow)
+    assert "h.1 … 39 Block" in labels(flow)
+    assert "h.41 … 94 Block" in labels(flow)
 
 
 def test_alternating_layers_fold_by_their_period() -> None:

@@ -123,7 +123,7 @@ def _diagnosis(
         say(f"importing {text}")
         torch.manual_seed(seed)
         target = load(text, inputs, seed=seed)
-        say("measuring one forward and one backward")
+        say(f"measuring {text}, and trying on copies what would cure it")
         rule = _optimizer(text, optimizer, target.model)
         try:
             found = isograd.check(target.model, target.loss, optimizer=rule, select=select, ignore=ignore)

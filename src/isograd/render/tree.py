@@ -195,8 +195,9 @@ def _odd(blocks: Sequence[Sequence[_Module]]) -> list[int]:
 
 def _folded(blocks: Sequence[Sequence[_Module]], indent: int) -> Row:
     first, last = blocks[0], blocks[-1]
+    listed = first[0].label.rpartition(".")[0]  # `h.1 … 10`: members of the same list
     return Row(
-        f"{first[0].label} … {last[-1].label}",
+        f"{first[0].label} … {last[-1].label.removeprefix(f'{listed}.')}",
         " + ".join(module.kind for module in first),
         indent,
         (first[-1].activation, last[-1].activation),
