@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -62,7 +63,7 @@ def measure(model: nn.Module, loss: Loss, *, optimizer: torch.optim.Optimizer | 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:
     """The user's own module below `torch.compile` and data-parallel wrappers, and what was taken off."""
-    if not isinstance(model, nn.Module):
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"expected an nn.Module to measure, got {type(model).__name__}")
     notes: list[str] = []
     while True:
@@ -79,7 +80,10 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:
 @contextmanager
 def _eager() -> Iterator[None]:
     """Compiled parts of the model run eagerly, so that their operations can be seen; grad mode is on."""
-    with torch.compiler.set_stance("force_eager"), torch.enable_grad(), _open_checkpoints():
+    # What is compiled has loaded dynamo; where nothing is, its import would cost seconds.
+    compiled = "torch._dynamo" in sys.modules
+    stance = torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    with stance, torch.enable_grad(), _open_checkpoints():
         yield
 
 
@@ -116,13 +120,16 @@ def _validate(value: Any, model: nn.Module) -> None:
             "reduce it, for example with .mean()"
         )
     if value.grad_fn is None:
-        trainable = sum(p.requires_grad for p in model.parameters())
-        why = (
-            "no parameter of the model requires a gradient"
-            if not trainable
-            else "it was computed under no_grad, detached, or from other weights than the model's"
-        )
-        raise ValueError(f"the loss does not depend on the model's parameters: {why}")
+        raise ValueError(_independent(model, "it was computed under no_grad, or detached"))
+
+
+def _independent(model: nn.Module, why: str) -> str:
+    """Why no gradient of the loss reaches the model, and what to do."""
+    if not any(True for _ in model.parameters()):
+        why = "the model has none"
+    elif not any(p.requires_grad for p in model.parameters()):
+        why = "all of them are frozen; give at least one back with requires_grad_(True)"
+    return f"the loss does not depend on the model's parameters: {why}"
 
 
 class _Measurement:
@@ -140,6 +147,13 @@ class _Measurement:
         self.optimizer = optimizer
         assert value.grad_fn is not None
         self.graph = Graph(value.grad_fn)
+        trainable = {id(p) for p in model.parameters() if p.requires_grad}
+        if not any(id(getattr(node, "variable", None)) in trainable for node in self.graph.order):
+            raise ValueError(
+                _independent(
+                    model, "it was computed from other weights; use the model that loss(model) is given"
+                )
+            )
         trace.keep(self.graph.children)
         found = sinks(self.graph, trace)
         self.main = backbone(self.graph, trace, found[0])
@@ -242,7 +256,7 @@ class _Measurement:
                 for other in self.others
             ),
             inputs={name: _four([read[i] for i in values]) for name, values in inputs.items()},
-            nonfinite=self._nonfinite(),
+            nonfinite=self._nonfinite(any(not math.isfinite(read[i]) for i, _ in gradients.values())),
             failure=failure,
             notes=tuple(self.notes),
             unexamined=self._unexamined(),
@@ -260,7 +274,7 @@ class _Measurement:
         forward = [_ratio(a, b) for a, b in zip(rms, [*rms[1:], math.nan], strict=True)]
         columns = {
             "grad_norm_log10": logs,
-            "gain": [10**d if d < 300 else math.inf for d in decades],
+            "gain": [math.inf if d >= 300 else 10**d for d in decades],
             "decades": decades,
             "activation_rms": rms,
             "forward_gain": forward,
@@ -296,13 +310,15 @@ class _Measurement:
         )
 
     def _activation(self, seen: Any, values: list[float]) -> Activation:
-        for i, segment in enumerate(self.main.segments):
+        mean, saturated, dead = values
+        for segment in self.main.segments:
             if seen.node in segment.nodes:
-                site = self.main.segments[i].site
-                return Activation(site, seen.function, True, *values, seen.units, seen.samples)
+                site = segment.site
+                return Activation(site, seen.function, True, mean, saturated, dead, seen.units, seen.samples)
         spines = {n for s in self.main.segments for n in s.spine}
         site = step_site(self.trace.made[seen.node])
-        return Activation(site, seen.function, seen.node in spines, *values, seen.units, seen.samples)
+        spine = seen.node in spines
+        return Activation(site, seen.function, spine, mean, saturated, dead, seen.units, seen.samples)
 
     def _parameter_nodes(self) -> dict[int, Node]:
         return {id(n.variable): n for n in self.graph.order if hasattr(n, "variable")}  # pyright: ignore
@@ -383,8 +399,11 @@ class _Measurement:
             call.target,
         )
 
-    def _nonfinite(self) -> NonFinite | None:
-        """The first operation, in order of execution, that made a non-finite value out of finite ones."""
+    def _nonfinite(self, reached: bool) -> NonFinite | None:
+        """The first operation, in order of execution, that made a non-finite value out of finite ones.
+
+        `reached`: such a gradient reached a parameter. Where none did, a clamp or a mask has caught it.
+        """
         if not math.isfinite(float(self.value.detach())):
             first = min(
                 (n for n in self.graph.order if not math.isfinite(self.rms.get(n, 0.0))),
@@ -395,7 +414,7 @@ class _Measurement:
                 return self._made_nonfinite("forward", first, self.rms[first])
             return None
         bad = {n for n in self.passed.fired if not math.isfinite(float(self.passed.norms[n]))}
-        if not bad:
+        if not bad or not reached:
             return None
         for node in self.graph.order:
             if node in self.passed.norms and node not in bad and self._next_read(node) & bad:

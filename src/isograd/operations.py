@@ -80,8 +80,11 @@ _KINDS = {
     "repeat_interleave tile roll flip pad cat concat stack hstack vstack dstack einops pixel_shuffle "
     "index_select gather unfold fold T mT rot90 alias numpy_T ravel broadcast_to",
 }
-_KIND_OF = {name: kind for kind, names in _KINDS.items() for name in names.split()}
-_KIND_OF |= dict.fromkeys(ACTIVATIONS, "activation") | dict.fromkeys(LOSSES, "loss")
+_KIND_OF = (
+    {name: kind for kind, names in _KINDS.items() for name in names.split()}
+    | dict.fromkeys(ACTIVATIONS, "activation")
+    | dict.fromkeys(LOSSES, "loss")
+)
 
 # Nodes that carry a tensor on without computing: they fold into their neighbour.
 _TRIVIAL_NODES = set(

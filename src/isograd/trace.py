@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from isograd.operations import ACTIVATIONS, LOSSES, WEIGHTED, kind_of_call, operation_of
 
+_SET_REQUIRES_GRAD = vars(torch._C.TensorBase)["requires_grad"].__set__
 TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
 LARGEST_SAMPLE = 500_000
 """Elements of an activation or a loss input that statistics are taken over: beyond, whole rows are left out."""
@@ -221,13 +222,13 @@ class Trace(TorchFunctionMode):
     # -- calls -------------------------------------------------------------------------------------
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        if torch._C._functorch.peek_interpreter_stack() is not None:  # inside vmap or torch.func
+        if _inside_transform():
             return func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if name == "__set__" and func == Tensor.requires_grad.__set__ and args[1] and not args[0].is_leaf:
+        if name == "__set__" and func == _SET_REQUIRES_GRAD and args[1] and not args[0].is_leaf:
             return None  # some models switch their input's gradient on; it is on already
         if name in ("__get__", "__set__", "size", "dim", "numel", "__len__", "is_floating_point"):
             return func(*args, **kwargs)
@@ -348,6 +349,11 @@ def _argument_names(module: nn.Module, args: tuple[Any, ...]) -> dict[str, str]:
     """`[0][1]` -> the name of the second positional argument of the module's forward."""
     names = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in (0, 1)]
     return {f"[0][{i}]": names[i] if i < len(names) else f"input {i}" for i in range(len(args))}
+
+
+def _inside_transform() -> bool:
+    """Inside vmap or torch.func, whose wrapped tensors have nodes of their own."""
+    return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def _same(tensor: Tensor) -> Tensor:

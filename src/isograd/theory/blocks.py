@@ -36,6 +36,8 @@ class Linear:
             variance=scatter,
             bias=-scatter / 2,
             elasticity=chi * signal.q / q if q > 0 else 0.0,
+            noise=2 / self.fan_out,
+            drift=-1 / self.fan_out,
         )
 
 
@@ -54,16 +56,22 @@ class Elementwise:
         shared = m.mean**2 if correlation == 0 else at.kernel(signal.q, correlation)
         if m.slope_square == 0:
             return Response(Signal(m.square, m.mean, shared, signal.width), 0.0)
+        sensitivity, elasticity = m.slope_growth / m.slope_square, m.square_growth / m.square
         scatter = 3 * (m.slope_fourth / m.slope_square**2 - 1) / signal.width
+        spread = (m.fourth / m.square**2 - 1) / signal.width
+        joint = (m.joint / (m.square * m.slope_square) - 1) / signal.width
+        # Units drawn from a Gaussian scatter in size, which came with the signal already, and in shape.
+        size = 2 / signal.width
         return Response(
             Signal(m.square, m.mean, shared, signal.width),
             m.slope_square,
-            variance=scatter,
-            bias=-scatter / 2,
-            sensitivity=m.slope_growth / m.slope_square,
-            elasticity=m.square_growth / m.square,
-            noise=(m.fourth / m.square**2 - 1) / signal.width,
-            joint=(m.joint / (m.square * m.slope_square) - 1) / signal.width,
+            variance=scatter - size * sensitivity**2,
+            bias=-scatter / 2 + size / 2 * sensitivity,
+            sensitivity=sensitivity,
+            elasticity=elasticity,
+            noise=spread - size * elasticity**2,
+            drift=-spread / 2 + size / 2 * elasticity,
+            joint=joint - size * sensitivity * elasticity,
         )
 
 
@@ -75,7 +83,7 @@ class LayerNorm:
     eps: float = 1e-5
 
     def response(self, signal: Signal) -> Response:
-        return _normalised(signal, signal.q - signal.mean**2, self.weight, self.eps, directions=2)
+        return _normalised(signal, signal.q - signal.mean**2, self.weight, self.eps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,20 +94,17 @@ class RMSNorm:
     eps: float = 1e-6
 
     def response(self, signal: Signal) -> Response:
-        normalised = _normalised(signal, signal.q, self.weight, self.eps, directions=1)
+        normalised = _normalised(signal, signal.q, self.weight, self.eps)
         scale = self.weight / math.sqrt(signal.q + self.eps)
         return replace(normalised, signal=replace(normalised.signal, mean=signal.mean * scale))
 
 
-def _normalised(signal: Signal, variance: float, weight: float, eps: float, directions: int) -> Response:
+def _normalised(signal: Signal, variance: float, weight: float, eps: float) -> Response:
     scale = weight**2 / (variance + eps)
-    kept = max(1 - directions / signal.width, 0.0)  # the directions that normalisation makes constant
     shared = max(signal.shared - (signal.q - variance), 0.0) * scale
     return Response(
         Signal(variance * scale, 0.0, shared, signal.width),
-        scale * kept,
-        variance=2 / signal.width,
-        bias=1 / signal.width,
+        scale,
         sensitivity=-variance / (variance + eps),
         elasticity=eps / (variance + eps),
     )
@@ -176,24 +181,26 @@ class Residual:
         inner = propagate(self.branch, signal)
         skip, scale = self.skip**2, self.scale**2
         stream, added = skip * signal.q, scale * inner.signal.q
-        q = stream + added
+        q, width = stream + added, min(signal.width, inner.signal.width)
         chi = skip + scale * inner.chi
         by_branch, of_branch = scale * inner.chi / chi, added / q
         # The cross term of two independent vectors scatters even when neither norm does.
-        variance = 4 * by_branch * (1 - by_branch) / signal.width + by_branch**2 * inner.variance
+        variance = 4 * by_branch * (1 - by_branch) / width + by_branch**2 * inner.variance
+        noise = 4 * of_branch * (1 - of_branch) / width + of_branch**2 * inner.noise
         return Response(
             Signal(
                 q,
                 self.skip * signal.mean + self.scale * inner.signal.mean,
                 skip * signal.shared + scale * inner.signal.shared,
-                signal.width,
+                width,
             ),
             chi,
             variance=variance,
             bias=-variance / 2,
             sensitivity=by_branch * inner.sensitivity,
             elasticity=1 - of_branch + of_branch * inner.elasticity,
-            noise=4 * of_branch * (1 - of_branch) / signal.width + of_branch**2 * inner.noise,
+            noise=noise,
+            drift=-noise / 2,
             joint=by_branch * of_branch * inner.joint,
         )
 

@@ -57,6 +57,8 @@ class Response:
     elasticity: float = 0.0
     noise: float = 0.0
     """Var e."""
+    drift: float = 0.0
+    """E e."""
     joint: float = 0.0
     """Cov(a, e)."""
 
@@ -69,10 +71,11 @@ class Response:
             + after.variance
             + after.sensitivity**2 * self.noise
             + 2 * after.sensitivity * self.joint,
-            bias=self.bias + after.bias,
+            bias=self.bias + after.bias + after.sensitivity * self.drift,
             sensitivity=self.sensitivity + after.sensitivity * self.elasticity,
             elasticity=self.elasticity * after.elasticity,
             noise=after.elasticity**2 * self.noise + after.noise,
+            drift=after.elasticity * self.drift + after.drift,
             joint=after.elasticity * (self.joint + after.sensitivity * self.noise) + after.joint,
         )
 
