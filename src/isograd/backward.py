@@ -41,6 +41,7 @@ class Backward:
         scale: key into `exponents` of the scale that a node's incoming gradient has.
         exponents: log2 of true over passed gradient, by key; float64 scalars on the device.
         rescalings: how often a gradient of this scale was rescaled on its shortest way, by key.
+        first: index of the segment behind which rescaling starts.
         splits: norms of skip and branch contribution below a residual segment, by its index.
         fired: the nodes read, in the order of execution.
     """
@@ -53,7 +54,10 @@ class Backward:
         self.exponents: dict[int, Tensor] = {0: torch.zeros((), dtype=torch.float64, device=device)}
         self.rescalings: dict[int, int] = {0: 0}
         self.scale: dict[Node, int] = {}
-        self._tops = {node: i for i, node in enumerate(line.tops) if i > line.exit}
+        # A loss needs no rescaling and has large tensors; but float16 may underflow in it already.
+        half = any(segment.site.dtype == "float16" for segment in line.segments)
+        self.first = 0 if half else line.exit
+        self._tops = {node: i for i, node in enumerate(line.tops) if i > self.first}
         self._held: dict[int, Tensor] = {}
         self._after: dict[Node, int] = {}
         self._meetings: dict[Node, list[tuple[int, int, _Meeting]]] = {}

@@ -96,8 +96,8 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     state: str
-    """'measured', 'frozen' (requires no gradient), 'unused' (the loss does not depend on it),
-    or 'unmeasured' (in a part that could not be examined)."""
+    """'measured', 'frozen' (requires no gradient), 'unused' (its module did not run), 'detached' (its
+    module ran, but the loss does not depend on it), or 'unmeasured' (the backward failed)."""
     grad_norm_log10: float
     """log10 of the gradient's L2 norm; -inf: exactly zero; NaN: not measured."""
     weight_norm: float
@@ -201,6 +201,8 @@ class Flow:
     """Backbone segments that multiply by weights between the input and the output: L of sigma^L."""
     loss: float = math.nan
     losses: tuple[LossCall, ...] = ()
+    cut: bool = False
+    """The model was given data, and no gradient path leads from the loss to any of it."""
     outputs: tuple[Site, ...] = ()
     """The model's own results, where the model was called as a whole."""
     towers: tuple[Flow, ...] = ()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node
+from torch.nn.parameter import is_lazy
 from torch.utils import checkpoint
 
 from isograd.backbone import Backbone, Graph, Segment, backbone, sinks, step_site
@@ -53,6 +54,8 @@ def measure(model: nn.Module, loss: Loss, *, optimizer: torch.optim.Optimizer | 
         ValueError: the loss has more than one element or depends on nothing that can be trained.
     """
     model, notes = unwrapped(model)
+    if any(is_lazy(p) for p in [*model.parameters(), *model.buffers()]):
+        raise ValueError("the model has lazy layers without a shape: run it once, then measure it")
     trace = Trace(model)
     with preserved(model), _eager():
         with trace.recording():
@@ -242,6 +245,7 @@ class _Measurement:
                 self._loss(call, [read[i] for i in values])
                 for call, values in zip(self.trace.losses, losses, strict=True)
             ),
+            cut=bool(self.trace.given) and not any(m.call.user_input for m in self.trace.made.values()),
             outputs=tuple(
                 step_site(self.trace.made[n])
                 for n in dict.fromkeys(self.trace.results)
@@ -342,7 +346,7 @@ class _Measurement:
     ) -> tuple[Parameter, ...]:
         nodes, scales = self._parameter_nodes(), self._parameter_scale(scale)
         found: list[Parameter] = []
-        last, end = len(self.main.segments) - 1, self.main.exit
+        last = len(self.main.segments) - 1
         for name, p in self.model.named_parameters():
             state, log, zeros, bad, where = "measured", math.nan, math.nan, 0, math.nan
             if not p.requires_grad:
@@ -350,14 +354,16 @@ class _Measurement:
             elif failure is not None:
                 state = "unmeasured"
             elif name not in readings or name not in scales:
-                state = "unused"
+                state = "detached" if name.rpartition(".")[0] in self.trace.ran else "unused"
             else:
                 length, zeros = readings[name]
                 log = _log10(length) + scales[name]
                 gradient = grads[name]
                 if not math.isfinite(length) and gradient is not None:
                     bad = int((~torch.isfinite(gradient)).sum())
-                where = float(last - end - self.passed.rescalings[self.passed.scale[nodes[id(p)]]])
+                where = float(
+                    last - self.passed.first - self.passed.rescalings[self.passed.scale[nodes[id(p)]]]
+                )
             update = self.updates.get(name, math.nan)
             found.append(
                 Parameter(name, tuple(p.shape), state, log, weights.get(name, 0.0), zeros, bad, where, update)

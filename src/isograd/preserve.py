@@ -19,8 +19,8 @@ def preserved(model: nn.Module) -> Iterator[None]:
     Costs one copy of the buffers. Parameters and their `.grad` are never written by a measurement.
     """
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
-    copies = {id(b): b.clone() for _, held in buffers for b in held.values() if isinstance(b, Tensor)}
+    buffers = [(m, dict(m._buffers), set(m._non_persistent_buffers_set)) for m in model.modules()]
+    copies = {id(b): b.clone() for _, held, _ in buffers for b in held.values() if isinstance(b, Tensor)}
     generators = _generators(model)
     try:
         yield
@@ -28,9 +28,10 @@ def preserved(model: nn.Module) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         with torch.no_grad():
-            for module, held in buffers:
+            for module, held, passing in buffers:
                 module._buffers.clear()
                 module._buffers.update(held)
+                module._non_persistent_buffers_set = passing
                 for buffer in held.values():
                     if buffer is not None and not _same_bits(buffer, copies[id(buffer)]):
                         buffer.copy_(copies[id(buffer)])

@@ -136,6 +136,10 @@ class Trace(TorchFunctionMode):
     """Leaves put in front of the model's float inputs."""
     results: list[Node] = field(default_factory=list[Node])
     """Nodes of the tensors the model itself returned."""
+    given: set[int] = field(default_factory=set[int])
+    """Addresses of the tensors that the model was given."""
+    ran: set[str] = field(default_factory=set[str])
+    """Paths of the modules that were called with gradients enabled."""
     entered: int = 0
 
     def __post_init__(self) -> None:
@@ -143,7 +147,6 @@ class Trace(TorchFunctionMode):
         self._names = {id(module): name for name, module in self.model.named_modules()}
         self._stack: list[tuple[str, int, str]] = []
         self._order = 0
-        self._given: set[int] = set()
         self._parameters = {id(p) for p in self.model.parameters()}
 
     @contextmanager
@@ -172,6 +175,8 @@ class Trace(TorchFunctionMode):
     def _enter(self, module: nn.Module, args: Any) -> None:
         self.entered += 1
         name = self._names.get(id(module), self._stack[-1][0] if self._stack else "")
+        if torch.is_grad_enabled():
+            self.ran.add(name)
         leaf = type(module).__name__ if next(module.children(), None) is None else ""
         self._stack.append((name, self.entered, leaf))
 
@@ -196,7 +201,7 @@ class Trace(TorchFunctionMode):
         def open_input(path: Any, value: Any) -> Any:
             if not isinstance(value, Tensor) or value.layout != torch.strided or value.numel() < 2:
                 return value
-            self._given.add(value.data_ptr())
+            self.given.add(value.data_ptr())
             name = pytree.keystr(path)
             name = named.get(name, name.removeprefix("[1]").strip("[]'"))
             if not value.is_floating_point() or value.grad_fn is not None or "mask" in name:
@@ -265,7 +270,7 @@ class Trace(TorchFunctionMode):
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         data = [t for t in tensors if not t.requires_grad and id(t) not in self._parameters and t.ndim > 0]
         call.data = bool(data)
-        call.user_input = any(t.layout == torch.strided and t.data_ptr() in self._given for t in data)
+        call.user_input = any(t.layout == torch.strided and t.data_ptr() in self.given for t in data)
         if call.kind == "convolution":
             call.unit_dim = 1
         elif call.kind not in ("linear", "attention", "embedding", "recurrent"):

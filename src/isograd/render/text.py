@@ -47,7 +47,7 @@ def document(diagnosis: Diagnosis, *, width: int = WIDTH) -> Text:
 
 
 def _verdict(diagnosis: Diagnosis, width: int) -> Text:
-    text = Text(diagnosis.verdict, VERDICTS[diagnosis.verdict])
+    text = Text().append(diagnosis.verdict, VERDICTS[diagnosis.verdict])
     if diagnosis.target:
         text.append(f"  {diagnosis.target}", "bold")
     _paragraph(text, "", _summary(diagnosis.flow), width)
@@ -89,7 +89,8 @@ def _finding(finding: Finding, width: int) -> Text:
 def _where(sites: tuple[str, ...]) -> str:
     if len(sites) <= 2:
         return ", ".join(sites)
-    return f"{sites[0]} … {sites[-1]} ({len(sites)} sites)"
+    first, last = (re.sub(r" · \S+:\d+$", "", site) for site in (sites[0], sites[-1]))  # too long with files
+    return f"{first} … {last} ({len(sites)} sites)"
 
 
 def _effect(effect: Effect) -> str:

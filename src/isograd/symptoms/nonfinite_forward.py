@@ -46,18 +46,25 @@ def examine(flow: Flow) -> Iterator[Outcome]:
         )
         return
     what = "NaN" if made.nan else "Inf"
+    overflow = made.inf and made.site.dtype == "float16"
     yield Finding(
         CODE,
         NAME,
         Severity.ERROR,
         f"the loss is {value}; {made.site.place} is the first operation with a {what} in its output",
-        cause=f"{made.site.operation} made a {what} out of finite values",
+        cause=f"{made.site.operation} "
+        + (
+            "went beyond 65504, the largest number of float16"
+            if overflow
+            else f"made a {what} out of finite values"
+        ),
         sites=(made.site.place,),
         evidence={
             "operation": made.site.operation,
             "phase": "forward",
             "source": made.site.source,
             "loss": str(flow.loss),
+            "cause": "precision" if overflow else "numerics",
         },
         remedies=("safe-loss", "critical-initialisation", "loss-scale"),
     )

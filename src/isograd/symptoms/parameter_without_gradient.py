@@ -10,7 +10,8 @@ Why it happens
 
 Evidence
     `None` (the loss does not depend on it) told from exact zeros, from a rescaled backward that does not
-    underflow. Frozen parameters are not counted.
+    underflow. Frozen parameters are not counted. It is an error where modules ran, none of their gradient
+    comes back, and the model's input has no gradient path at all; otherwise a part was left out on purpose.
 
 What helps
     Use the module, remove it, or freeze it with `requires_grad_(False)`.
@@ -38,7 +39,8 @@ def examine(flow: Flow) -> Iterator[Outcome]:
         yield Unexamined("the backward failed")
         return
     trainable = [p for p in flow.parameters if p.state != "frozen"]
-    unused = [p for p in trainable if p.state == "unused"]
+    unused = [p for p in trainable if p.state in ("unused", "detached")]
+    detached = [p for p in unused if p.state == "detached"]
     zero = [p for p in trainable if p.grad_norm_log10 == -math.inf]
     if not unused and not zero:
         yield Healthy(f"all {len(trainable)} trainable parameters receive a gradient")
@@ -47,11 +49,15 @@ def examine(flow: Flow) -> Iterator[Outcome]:
         yield Finding(
             CODE,
             NAME,
-            Severity.WARNING,
-            f"the loss does not depend on {len(unused)} of {len(trainable)} trainable parameters",
-            cause="not used in this forward pass, or detached",
+            Severity.ERROR if detached and flow.cut else Severity.WARNING,
+            f"the loss does not depend on {len(unused)} of {len(trainable)} trainable parameters"
+            + (f"; the modules of {len(detached)} ran, and their gradient is cut off" if detached else "")
+            + ("; no gradient path leads to the model's input" if detached and flow.cut else ""),
+            cause="detached: .detach(), .data, numpy or an argmax between them and the loss"
+            if detached
+            else "their modules did not run in this forward pass",
             sites=tuple(p.name for p in unused[:5]),
-            evidence={"unused": len(unused), "trainable": len(trainable)},
+            evidence={"unused": len(unused), "detached": len(detached), "trainable": len(trainable)},
             remedies=("use-or-freeze",),
         )
     if zero:
