@@ -10,16 +10,18 @@ rates, on seed 0, confirmed with a second seed; training stops at 90%.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from gallery.training import ADAMW, SGD, best_of, digits, train
+from gallery.training import ADAMW, SGD, Setting, Task, best_of, digits, train
 
 RESULTS = Path(__file__).with_name("border.json")
 STEPS = 300
@@ -42,7 +44,7 @@ class Net:
     def build(self) -> nn.Sequential:
         sizes = [64] + [self.width] * self.depth
         layers: list[nn.Module] = []
-        for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+        for fan_in, fan_out in itertools.pairwise(sizes):
             layers += [self._linear(fan_in, fan_out), ACTIVATIONS[self.activation]()]
         return nn.Sequential(*layers, nn.Linear(self.width, 10))
 
@@ -102,6 +104,11 @@ def flow(net: Net, seeds: int = 3) -> dict[str, float]:
     return {"decades": sum(backward) / seeds, "forward_decades": sum(forward) / seeds}
 
 
+def trained(net: Net, task: Task, setting: Setting, seed: int) -> float:
+    """The accuracy that one training reaches."""
+    return train(net.build, task, setting, seed=seed, steps=STEPS, enough=ENOUGH)
+
+
 def establish() -> None:
     """Measure and train every row that the file lacks; the file grows row by row."""
     torch.set_num_threads(1)
@@ -113,14 +120,9 @@ def establish() -> None:
             continue
         started = time.perf_counter()
         row = asdict(net) | flow(net)
+        run = partial(trained, net, task)
         for name, settings in (("adamw", ADAMW), ("sgd", SGD)):
-            outcome = best_of(
-                lambda setting, seed: train(net.build, task, setting, seed=seed, steps=STEPS, enough=ENOUGH),
-                settings,
-                seeds=2,
-                enough=ENOUGH,
-            )
-            row[name] = asdict(outcome)
+            row[name] = asdict(best_of(run, settings, seeds=2, enough=ENOUGH))
         row["seconds"] = round(time.perf_counter() - started, 1)
         rows[net.key] = row
         RESULTS.write_text(json.dumps(rows, indent=1))
@@ -133,7 +135,9 @@ def table() -> str:
     head = f"{'net':32} {'depth':>5} {'width':>5} {'back':>7} {'fwd':>7} {'per layer':>9} {'AdamW':>6} {'SGD':>6}  best"
     lines = [head]
     for row in rows:
-        name = f"{row['activation']} {row['weights']}" + (f" {row['gain']:g}" if row["weights"] == "gain" else "")
+        name = f"{row['activation']} {row['weights']}" + (
+            f" {row['gain']:g}" if row["weights"] == "gain" else ""
+        )
         sigma = 10 ** (row["decades"] / (row["depth"] - 1))
         best = max((row["adamw"], row["sgd"]), key=lambda outcome: outcome["score"])
         lines.append(
@@ -144,7 +148,9 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--establish", action="store_true")
     if parser.parse_args().establish:
         establish()

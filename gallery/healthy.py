@@ -7,6 +7,7 @@ raises a false alarm.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import cast
 
@@ -139,7 +140,9 @@ class TwoHeads(nn.Module):
         super().__init__()
         self.lower = mlp(nn.ReLU, 4, 64, HE)[:-1]
         self.middle = nn.Linear(64, 10)
-        self.upper = initialised(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()), HE)
+        self.upper = initialised(
+            nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()), HE
+        )
         self.head = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -152,7 +155,7 @@ def autoencoder() -> Built:
     torch.manual_seed(0)
     sizes = [64, 32, 8, 32, 64]
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip(sizes, sizes[1:], strict=False):
+    for fan_in, fan_out in itertools.pairwise(sizes):
         layers += [nn.Linear(fan_in, fan_out), nn.ELU()]
     x, _ = digit_batch()
     return nn.Sequential(*layers[:-1]), lambda m: functional.mse_loss(m(x), x)
@@ -188,7 +191,9 @@ def zero_gamma() -> nn.Module:
         return Residual(nn.Sequential(convolutions[0], nn.BatchNorm2d(16), nn.ReLU(), convolutions[1], last))
 
     stem = nn.Conv2d(3, 16, 3, padding=1)
-    return nn.Sequential(stem, *(block() for _ in range(9)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10))
+    return nn.Sequential(
+        stem, *(block() for _ in range(9)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)
+    )
 
 
 def rescaled() -> nn.Module:
@@ -260,7 +265,9 @@ def half(make: Make) -> Make:
 def handmade() -> tuple[Case, ...]:
     """Networks of torch's own parts, their truth established by training them."""
 
-    def case(name: str, model: Make, data: Data, residuals: int | None = None, *, family: str = "plain") -> Case:
+    def case(
+        name: str, model: Make, data: Data, residuals: int | None = None, *, family: str = "plain"
+    ) -> Case:
         truth = "fits its batch or its task (python -m gallery.establish)"
         return Case(name, family, lambda: on(model, data), "healthy", truth=truth, residuals=residuals)
 
@@ -273,11 +280,27 @@ def handmade() -> tuple[Case, ...]:
         case("torch encoder, post-norm, 24 layers", PostNorm, token_batch, 48, family="transformer"),
         case("pre-norm, 12 layers", lambda: Transformer(Shape(12)), token_batch, 24, family="transformer"),
         case("pre-norm, 48 layers", lambda: Transformer(Shape(48)), token_batch, 96, family="transformer"),
-        case("post-norm, 6 layers", lambda: Transformer(Shape(6, norm="post")), token_batch, 12, family="transformer"),
-        case("deepnorm, 48 layers", lambda: Transformer(Shape(48, norm="deep")), token_batch, 96, family="transformer"),
-        case("checkpointed", lambda: Checkpointed(Transformer(Shape(8))), token_batch, 16, family="transformer"),
+        case(
+            "post-norm, 6 layers",
+            lambda: Transformer(Shape(6, norm="post")),
+            token_batch,
+            12,
+            family="transformer",
+        ),
+        case(
+            "deepnorm, 48 layers",
+            lambda: Transformer(Shape(48, norm="deep")),
+            token_batch,
+            96,
+            family="transformer",
+        ),
+        case(
+            "checkpointed", lambda: Checkpointed(Transformer(Shape(8))), token_batch, 16, family="transformer"
+        ),
         case("rezero, 50 blocks", lambda: residual_mlp(50, 64, torch.zeros(1), nn.ReLU), digit_batch, 50),
-        case("layerscale 1e-6, 24 blocks", lambda: residual_mlp(24, 64, 1e-6 * ones, nn.GELU), digit_batch, 24),
+        case(
+            "layerscale 1e-6, 24 blocks", lambda: residual_mlp(24, 64, 1e-6 * ones, nn.GELU), digit_batch, 24
+        ),
         case("zero-initialised branches", zero_branches, digit_batch, 16),
         case("zero-initialised gammas", zero_gamma, pictures(), 9),
         case("zero-initialised head", zero_head, digit_batch, 0),
@@ -285,12 +308,19 @@ def handmade() -> tuple[Case, ...]:
         case("frozen body", frozen_backbone, digit_batch, 0),
         case("vgg with batch norm", lambda: vgg((2, 2, 3, 3), 16), pictures(64), 0),
         case("densenet-121", lambda: densenet((6, 12, 24, 16), 16), pictures(64), 0),
-        case("mlp-mixer", lambda: mixer(8, 16, 64), lambda: (torch.randn(4, 16, 48), torch.randint(10, (4,))), 16),
+        case(
+            "mlp-mixer",
+            lambda: mixer(8, 16, 64),
+            lambda: (torch.randn(4, 16, 48), torch.randint(10, (4,))),
+            16,
+        ),
         case("tanh orthogonal, 50 layers", lambda: mlp(nn.Tanh, 50, 128, orthogonal(1.05)), digit_batch, 0),
         case("relu He, 30 layers", lambda: mlp(nn.ReLU, 30, 256, HE), digit_batch, 0),
         case("selu LeCun, 20 layers", lambda: mlp(nn.SELU, 20, 128, lecun), digit_batch, 0),
         case("relu He, 8 layers", lambda: mlp(nn.ReLU, 8, 128, HE), digit_batch, 0),
-        case("relu He, 8 layers, bfloat16", half(lambda: mlp(nn.ReLU, 8, 128, HE)), _bfloat16(digit_batch), 0),
+        case(
+            "relu He, 8 layers, bfloat16", half(lambda: mlp(nn.ReLU, 8, 128, HE)), _bfloat16(digit_batch), 0
+        ),
         case("relu He, rescaled by 30 and 1/30", rescaled, digit_batch, 0),
         case("relu default, 5 layers", lambda: mlp(nn.ReLU, 5, 128, None), digit_batch, 0),
         case("sigmoid default, 2 layers", lambda: mlp(nn.Sigmoid, 2, 128, None), digit_batch, 0),

@@ -35,7 +35,9 @@ def initialised(model: nn.Module, weights: Initialise) -> nn.Module:
     return model
 
 
-def mlp(activation: Callable[[], nn.Module], depth: int, width: int, weights: Initialise | None) -> nn.Sequential:
+def mlp(
+    activation: Callable[[], nn.Module], depth: int, width: int, weights: Initialise | None
+) -> nn.Sequential:
     """64 inputs, `depth` hidden layers, 10 logits. Without `weights`, what nn.Linear does."""
     layers: list[nn.Module] = []
     for fan_in in [64] + [width] * (depth - 1):
@@ -154,7 +156,9 @@ class Residual(nn.Module):
         return x + y if self.scale is None else x + self.scale * y
 
 
-def residual_mlp(blocks: int, width: int, scale: Tensor, activation: Callable[[], nn.Module]) -> nn.Sequential:
+def residual_mlp(
+    blocks: int, width: int, scale: Tensor, activation: Callable[[], nn.Module]
+) -> nn.Sequential:
     """Residual blocks of two linear layers with a learned scale on the branch: ReZero (0), LayerScale (small)."""
     body = [
         Residual(nn.Sequential(nn.Linear(width, width), activation(), nn.Linear(width, width)), scale.clone())
@@ -198,7 +202,9 @@ def mixer(blocks: int, patches: int, width: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.LayerNorm(width), Mean(1), nn.Linear(width, 10))
 
 
-def convolution(fan_in: int, fan_out: int, normalised: bool = True, activation: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+def convolution(
+    fan_in: int, fan_out: int, normalised: bool = True, activation: type[nn.Module] = nn.ReLU
+) -> nn.Sequential:
     """3x3 convolution, batch normalisation if asked for, activation."""
     layers: list[nn.Module] = [nn.Conv2d(fan_in, fan_out, 3, padding=1, bias=not normalised)]
     if normalised:
@@ -248,7 +254,10 @@ class DenseLayer(nn.Module):
 def densenet(blocks: tuple[int, ...], growth: int) -> nn.Sequential:
     """DenseNet for 3-channel images; (6, 12, 24, 16) with growth 32 is DenseNet-121."""
     channels = 2 * growth
-    layers: list[nn.Module] = [nn.Conv2d(3, channels, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(channels)]
+    layers: list[nn.Module] = [
+        nn.Conv2d(3, channels, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(channels),
+    ]
     layers.append(nn.ReLU())
     for index, repeats in enumerate(blocks):
         for _ in range(repeats):
@@ -258,7 +267,13 @@ def densenet(blocks: tuple[int, ...], growth: int) -> nn.Sequential:
             layers += [nn.BatchNorm2d(channels), nn.ReLU(), nn.Conv2d(channels, channels // 2, 1, bias=False)]
             layers.append(nn.AvgPool2d(2))
             channels //= 2
-    layers += [nn.BatchNorm2d(channels), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10)]
+    layers += [
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(channels, 10),
+    ]
     return nn.Sequential(*layers)
 
 
@@ -270,7 +285,9 @@ class UNet(nn.Module):
         widths = [channels, 2 * channels, 4 * channels]
         self.down = nn.ModuleList([self._pair(i, o) for i, o in zip([3, *widths], widths, strict=False)])
         self.middle = self._pair(widths[-1], widths[-1])
-        self.up = nn.ModuleList([self._pair(i + o, o) for i, o in zip([widths[-1], *widths[:0:-1]], widths[::-1], strict=True)])
+        self.up = nn.ModuleList(
+            [self._pair(i + o, o) for i, o in zip([widths[-1], *widths[:0:-1]], widths[::-1], strict=True)]
+        )
         self.head = nn.Conv2d(channels, 4, 1)
 
     def _pair(self, fan_in: int, fan_out: int) -> nn.Sequential:

@@ -23,7 +23,9 @@ from gallery.case import Built, Case
 VOCABULARY = 500
 Batch = Callable[[], dict[str, Tensor]]
 
-TRUTH = "a published architecture with its own initialisation; it fits its batch (python -m gallery.establish)"
+TRUTH = (
+    "a published architecture with its own initialisation; it fits its batch (python -m gallery.establish)"
+)
 
 
 def tokens() -> dict[str, Tensor]:
@@ -90,7 +92,9 @@ def contrastive(model: Callable[[], nn.Module], batch: Batch) -> Built:
     return made, loss
 
 
-def _case(name: str, family: str, model: Callable[[], nn.Module], batch: Batch, residuals: int | None) -> Case:
+def _case(
+    name: str, family: str, model: Callable[[], nn.Module], batch: Batch, residuals: int | None
+) -> Case:
     return Case(name, family, lambda: built(model, batch), "healthy", truth=TRUTH, residuals=residuals)
 
 
@@ -159,14 +163,22 @@ def vit(layers: int = 12) -> nn.Module:
 
 def resnet(depths: tuple[int, ...] = (3, 4, 6, 3)) -> nn.Module:
     return hf.ResNetForImageClassification(
-        hf.ResNetConfig(depths=list(depths), embedding_size=32, hidden_sizes=[64, 128, 256, 512], num_labels=10)
+        hf.ResNetConfig(
+            depths=list(depths), embedding_size=32, hidden_sizes=[64, 128, 256, 512], num_labels=10
+        )
     )
 
 
 def t5() -> nn.Module:
     return hf.T5ForConditionalGeneration(
         hf.T5Config(
-            vocab_size=VOCABULARY, d_model=128, d_kv=32, d_ff=256, num_layers=6, num_heads=4, decoder_start_token_id=0
+            vocab_size=VOCABULARY,
+            d_model=128,
+            d_kv=32,
+            d_ff=256,
+            num_layers=6,
+            num_heads=4,
+            decoder_start_token_id=0,
         )
     )
 
@@ -266,13 +278,21 @@ def _decoders() -> tuple[Case, ...]:
         one("gpt2", gpt2, 16),
         one("llama", llama, 16),
         one("qwen3", lambda: hf.Qwen3ForCausalLM(hf.Qwen3Config(**_decoder(8), head_dim=32)), 16),
-        one("gemma2", lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**_decoder(8), head_dim=32, **_ids())), 16),
-        one("gemma3", lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**_decoder(12), head_dim=32, **_ids())), 24),
+        one(
+            "gemma2", lambda: hf.Gemma2ForCausalLM(hf.Gemma2Config(**_decoder(8), head_dim=32, **_ids())), 16
+        ),
+        one(
+            "gemma3",
+            lambda: hf.Gemma3ForCausalLM(hf.Gemma3TextConfig(**_decoder(12), head_dim=32, **_ids())),
+            24,
+        ),
         one("olmo2", lambda: hf.Olmo2ForCausalLM(hf.Olmo2Config(**_decoder(8), **_ids())), 16),
         one("granite", lambda: hf.GraniteForCausalLM(hf.GraniteConfig(**_decoder(8), **_ids())), 16),
         one("cohere (parallel)", lambda: hf.CohereForCausalLM(hf.CohereConfig(**_decoder(8), **_ids())), 8),
         one("phi (parallel)", lambda: hf.PhiForCausalLM(hf.PhiConfig(**_decoder(8), **_ids())), 8),
-        one("gpt_neox (parallel)", lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_encoder(8), **_ids())), 8),
+        one(
+            "gpt_neox (parallel)", lambda: hf.GPTNeoXForCausalLM(hf.GPTNeoXConfig(**_encoder(8), **_ids())), 8
+        ),
         one(
             "opt",
             lambda: hf.OPTForCausalLM(
@@ -295,7 +315,9 @@ def _decoders() -> tuple[Case, ...]:
             ),
             16,
         ),
-        one("mixtral", lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**_decoder(6), **experts, **_ids())), 12),
+        one(
+            "mixtral", lambda: hf.MixtralForCausalLM(hf.MixtralConfig(**_decoder(6), **experts, **_ids())), 12
+        ),
         one(
             "gpt_oss",
             lambda: hf.GptOssForCausalLM(hf.GptOssConfig(**_decoder(6), **experts, head_dim=32, **_ids())),
@@ -335,7 +357,9 @@ def _recurrent() -> tuple[Case, ...]:
         one(
             "mamba2",
             lambda: hf.Mamba2ForCausalLM(
-                hf.Mamba2Config(**small, num_hidden_layers=12, num_heads=8, head_dim=16, n_groups=1, chunk_size=16)
+                hf.Mamba2Config(
+                    **small, num_hidden_layers=12, num_heads=8, head_dim=16, n_groups=1, chunk_size=16
+                )
             ),
             12,
         ),
@@ -380,8 +404,14 @@ def _encoders() -> tuple[Case, ...]:
             lambda: hf.RobertaPreLayerNormForMaskedLM(hf.RobertaPreLayerNormConfig(**_encoder(12))),
             24,
         ),
-        one("electra", lambda: hf.ElectraForMaskedLM(hf.ElectraConfig(**_encoder(12), embedding_size=64)), 24),
-        one("albert (shared)", lambda: hf.AlbertForMaskedLM(hf.AlbertConfig(**_encoder(12), embedding_size=64)), 24),
+        one(
+            "electra", lambda: hf.ElectraForMaskedLM(hf.ElectraConfig(**_encoder(12), embedding_size=64)), 24
+        ),
+        one(
+            "albert (shared)",
+            lambda: hf.AlbertForMaskedLM(hf.AlbertConfig(**_encoder(12), embedding_size=64)),
+            24,
+        ),
         one(
             "deberta-v2",
             lambda: hf.DebertaV2ForMaskedLM(
@@ -391,12 +421,23 @@ def _encoders() -> tuple[Case, ...]:
             ),
             24,
         ),
-        one("modernbert", lambda: hf.ModernBertForMaskedLM(hf.ModernBertConfig(**_encoder(12), **_ids(), cls_token_id=1, sep_token_id=2)), 24),
+        one(
+            "modernbert",
+            lambda: hf.ModernBertForMaskedLM(
+                hf.ModernBertConfig(**_encoder(12), **_ids(), cls_token_id=1, sep_token_id=2)
+            ),
+            24,
+        ),
         one(
             "distilbert",
             lambda: hf.DistilBertForMaskedLM(
                 hf.DistilBertConfig(
-                    vocab_size=VOCABULARY, dim=128, hidden_dim=512, n_layers=6, n_heads=4, max_position_embeddings=64
+                    vocab_size=VOCABULARY,
+                    dim=128,
+                    hidden_dim=512,
+                    n_layers=6,
+                    n_heads=4,
+                    max_position_embeddings=64,
                 )
             ),
             12,
@@ -411,9 +452,23 @@ def _encoder_decoders() -> tuple[Case, ...]:
         _case("whisper", "encoder-decoder", whisper, spectrograms, 2 * 4 + 1),
         _case("wav2vec2", "speech", lambda: hf.Wav2Vec2ForCTC(_speech(hf.Wav2Vec2Config)), waves, 2 * 12 + 1),
         _case("hubert", "speech", lambda: hf.HubertForCTC(_speech(hf.HubertConfig)), waves, 2 * 12 + 1),
-        Case("clip", "two towers", lambda: contrastive(clip, captions(64)), "healthy", truth=TRUTH, residuals=24),
+        Case(
+            "clip",
+            "two towers",
+            lambda: contrastive(clip, captions(64)),
+            "healthy",
+            truth=TRUTH,
+            residuals=24,
+        ),
         # 24 of the vision tower and one of the attention that pools it
-        Case("siglip", "two towers", lambda: contrastive(siglip, captions(64)), "healthy", truth=TRUTH, residuals=25),
+        Case(
+            "siglip",
+            "two towers",
+            lambda: contrastive(siglip, captions(64)),
+            "healthy",
+            truth=TRUTH,
+            residuals=25,
+        ),
         _case("patchtst", "time series", patchtst, series, 8),
     )
 

@@ -45,19 +45,53 @@ def transformers() -> tuple[Trial, ...]:
     grown = {"residual-branch-growth", "missing-normalisation"}
     return (
         _transformer("no norm, 12 layers", bare, up, grown),
-        _transformer("no norm, initialisation x 2, 12 layers", replace(bare, gain=2.0), up, grown | {"initialisation"}),
+        _transformer(
+            "no norm, initialisation x 2, 12 layers", replace(bare, gain=2.0), up, grown | {"initialisation"}
+        ),
         _transformer("no norm, branch x 2, 12 layers", replace(bare, branch=2.0), up, grown),
         _transformer("no norm, initialisation x 0.2, 12 layers", replace(bare, gain=0.2), up, grown),
-        _transformer("pre-norm, initialisation x 3, 12 layers", replace(pre, gain=3.0), up, {"initialisation"}),
-        _transformer("pre-norm, initialisation x 0.2, 12 layers", replace(pre, gain=0.2), down, {"initialisation"}),
-        _transformer("pre-norm, branch x 2, 12 layers", replace(pre, branch=2.0), up, {"residual-branch-growth"}),
-        _transformer("pre-norm, no skips, 12 layers", replace(pre, residual=False), down, {"missing-residual"}),
-        _transformer("pre-norm, no skips, 6 layers", replace(pre, layers=6, residual=False), down, {"missing-residual"}),
-        _transformer("post-norm, no skips, 12 layers", replace(post, residual=False), down, {"missing-residual"}, "post"),
-        _transformer("post-norm, branch x 2, 12 layers", replace(post, branch=2.0), up, {"residual-branch-growth"}, "post"),
-        _transformer("post-norm, initialisation x 3, 12 layers", replace(post, gain=3.0), down, {"initialisation"}, "post"),
-        _transformer("post-norm, epsilon 100, 12 layers", replace(post, eps=100.0), down, {"norm-epsilon"}, "post"),
-        _transformer("post-norm, epsilon 1e4, 12 layers", replace(post, eps=1e4), down, {"norm-epsilon"}, "post"),
+        _transformer(
+            "pre-norm, initialisation x 3, 12 layers", replace(pre, gain=3.0), up, {"initialisation"}
+        ),
+        _transformer(
+            "pre-norm, initialisation x 0.2, 12 layers", replace(pre, gain=0.2), down, {"initialisation"}
+        ),
+        _transformer(
+            "pre-norm, branch x 2, 12 layers", replace(pre, branch=2.0), up, {"residual-branch-growth"}
+        ),
+        _transformer(
+            "pre-norm, no skips, 12 layers", replace(pre, residual=False), down, {"missing-residual"}
+        ),
+        _transformer(
+            "pre-norm, no skips, 6 layers", replace(pre, layers=6, residual=False), down, {"missing-residual"}
+        ),
+        _transformer(
+            "post-norm, no skips, 12 layers",
+            replace(post, residual=False),
+            down,
+            {"missing-residual"},
+            "post",
+        ),
+        _transformer(
+            "post-norm, branch x 2, 12 layers",
+            replace(post, branch=2.0),
+            up,
+            {"residual-branch-growth"},
+            "post",
+        ),
+        _transformer(
+            "post-norm, initialisation x 3, 12 layers",
+            replace(post, gain=3.0),
+            down,
+            {"initialisation"},
+            "post",
+        ),
+        _transformer(
+            "post-norm, epsilon 100, 12 layers", replace(post, eps=100.0), down, {"norm-epsilon"}, "post"
+        ),
+        _transformer(
+            "post-norm, epsilon 1e4, 12 layers", replace(post, eps=1e4), down, {"norm-epsilon"}, "post"
+        ),
         _transformer("pre-norm, epsilon 1e4, 12 layers", replace(pre, eps=1e4), down, {"norm-epsilon"}),
     )
 
@@ -186,7 +220,9 @@ def without_skips(module: nn.Module) -> None:
 def efficientnet() -> nn.Module:
     """EfficientNet-B0's blocks from its configuration, half as wide."""
     return hf.EfficientNetForImageClassification(
-        hf.EfficientNetConfig(image_size=32, width_coefficient=0.5, depth_coefficient=1.0, hidden_dim=640, num_labels=10)
+        hf.EfficientNetConfig(
+            image_size=32, width_coefficient=0.5, depth_coefficient=1.0, hidden_dim=640, num_labels=10
+        )
     )
 
 
@@ -200,7 +236,12 @@ def ones(module: nn.Module) -> None:
 
 
 def _shipped(
-    name: str, sound: Make, changes: tuple[Change, ...], task: Callable[[], Task], verdict: str, causes: set[str]
+    name: str,
+    sound: Make,
+    changes: tuple[Change, ...],
+    task: Callable[[], Task],
+    verdict: str,
+    causes: set[str],
 ) -> Trial:
     twin = Twin(f"{name.split(',')[0]} as shipped", sound)
     return Trial(

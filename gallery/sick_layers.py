@@ -205,7 +205,9 @@ def convolutions() -> tuple[Trial, ...]:
     down, up = "vanishing", "exploding"
     without_skips = frozenset({"batchnorm-without-skips"})
 
-    def cnn(name: str, make: Callable[[], nn.Module], depth: int, verdict: str, causes: frozenset[str]) -> Trial:
+    def cnn(
+        name: str, make: Callable[[], nn.Module], depth: int, verdict: str, causes: frozenset[str]
+    ) -> Trial:
         he = Twin(f"cnn He, {depth} layers", lambda: initialised(plain_cnn(depth, 12, False), HE))
         return Trial(name, "cnn", make, he, small_digits, verdict, causes, grids="quick")
 
@@ -242,5 +244,3 @@ def convolutions() -> tuple[Trial, ...]:
 def layer_trials() -> tuple[Trial, ...]:
     """Every fault of this file."""
     return (*chains(), *dead_units(), *inputs(), *convolutions())
-
-

@@ -54,7 +54,9 @@ def negative_diabetes() -> Task:
 
 
 def regressor(*last: nn.Module) -> Make:
-    return lambda: nn.Sequential(nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1), *last)
+    return lambda: nn.Sequential(
+        nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 1), *last
+    )
 
 
 def thresholded(bound: float) -> Score:
@@ -118,7 +120,9 @@ def loss_trials() -> tuple[Trial, ...]:
     number = Twin("one number", regressor(), mse)
 
     def above(name: str, make: Make, loss: Loss, bound: float) -> Trial:
-        return Trial(name, "head", make, yes_no, larger, "broken", HEAD, NO_GRADIENT, loss, score=thresholded(bound))
+        return Trial(
+            name, "head", make, yes_no, larger, "broken", HEAD, NO_GRADIENT, loss, score=thresholded(bound)
+        )
 
     def classes(name: str, make: Make, loss: Loss = cross_entropy) -> Trial:
         return Trial(name, "head", make, ten, digits, "broken", HEAD, NO_GRADIENT, loss, score=accuracy)
@@ -134,12 +138,19 @@ def loss_trials() -> tuple[Trial, ...]:
         above("softmax over one unit, squared error", ended(nn.Softmax(-1)), mse, 0.5),
         above("cross-entropy over one class", one_unit, only_class, 0.5),
         above("sigmoid before a loss with logits", ended(nn.Sigmoid()), with_logits, 0.5),
-        above("saturated sigmoid, squared error", lambda: loud_head(one_unit()).append(nn.Sigmoid()), mse, 0.5),
+        above(
+            "saturated sigmoid, squared error", lambda: loud_head(one_unit()).append(nn.Sigmoid()), mse, 0.5
+        ),
         above("layer norm over one unit", ended(nn.LayerNorm(1)), with_logits, 0.0),
         above("a sign in the loss", one_unit, hard_accuracy, 0.0),
         classes("softmax before cross-entropy", lambda: mlp(nn.ReLU, 3, 64, HE).append(nn.Softmax(-1))),
-        classes("saturated softmax before cross-entropy", lambda: loud_head(mlp(nn.ReLU, 3, 64, HE)).append(nn.Softmax(-1))),
-        classes("log of a clipped, saturated softmax", lambda: loud_head(mlp(nn.ReLU, 3, 64, HE)), log_of_clamped),
+        classes(
+            "saturated softmax before cross-entropy",
+            lambda: loud_head(mlp(nn.ReLU, 3, 64, HE)).append(nn.Softmax(-1)),
+        ),
+        classes(
+            "log of a clipped, saturated softmax", lambda: loud_head(mlp(nn.ReLU, 3, 64, HE)), log_of_clamped
+        ),
         classes("sigmoid before cross-entropy", lambda: mlp(nn.ReLU, 3, 64, HE).append(nn.Sigmoid())),
         classes("relu before cross-entropy", lambda: mlp(nn.ReLU, 3, 64, HE).append(nn.ReLU())),
         value("sigmoid output for targets in the hundreds", regressor(nn.Sigmoid())),

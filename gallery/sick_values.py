@@ -207,8 +207,15 @@ class Argmax(nn.Module):
 def xlstm() -> nn.Module:
     """transformers 5.23.0's xLSTM changes a tensor in place that its backward needs."""
     return hf.xLSTMForCausalLM(
-        hf.xLSTMConfig(vocab_size=500, hidden_size=64, num_blocks=4, num_heads=2, mode="train", chunk_size=16,
-                       qk_dim_factor=1.0)
+        hf.xLSTMConfig(
+            vocab_size=500,
+            hidden_size=64,
+            num_blocks=4,
+            num_heads=2,
+            mode="train",
+            chunk_size=16,
+            qk_dim_factor=1.0,
+        )
     )
 
 
@@ -251,7 +258,9 @@ def value_cases() -> tuple[Case, ...]:
         forward("a weight is NaN", lambda: classifier(lambda: poisoned(math.nan))),
         forward("a weight is infinite", lambda: classifier(lambda: poisoned(math.inf))),
         forward("an input is NaN", lambda: classifier(lambda: mlp(nn.ReLU, 4, 64, HE), missing_value())),
-        one("float16 overflows forward", "precision", lambda: half_precision(30.0, 8, 1.0), FORWARD, precision),
+        one(
+            "float16 overflows forward", "precision", lambda: half_precision(30.0, 8, 1.0), FORWARD, precision
+        ),
         one(
             "float16 gradients underflow",
             "precision",
@@ -276,7 +285,7 @@ def observed(case: Case) -> dict[str, Any]:
     record: dict[str, Any] = {"verdict": "sick", "loss": str(value.item())}
     try:
         value.backward()
-    except Exception as error:  # noqa: BLE001 - whatever a backward raises is what we are here to record
+    except Exception as error:
         return record | {"backward": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
     gradients = [p.grad for p in model.parameters()]
     present = [g for g in gradients if g is not None]
@@ -287,5 +296,3 @@ def observed(case: Case) -> dict[str, Any]:
         "zero": sum(not bool(g.any()) for g in present),
         "zero_share": sum(int((g == 0).sum()) for g in present) / max(1, sum(g.numel() for g in present)),
     }
-
-

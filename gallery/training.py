@@ -152,7 +152,9 @@ class Outcome:
     tried: int
 
 
-def best_of(run: Callable[[Setting, int], float], grid: tuple[Setting, ...], *, seeds: int, enough: float) -> Outcome:
+def best_of(
+    run: Callable[[Setting, int], float], grid: tuple[Setting, ...], *, seeds: int, enough: float
+) -> Outcome:
     """Search a grid on seed 0, stop at the first setting that is good enough, confirm on the other seeds."""
 
     def attempts() -> Iterator[tuple[float, Setting]]:

@@ -87,11 +87,17 @@ def truth() -> dict[str, dict[str, Any]]:
 def evidence(record: dict[str, Any]) -> str:
     """One line that says what was found."""
     if "loss" in record:
-        return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in record.items() if key != "verdict")
+        shown = {key: value for key, value in record.items() if key not in ("verdict", "seconds")}
+        return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in shown.items())
     if "decades" in record:
         return f"exact product in float64: {record['decades']:+.1f} decades"
+    if "first_loss" in record:
+        return f"fits its batch: loss {record['first_loss']:.3g} to {record['lowest_loss']:.3g} with {record['setting']}"
+    if "accuracy" in record:
+        return f"trained: accuracy {record['accuracy']:.2f}"
     parts = [
-        f"{name} {record[name]['score']:.2f} (twin {record['twin_scores'][name]:.2f})" for name in ("adamw", "sgd")
+        f"{name} {record[name]['score']:.2f} (twin {record['twin_scores'][name]:.2f})"
+        for name in ("adamw", "sgd")
     ]
     return f"trained: {', '.join(parts)}, chance {record['chance']:.2f}"
 

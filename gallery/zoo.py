@@ -27,6 +27,7 @@ import transformers
 
 import isograd
 from gallery.case import Case
+from gallery.cases import published
 from gallery.healthy import healthy
 from gallery.sick import harmless, sick
 from isograd.diagnosis import Diagnosis, Severity
@@ -35,6 +36,7 @@ PEERS = Path(__file__).with_name("peers.json")
 PARTS: dict[str, Callable[[], tuple[Case, ...]]] = {
     "healthy": lambda: (*healthy(), *harmless()),
     "sick": sick,
+    "cases": published,
 }
 
 
@@ -166,7 +168,9 @@ def chosen(parts: Sequence[str], quick: bool, only: str = "") -> list[Case]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for part in PARTS:
         parser.add_argument(f"--{part}", action="store_true")
     parser.add_argument("--quick", action="store_true")
