@@ -10,7 +10,9 @@ import transformers as hf
 from torch import Tensor, nn
 
 from gallery.nets import HE, Shape, Transformer, initialised, residual_mlp
-from gallery.shipped import VOCABULARY, bert, gpt2, llama, resnet
+from gallery.shipped import VOCABULARY
+from gallery.shipped_language import bert, gpt2, llama
+from gallery.shipped_senses import resnet
 from gallery.training import Task, copying, digits, memorising
 from gallery.trial import Make, Trial, Twin
 
