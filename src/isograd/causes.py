@@ -25,10 +25,12 @@ from isograd import theory
 from isograd.diagnosis import Diagnosis, Effect, Finding
 from isograd.flow import Flow
 from isograd.measure import Loss, measure
-from isograd.operations import ACTIVATIONS, WEIGHTED
+from isograd.operations import ACTIVATIONS, WEIGHTED, kind_of_call, parameter_of
 
 FAR = 400.0
 """Decades that stand for a gradient that is exactly zero or not finite: beyond any that is measured."""
+CURED = 1.0
+"""Decades that may remain after a change that explains everything: no finding begins below 1.6."""
 MOST = 0.7
 """Share of the best change's effect that a less invasive one must reach to be blamed instead."""
 TELLING = 0.2
@@ -44,7 +46,7 @@ class Intervention:
     change: str
     """What is done: 'exchange sigmoid for ReLU'."""
     edit: Callable[[nn.Module], None] | None = None
-    mode: Callable[[nn.Module], TorchFunctionMode] | None = None
+    mode: Callable[[], TorchFunctionMode] | None = None
 
 
 def explained(diagnosis: Diagnosis, model: nn.Module, loss: Loss) -> Diagnosis:
@@ -90,7 +92,7 @@ def _try(intervention: Intervention, model: nn.Module, loss: Loss) -> float:
         mode = intervention.mode
 
         def exchanged(m: nn.Module) -> Tensor:
-            with mode(m) if mode is not None else nullcontext():
+            with mode() if mode is not None else nullcontext():
                 return loss(m)
 
         flow = measure(changed, exchanged)
@@ -107,7 +109,7 @@ def _shared(effects: list[Effect], together: float) -> list[Effect]:
     """
     pair = {e.cause: e for e in effects if e.cause in ("activation", "initialisation")}
     weights = pair["initialisation"]
-    if len(pair) < 2 or not together < weights.decades_after:
+    if len(pair) < 2 or weights.decades_after < CURED or not together < weights.decades_after:
         return effects
     note = f"what remains of {weights.decades_before - together:.1f} decades that both give back together"
     rest = replace(pair["activation"], given_back=weights.decades_after - together, note=note)
@@ -135,7 +137,7 @@ def _told(finding: Finding, effects: tuple[Effect, ...], before: float) -> Findi
     if any(e.note for e in shared) and sum(map(_given, shared)) >= MOST * most:
         causes = shared
     else:
-        causes = [next(e for e in telling if e.given_back >= MOST * most)]
+        causes = [next(e for e in telling if e.given_back >= MOST * most or e.decades_after < CURED)]
     others = [e for e in telling if e not in causes and e.given_back >= MOST * most]
     said = ", ".join(f"{_BLAME[e.cause]} {_cost(e, before)}" for e in causes)
     also = f"; so does another way: {others[0].intervention}" if others else ""
@@ -207,7 +209,9 @@ def _functions(flow: Flow) -> Counter[str]:
 def _both(flow: Flow) -> Intervention:
     """ReLU in place of what saturates, with the weights at ReLU's critical gain."""
     flat = set(_functions(flow)) - SELF_GATED
-    return Intervention("", "", edit=lambda m: _critical(m, "relu"), mode=lambda _: _Exchange(flat, F.relu))
+    return Intervention(
+        "", "", edit=lambda m: _critical(m, flow, "relu"), mode=lambda: _Exchange(flat, F.relu)
+    )
 
 
 def _candidates(flow: Flow, model: nn.Module) -> Iterator[Intervention]:
@@ -232,25 +236,25 @@ def _candidates(flow: Flow, model: nn.Module) -> Iterator[Intervention]:
             "dead-units",
             f"{', '.join(sorted(dead))} exchanged for leaky ReLU of slope 0.5 and biases set to 0",
             edit=_zero_biases,
-            mode=lambda _: _Exchange(dead, lambda x: F.leaky_relu(x, 0.5)),
+            mode=lambda: _Exchange(dead, lambda x: F.leaky_relu(x, 0.5)),
         )
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in norms) and not flow.splits:
         yield Intervention(
             "batchnorm-without-skips",
             "batch normalisation taken out and the weights scaled to the critical gain",
-            edit=lambda m: _critical(m, common),
-            mode=lambda _: _WithoutBatchNorm(),
+            edit=lambda m: _critical(m, flow, common),
+            mode=lambda: _WithoutBatchNorm(),
         )
     yield Intervention(
         "initialisation",
         f"weights scaled to the critical gain for {common}, biases to its variance",
-        edit=lambda m: _critical(m, common),
+        edit=lambda m: _critical(m, flow, common),
     )
     if flat:
         yield Intervention(
             "activation",
             f"{', '.join(sorted(flat))} exchanged for ReLU",
-            mode=lambda _: _Exchange(flat, F.relu),
+            mode=lambda: _Exchange(flat, F.relu),
         )
     if flow.splits:
         yield Intervention(
@@ -262,13 +266,13 @@ def _candidates(flow: Flow, model: nn.Module) -> Iterator[Intervention]:
         yield Intervention(
             "missing-normalisation",
             "each linear layer and convolution normalised over its features",
-            mode=_Normalise,
+            mode=lambda: _Normalise(sum(p.fan_in > 0 for p in flow.parameters)),
         )
     if not flow.splits:
         yield Intervention(
             "missing-residual",
             "a skip connection around each layer that keeps its width",
-            mode=lambda _: _Skip(max(flow.layers, 1)),
+            mode=lambda: _Skip(max(flow.layers, 1)),
         )
 
 
@@ -292,27 +296,18 @@ def _gain_off(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _critical(model: nn.Module, activation: str) -> None:
-    """Scale every weight matrix to the standard deviation that keeps the gradient at criticality."""
+def _critical(model: nn.Module, flow: Flow, activation: str) -> None:
+    """Scale the weights of every layer to the standard deviation that keeps the gradient at criticality."""
     sigma_w, sigma_b = _sigma(activation)
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if (
-            not isinstance(weight, Tensor)
-            or weight.ndim < 2
-            or isinstance(module, (nn.Embedding, nn.EmbeddingBag))
-        ):
-            continue
-        transposed = type(module).__name__ == "Conv1D"  # GPT-2 keeps its weights (in, out)
-        fan_in = weight.shape[0] if transposed else weight[0].numel()
-        deviation = weight.detach().float().std()
-        if deviation > 0:
-            weight.sub_(weight.mean()).mul_((sigma_w / math.sqrt(fan_in) / deviation).to(weight.dtype))
-        else:  # constant: nothing to scale, so drawn
-            nn.init.normal_(weight, 0.0, sigma_w / math.sqrt(fan_in))
-        bias = getattr(module, "bias", None)
-        if isinstance(bias, Tensor):
-            nn.init.normal_(bias, 0.0, sigma_b) if sigma_b else nn.init.zeros_(bias)
+    parameters = dict(model.named_parameters())
+    for known in flow.parameters:
+        parameter, deviation = parameters[known.name], sigma_w / math.sqrt(max(known.fan_in, 1))
+        if known.bias:
+            nn.init.normal_(parameter, 0.0, sigma_b) if sigma_b else nn.init.zeros_(parameter)
+        elif known.fan_in and (spread := float(parameter.float().std())) > 0:
+            parameter.sub_(parameter.mean()).mul_(deviation / spread)
+        elif known.fan_in:  # constant: nothing to scale, so drawn
+            nn.init.normal_(parameter, 0.0, deviation)
 
 
 def _sigma(activation: str) -> tuple[float, float]:
@@ -434,25 +429,20 @@ class _WithoutBatchNorm(_Calls):
 class _Normalise(_Calls):
     """Zero mean and unit variance over the features behind every layer but the head."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, layers: int) -> None:
         super().__init__()
-        self.left = sum(1 for m in model.modules() if next(m.children(), None) is None and _multiplies(m))
-        self.seen = 0
+        self.left = layers
 
     def change(
         self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         out = func(*args, **kwargs)
-        if name == "linear" or name.startswith("conv"):
-            self.seen += 1
-            if self.seen < self.left and isinstance(out, Tensor) and out.ndim > 1:
-                return F.layer_norm(out, out.shape[-1:] if name == "linear" else out.shape[1:])
+        kind = kind_of_call(name, args, kwargs)
+        if kind in ("linear", "convolution") and isinstance(out, Tensor) and out.ndim > 1:
+            self.left -= 1
+            if self.left > 0:
+                return F.layer_norm(out, out.shape[-1:] if kind == "linear" else out.shape[1:])
         return out
-
-
-def _multiplies(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.ndim > 1 and not isinstance(module, nn.Embedding)
 
 
 class _Skip(_Calls):
@@ -462,19 +452,25 @@ class _Skip(_Calls):
         super().__init__()
         self.scale = depth**-0.5
         self.entered: dict[int, tuple[Tensor, Tensor]] = {}
+        """Input of the layer that a tensor came from, by the tensor's id; the tensor is held with it."""
 
     def change(
         self, name: str, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         out = func(*args, **kwargs)
-        if not args or not isinstance(args[0], Tensor) or not isinstance(out, Tensor):
+        if not args or not isinstance(out, Tensor):
             return out
-        if name == "linear" or name.startswith("conv"):
-            self.entered[id(out)] = (args[0], out)  # the result is held, so that its id stays its own
-        elif name in ACTIVATIONS and id(args[0]) in self.entered:
-            x, _ = self.entered[id(args[0])]
-            if x.shape == out.shape:
-                return x + out * self.scale
-        elif name in ("batch_norm", "layer_norm", "group_norm", "rms_norm") and id(args[0]) in self.entered:
-            self.entered[id(out)] = (self.entered[id(args[0])][0], out)
+        came_from = self.entered.get(id(args[0]))
+        if kind_of_call(name, args, kwargs) in ("linear", "convolution"):
+            x = next((a for a in args if isinstance(a, Tensor) and parameter_of(a) is None), None)
+            if x is not None:
+                self.entered[id(out)] = (x, out)
+        elif came_from is not None and name in ACTIVATIONS and came_from[0].shape == out.shape:
+            return came_from[0] + out * self.scale
+        elif came_from is not None and name in BETWEEN:
+            self.entered[id(out)] = (came_from[0], out)
         return out
+
+
+BETWEEN = {"batch_norm", "layer_norm", "group_norm", "rms_norm", "add", "dropout"}
+"""Calls that may stand between a layer and its activation."""

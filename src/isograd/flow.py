@@ -107,6 +107,10 @@ class Parameter:
     """Gradient elements that are NaN or Inf."""
     depth: float
     """Where it acts along the backbone, in sites from the input; NaN: off the backbone."""
+    fan_in: int = 0
+    """Inputs that each output of its layer sums over; 0: no layer multiplies by it."""
+    bias: bool = False
+    """A layer adds it."""
     first_update: float = math.nan
     """rms(first update) / rms(weight) under the optimizer's rule; NaN: no optimizer given."""
 
@@ -263,11 +267,20 @@ class Flow:
         The sum over the hidden sites or that over all, whichever is smaller: a head drawn small on purpose
         is no vanishing gradient, nor is a factor moved from one layer into the next.
         """
-        measured = self._counted(self.hidden)
+        return self._span[0]
+
+    @property
+    def lost_over(self) -> int:
+        """Number of layers that `lost` is summed over."""
+        return self._span[1]
+
+    @property
+    def _span(self) -> tuple[float, int]:
+        measured, ends = self._counted(self.hidden), self._counted(slice(1, len(self.sites)))
         hidden = float(measured.sum()) if len(measured) else math.nan
-        ends = self._counted(slice(1, len(self.sites)))
         total = float(ends.sum()) if len(ends) else math.nan
-        return total if abs(total) < abs(hidden) else hidden
+        inner = int((self.column("weighted")[self.hidden] == 1).sum())
+        return (total, self.layers) if abs(total) < abs(hidden) else (hidden, inner)
 
     def _counted(self, part: slice) -> Tensor:
         """Decades of a part, without fused recurrent kernels: their gain mixes layers and time."""

@@ -319,9 +319,8 @@ class _Measurement:
             if seen.node in segment.nodes:
                 site = segment.site
                 return Activation(site, seen.function, True, mean, saturated, dead, seen.units, seen.samples)
-        spines = {n for s in self.main.segments for n in s.spine}
         site = step_site(self.trace.made[seen.node])
-        spine = seen.node in spines
+        spine = any(seen.node in s.spine for s in self.main.segments)
         return Activation(site, seen.function, spine, mean, saturated, dead, seen.units, seen.samples)
 
     def _parameter_nodes(self) -> dict[int, Node]:
@@ -364,9 +363,20 @@ class _Measurement:
                 where = float(
                     last - self.passed.first - self.passed.rescalings[self.passed.scale[nodes[id(p)]]]
                 )
-            update = self.updates.get(name, math.nan)
             found.append(
-                Parameter(name, tuple(p.shape), state, log, weights.get(name, 0.0), zeros, bad, where, update)
+                Parameter(
+                    name,
+                    tuple(p.shape),
+                    state,
+                    log,
+                    weights.get(name, 0.0),
+                    zeros,
+                    bad,
+                    where,
+                    self.trace.weights.get(id(p), 0),
+                    id(p) in self.trace.biases,
+                    self.updates.get(name, math.nan),
+                )
             )
         return tuple(found)
 

@@ -108,30 +108,30 @@ def is_trivial(operation: str) -> bool:
     return operation in _TRIVIAL_NODES
 
 
-def kind_of_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], parameters: set[int]) -> str:
+def kind_of_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Kind of a torch call by its name and, for products, by what it multiplies."""
     kind = (
         _KIND_OF.get(name) or _KIND_OF.get(name.rstrip("_")) or _KIND_OF.get(name.strip("_"), "elementwise")
     )
     if kind == "linear" and name not in ("linear", "bilinear"):
-        tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        if not any(_of_parameters(t, parameters) for t in tensors):
+        operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        if all(parameter_of(t) is None for t in operands):
             return "product"  # of two activations, as in attention
     return kind
 
 
-def _of_parameters(tensor: Tensor, parameters: set[int]) -> bool:
-    """A parameter, a view of one, or something computed from parameters alone a few steps away."""
-    if id(tensor) in parameters or (tensor.is_leaf and tensor.requires_grad):
-        return True
+def parameter_of(tensor: Tensor) -> Tensor | None:
+    """The parameter that a tensor is, or is a view of."""
+    if tensor.is_leaf:
+        return tensor if tensor.requires_grad else None
     node, steps = tensor.grad_fn, 0
     while node is not None and steps < 4:
         if hasattr(node, "variable"):
-            return True
+            return node.variable  # pyright: ignore[reportAttributeAccessIssue]
         if not is_trivial(operation_of(node)):
-            return False
+            return None
         node, steps = node.next_functions[0][0], steps + 1
-    return False
+    return None
 
 
 def kind_of_module(name: str, kind: str) -> str:

@@ -23,7 +23,7 @@ from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from isograd.operations import ACTIVATIONS, LOSSES, WEIGHTED, kind_of_call, operation_of
+from isograd.operations import ACTIVATIONS, LOSSES, WEIGHTED, kind_of_call, operation_of, parameter_of
 
 _SET_REQUIRES_GRAD = vars(torch._C.TensorBase)["requires_grad"].__set__
 TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
@@ -136,6 +136,10 @@ class Trace(TorchFunctionMode):
     """Leaves put in front of the model's float inputs."""
     results: list[Node] = field(default_factory=list[Node])
     """Nodes of the tensors the model itself returned."""
+    weights: dict[int, int] = field(default_factory=dict[int, int])
+    """Fan-in of the parameters that layers multiply by, by the parameter's id."""
+    biases: set[int] = field(default_factory=set[int])
+    """Ids of the parameters that those layers add."""
     given: set[int] = field(default_factory=set[int])
     """Addresses of the tensors that the model was given."""
     ran: set[str] = field(default_factory=set[str])
@@ -250,7 +254,7 @@ class Trace(TorchFunctionMode):
         if not tensors:
             return out
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            call = self._call(name, kind_of_call(name, args, kwargs, self._parameters))
+            call = self._call(name, kind_of_call(name, args, kwargs))
             self._describe(call, args, kwargs)
             for tensor in tensors:
                 self._attribute(tensor, call)
@@ -271,6 +275,8 @@ class Trace(TorchFunctionMode):
         data = [t for t in tensors if not t.requires_grad and id(t) not in self._parameters and t.ndim > 0]
         call.data = bool(data)
         call.user_input = any(t.layout == torch.strided and t.data_ptr() in self.given for t in data)
+        if call.kind in ("linear", "convolution"):
+            self._weigh(call, tensors)
         if call.kind == "convolution":
             call.unit_dim = 1
         elif call.kind not in ("linear", "attention", "embedding", "recurrent"):
@@ -279,6 +285,19 @@ class Trace(TorchFunctionMode):
                 call.unit_dim = above.call.unit_dim
         if call.operation in ("batch_norm", "group_norm", "instance_norm"):
             call.unit_dim = 1
+
+    def _weigh(self, call: Call, tensors: list[Tensor]) -> None:
+        """Which parameter this layer multiplies by, and with what fan-in."""
+        owned = [(t, parameter_of(t)) for t in tensors]
+        for i, (operand, parameter) in enumerate(owned):
+            if parameter is None or id(parameter) not in self._parameters:
+                continue
+            if operand.ndim < 2:
+                self.biases.add(id(parameter))
+            elif call.operation == "linear" or call.kind == "convolution":
+                self.weights[id(parameter)] = operand[0].numel()
+            else:  # a matrix product: x @ w, or w @ x
+                self.weights[id(parameter)] = operand.shape[-2 if i == len(owned) - 1 else -1]
 
     def _attribute(self, tensor: Tensor, call: Call) -> None:
         """All nodes between this result and those already known were made by this call."""

@@ -66,9 +66,9 @@ def _along(flow: Flow) -> Iterator[Outcome]:
         yield Unexamined("no backbone between the loss and an input, so no product of gains")
         return
     if grown < limit:
-        yield Healthy(f"{grown:+.1f} decades over {flow.layers} layers (an error from {limit:+.1f})")
+        yield Healthy(f"{grown:+.1f} decades over {flow.lost_over} layers (an error from {limit:+.1f})")
         return
-    sigma = 10 ** (grown / max(len(flow.decades_by_layer), 1))
+    sigma = 10 ** (grown / max(flow.lost_over, 1))
     column = flow.column("decades").nan_to_num(0.0)
     worst = [int(i) for i in column.argsort(descending=True)[:3] if column[i] > 0]
     factor = f"{10**grown:.0e}" if grown < 300 else f"10^{grown:.0f}"
@@ -76,13 +76,13 @@ def _along(flow: Flow) -> Iterator[Outcome]:
         CODE,
         NAME,
         Severity.ERROR,
-        f"{grown:+.1f} decades over {flow.layers} layers, sigma {sigma:.3g} per layer; "
+        f"{grown:+.1f} decades over {flow.lost_over} layers, sigma {sigma:.3g} per layer; "
         f"the first layers receive {factor} times the gradient at the head",
         sites=tuple(flow.sites[i].place for i in worst),
         evidence={
             "decades": grown,
             "decades_end_to_end": flow.decades,
-            "layers": flow.layers,
+            "layers": flow.lost_over,
             "sigma": sigma,
             "threshold": limit,
             "typical": flow.typical,

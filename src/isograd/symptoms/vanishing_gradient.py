@@ -70,7 +70,7 @@ def _along(flow: Flow) -> Iterator[Outcome]:
         yield Unexamined("no backbone between the loss and an input, so no product of gains")
         return
     where = f"{flow.sites[0].name} … {flow.sites[-1].name}"
-    said = f"{lost:+.1f} decades over {flow.layers} layers, sigma {_sigma(flow):.3g} per layer"
+    said = f"{lost:+.1f} decades over {flow.lost_over} layers, sigma {_sigma(flow):.3g} per layer"
     if lost > -min(limit, max(WARNING, 3 * flow.spread)):
         yield Healthy(f"{said} (an error from {-limit:.1f})")
         return
@@ -84,7 +84,7 @@ def _along(flow: Flow) -> Iterator[Outcome]:
         evidence={
             "decades": lost,
             "decades_end_to_end": flow.decades,
-            "layers": flow.layers,
+            "layers": flow.lost_over,
             "sigma": _sigma(flow),
             "threshold": -limit,
             "finite_width_spread": flow.spread,
@@ -107,7 +107,7 @@ def _received(flow: Flow, lost: float) -> str:
 
 
 def _sigma(flow: Flow) -> float:
-    return 10 ** (flow.lost / max(len(flow.decades_by_layer), 1))
+    return 10 ** (flow.lost / max(flow.lost_over, 1))
 
 
 def _or_zero(value: float) -> float:
