@@ -192,7 +192,9 @@ def backbone(graph: Graph, trace: Trace, sink: Node) -> Backbone:
     last: object = None
     for node in graph.dominators(above):
         key = _key(trace.made.get(node), node, folded)
-        if groups and (last is None or key == last):
+        # A concatenation with branches below it is a site of its own, not a part of what they start from.
+        next_to = bool(groups) and position[node] == position[groups[-1][-1]] + 1
+        if groups and (key == last if last is not None else next_to):
             groups[-1].append(node)
         else:
             groups.append([node])
@@ -246,8 +248,8 @@ def _segment(
     kind = made.call.kind
     if made.call.invocation in folded:
         kind = kind_of_module(folded[made.call.invocation], kind)
-    shape = next((m.shape for m in known if m.shape is not None), made.shape) or ()
-    dtype = next((m.dtype for m in known if m.dtype), made.dtype)
+    shape = next((m.shape for m in (*telling, *known) if m.shape is not None), None) or ()
+    dtype = next((m.dtype for m in (*telling, *known) if m.dtype), made.dtype)
     site = Site("", kind, made.call.operation, made.call.module, made.call.source, shape, dtype, 0)
     segment = Segment(site, nodes, made, inside)
     segment.weighted = any(n in trace.made and trace.made[n].call.weighted for n in (*nodes, *inside))

@@ -29,7 +29,7 @@ from isograd.operations import ACTIVATIONS, WEIGHTED, kind_of_call, parameter_of
 
 FAR = 400.0
 """Decades that stand for a gradient that is exactly zero or not finite: beyond any that is measured."""
-CURED = 1.0
+CURED = 1.5
 """Decades that may remain after a change that explains everything: no finding begins below 1.6."""
 MOST = 0.7
 """Share of the best change's effect that a less invasive one must reach to be blamed instead."""

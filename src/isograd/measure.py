@@ -429,13 +429,14 @@ class _Measurement:
             if first is not None:
                 return self._made_nonfinite("forward", first, self.rms[first])
             return None
-        bad = {n for n in self.passed.fired if not math.isfinite(float(self.passed.norms[n]))}
+        order = {node: i for i, node in enumerate(self.passed.fired)}
+        bad = [node for node in order if not math.isfinite(float(self.passed.norms[node]))]
         if not bad or not reached:
             return None
-        for node in self.graph.order:
-            if node in self.passed.norms and node not in bad and self._next_read(node) & bad:
-                return self._made_nonfinite("backward", node, math.nan)
-        return None
+        # Its gradient is a sum: of those that contributed, the last made it what it is.
+        feeding = [node for node in order if node not in bad and bad[0] in self._next_read(node)]
+        origin = max(feeding, key=lambda node: order[node], default=bad[0])
+        return self._made_nonfinite("backward", origin, math.nan)
 
     def _next_read(self, node: Node) -> set[Node]:
         """The nearest nodes below whose gradient was read."""

@@ -14,6 +14,7 @@ WORDS = {
     "leaky-activation": "put nn.LeakyReLU or nn.GELU in place of ReLU: no unit is then off for good",
     "loss-scale": "scale the loss in half precision: torch.amp.GradScaler",
     "lower-learning-rate": "lower the learning rate",
+    "pre-norm": "normalise the input of each branch, x + f(norm(x)), instead of the sum",
     "reset-norm-epsilon": "set the normalisation's eps back to its default, 1e-5",
     "reset-norm-gain": "start the normalisation's weights at 1: nn.init.ones_(norm.weight)",
     "safe-derivative": "keep off the point where the derivative is infinite: sqrt(x + eps), x.clamp(min=eps)",
