@@ -17,7 +17,7 @@ import click
 import pytest
 import torch
 
-from isograd.cli import config, main
+from isograd.cli import config, main, progress
 from isograd.cli.optimizer import OptimizerSpec, OptimizerType
 
 NET = """
@@ -178,13 +178,47 @@ def test_interrupting_a_long_forward_takes_one_line(tmp_path: Path) -> None:
     (tmp_path / "net.py").write_text(NET + "\nmodel = Sleeps(8, 8)\n")
     command = [sys.executable, "-m", "isograd", "check", "net.py:model", "--input", "4,8"]
     pipe = subprocess.PIPE
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=pipe, stderr=pipe, text=True, encoding="utf-8")
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=pipe,
+        stderr=pipe,
+        text=True,
+        encoding="utf-8",
+        # A test run in the background ignores the signal, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not (tmp_path / "started").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
     os.kill(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out, err.strip()) == (130, "", "isograd: interrupted")
+
+
+# -- progress ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("terminal", "patience", "shown"), [("1", 0.0, True), ("1", 60.0, False), ("", 0.0, False)]
+)
+def test_long_work_is_named_in_a_terminal(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    terminal: str,
+    patience: float,
+    shown: bool,
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", terminal)
+    monkeypatch.setattr(progress, "PATIENCE", patience)
+    with progress.progress("importing torch") as say:
+        time.sleep(0.2)
+        say("measuring")
+        time.sleep(0.2)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert ("measuring" in err) == shown
+    assert shown or err == ""
 
 
 # -- configuration -------------------------------------------------------------------------------------
