@@ -160,6 +160,17 @@ class Repeated(nn.Module):
         return x
 
 
+class Apply(nn.Module):
+    """Any function as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
 # -- the seven nets that no fixed threshold gets right ---------------------------------------------
 
 

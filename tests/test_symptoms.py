@@ -1,0 +1,318 @@
+"""Every symptom: what triggers it, what does not, and the contract that a new file inherits by existing."""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import SGD, AdamW, Optimizer
+
+from isograd import diagnose, measure
+from isograd.diagnosis import Diagnosis, Finding, Severity
+from isograd.flow import Activation, Failure, Flow, LossCall, NonFinite, Parameter, Site, Split
+from isograd.symptoms import NAMES, Healthy, Unexamined
+from tests.models import (
+    HE,
+    Apply,
+    Built,
+    Residual,
+    Tied,
+    branch,
+    classified,
+    mlp,
+    relu_he,
+    relu_large,
+    sigmoid_xavier,
+)
+
+MODULES: dict[str, ModuleType] = {name: import_module(f"isograd.symptoms.{name}") for name in NAMES}
+
+
+def diagnosed(built: Built, optimizer: Callable[[nn.Module], Optimizer] | None = None) -> Diagnosis:
+    model, loss = built
+    return diagnose(measure(model, loss, optimizer=optimizer(model) if optimizer is not None else None))
+
+
+# -- what triggers each, and its healthy twin ------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A net that has the symptom and one that differs only in the fault."""
+
+    sick: Callable[[], Built]
+    well: Callable[[], Built]
+    severity: Severity = Severity.ERROR
+    optimizer: Callable[[nn.Module], Optimizer] | None = None
+    cured: Callable[[nn.Module], Optimizer] | None = None
+    """Optimizer of the healthy twin, where it is the optimizer that is at fault."""
+
+
+class Raising(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, grad: Tensor) -> Tensor:
+        raise RuntimeError("no derivative")
+
+
+def behind(function: Callable[[Tensor], Tensor]) -> Callable[[], Built]:
+    """A small healthy network with a function at its output."""
+    return lambda: classified(mlp(nn.Tanh, 3, 1.0).append(Apply(function)))
+
+
+def half(factor: float) -> Callable[[], Built]:
+    def build() -> Built:
+        model, loss = classified(mlp(nn.Tanh, 3, 1.0).half())
+        return model, lambda m: loss(m) * factor
+
+    return build
+
+
+def biased(bias: float) -> Callable[[], Built]:
+    """ReLU layers of which one has a bias far below zero, or not."""
+
+    def build() -> Built:
+        model = mlp(nn.ReLU, 3, HE)
+        nn.init.constant_(model[2].bias, bias)  # pyright: ignore
+        return classified(model)
+
+    return build
+
+
+def tanh_of(gain: float) -> Callable[[], Built]:
+    return lambda: classified(mlp(nn.Tanh, 4, gain))
+
+
+def scaled_input(factor: float, offset: float = 0.0) -> Callable[[], Built]:
+    def build() -> Built:
+        model, x, y = mlp(nn.ReLU, 3, HE), torch.randn(32, 64) * factor + offset, torch.randint(10, (32,))
+        return model, lambda m: functional.cross_entropy(m(x), y)
+
+    return build
+
+
+class Spare(nn.Module):
+    """A body and a second head that the loss depends on, or not."""
+
+    def __init__(self, used: bool) -> None:
+        super().__init__()
+        self.body, self.spare, self.used = mlp(nn.Tanh, 3, 1.0), nn.Linear(10, 10), used
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.body(x)
+        return x + self.spare(x) if self.used else x
+
+
+PAIRS: dict[str, Pair] = {
+    "failed_backward": Pair(behind(Raising.apply), behind(torch.clone)),
+    "nonfinite_forward": Pair(behind(lambda x: torch.log(x - x)), behind(lambda x: torch.log(x - x + 1) + x)),
+    "nonfinite_backward": Pair(
+        behind(lambda x: x + torch.sqrt(x - x)), behind(lambda x: x + torch.sqrt(x - x + 1))
+    ),
+    "no_gradient_at_loss": Pair(behind(lambda x: x.softmax(-1)), behind(torch.clone)),
+    "vanishing_gradient": Pair(lambda: sigmoid_xavier(10), relu_he),
+    "exploding_gradient": Pair(relu_large, relu_he),
+    "exploding_activation": Pair(relu_large, relu_he),
+    "gradient_underflow": Pair(half(1e-7), half(1.0)),
+    "dead_units": Pair(biased(-30.0), biased(0.0)),
+    "saturated_units": Pair(tanh_of(30.0), tanh_of(1.0), Severity.WARNING),
+    "unnormalised_input": Pair(scaled_input(64.0, 128.0), scaled_input(1.0), Severity.WARNING),
+    "parameter_without_gradient": Pair(
+        lambda: classified(Spare(False)), lambda: classified(Spare(True)), Severity.WARNING
+    ),
+    "first_update_too_large": Pair(
+        relu_he,
+        relu_he,
+        Severity.WARNING,
+        lambda m: AdamW(m.parameters(), lr=0.3),
+        lambda m: AdamW(m.parameters(), lr=1e-3),
+    ),
+    "first_update_too_small": Pair(
+        lambda: sigmoid_xavier(10),
+        relu_he,
+        Severity.WARNING,
+        lambda m: SGD(m.parameters(), lr=0.1),
+        lambda m: SGD(m.parameters(), lr=0.1),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_symptom_is_found_where_it_is_and_not_in_its_healthy_twin(name: str) -> None:
+    pair, code = PAIRS[name], MODULES[name].CODE
+    torch.manual_seed(0)
+    sick = diagnosed(pair.sick(), pair.optimizer)
+    torch.manual_seed(0)
+    well = diagnosed(pair.well(), pair.cured)
+
+    found = [f for f in sick.findings if f.code == code]
+    assert max(f.severity for f in found) == pair.severity
+    assert [f for f in well.findings if f.code == code] == []
+    assert code in well.healthy, "looked at and found well, not passed over"
+    assert well.verdict == "healthy"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_finding_says_what_why_where_and_what_helps(name: str) -> None:
+    pair, module = PAIRS[name], MODULES[name]
+    torch.manual_seed(0)
+    for finding in (f for f in diagnosed(pair.sick(), pair.optimizer).findings if f.code == module.CODE):
+        assert finding.name == module.NAME
+        assert finding.message
+        assert finding.remedies
+        assert finding.sites or name in ("nonfinite_forward", "failed_backward")
+        told = [key for key in finding.evidence if "threshold" in key]
+        assert told or not thresholds(module) or name == "no_gradient_at_loss"  # which goes by exact facts
+
+
+def thresholds(module: ModuleType) -> set[str]:
+    """Names of the numbers that a symptom's verdict rests on."""
+    tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf-8"))
+    named: set[str] = set()
+    for node in tree.body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name, value = node.targets[0].id, getattr(module, node.targets[0].id)
+            if name.isupper() and isinstance(value, int | float):
+                named.add(name)
+    return named
+
+
+# -- the contract ----------------------------------------------------------------------------------
+
+
+def healthy_nets() -> list[Built]:
+    torch.manual_seed(0)
+    tokens = torch.randint(11, (4, 7))
+    blocks = nn.Sequential(nn.Linear(64, 16), *(Residual(branch()) for _ in range(12)), nn.Linear(16, 10))
+    return [
+        relu_he(),
+        classified(mlp(nn.Tanh, 10, 1.0)),
+        classified(blocks),
+        (Tied(), lambda m: functional.cross_entropy(m(tokens).flatten(0, 1), tokens.flatten())),
+    ]
+
+
+@pytest.fixture(scope="module")
+def healthy_flows() -> list[Flow]:
+    return [
+        measure(model, loss, optimizer=AdamW(model.parameters(), lr=1e-3)) for model, loss in healthy_nets()
+    ]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_healthy_flow_gives_no_error(name: str, healthy_flows: list[Flow]) -> None:
+    for flow in healthy_flows:
+        outcomes = list(MODULES[name].examine(flow))
+        assert outcomes, "silence would look like health"
+        assert not [o for o in outcomes if isinstance(o, Finding) and o.severity is Severity.ERROR]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="no reason yet"))
+        if name == "dead_units"
+        else name
+        for name in NAMES
+    ],
+)
+def test_every_threshold_has_its_reason(name: str) -> None:
+    body = ast.parse(Path(str(MODULES[name].__file__)).read_text(encoding="utf-8")).body
+    for node, following in zip(body, [*body[1:], None], strict=True):
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            constant = node.targets[0].id
+            if constant in thresholds(MODULES[name]):
+                reason = following.value if isinstance(following, ast.Expr) else None
+                assert isinstance(reason, ast.Constant), f"{constant} has no reason"
+                assert isinstance(reason.value, str)
+                assert len(reason.value) > 20
+
+
+SITE = Site("x", "linear", "linear", "x", "", (8, 16), "float32", 0)
+NUMBERS = st.one_of(st.floats(-400, 400), st.sampled_from([math.nan, math.inf, -math.inf, 0.0]))
+KINDS = st.sampled_from("input linear activation normalisation softmax recurrent elementwise loss".split())
+
+
+@st.composite
+def flows(draw: st.DrawFn) -> Flow:
+    """Any flow at all: no site, values that are not finite, a failure."""
+    kinds = draw(st.lists(KINDS, max_size=6))
+    sites = tuple(replace(SITE, name=f"{i} · {k}", kind=k, depth=i) for i, k in enumerate(kinds))
+
+    def column() -> Tensor:
+        return torch.tensor([draw(NUMBERS) for _ in sites], dtype=torch.float64)
+
+    parameters = tuple(
+        Parameter(
+            f"p{i}",
+            draw(st.sampled_from([(4, 4), (4,)])),
+            draw(st.sampled_from(["measured", "frozen", "unused", "unmeasured"])),
+            draw(NUMBERS),
+            abs(draw(NUMBERS)),
+            0.0,
+            draw(st.integers(0, 1)),
+            float(draw(st.integers(0, max(len(sites) - 1, 0)))) if sites else math.nan,
+            abs(draw(NUMBERS)),
+        )
+        for i in range(draw(st.integers(0, 6)))
+    )
+    call = LossCall(SITE, "cross_entropy", "softmax", 4, 8, *(draw(NUMBERS) for _ in range(6)), "classes")
+    return Flow(
+        sites,
+        {name: column() for name in draw(st.sets(st.sampled_from(["grad_norm_log10", "decades", "activation_rms"])))}
+        | {"weighted": torch.tensor([float(k == "linear") for k in kinds], dtype=torch.float64)},
+        splits={1: Split(1.0, draw(NUMBERS), draw(NUMBERS))} if len(sites) > 1 and draw(st.booleans()) else {},
+        activations=tuple(
+            Activation(SITE, function, True, 0.5, draw(st.floats(0, 1)), draw(st.floats(0, 1)), 4, draw(st.integers(0, 20)))
+            for function in draw(st.lists(st.sampled_from(["relu", "tanh", "sigmoid"]), max_size=2))
+        ),
+        parameters=parameters,
+        layers=sum(k == "linear" for k in kinds),
+        loss=draw(NUMBERS),
+        losses=(call,) if draw(st.booleans()) else (),
+        inputs={"x": (draw(NUMBERS),) * 4} if sites and draw(st.booleans()) else {},
+        failure=Failure("backward", "RuntimeError", "text", "") if draw(st.booleans()) else None,
+        nonfinite=NonFinite("backward", SITE, 1, 0, 4) if draw(st.booleans()) else None,
+    )  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(flows())
+def test_no_flow_makes_a_symptom_raise_or_stay_silent(flow: Flow) -> None:
+    for name in NAMES:
+        outcomes = list(MODULES[name].examine(flow))
+        assert outcomes
+        assert all(isinstance(o, Finding | Healthy | Unexamined) for o in outcomes)
+        assert all(f.code == MODULES[name].CODE and f.message for f in outcomes if isinstance(f, Finding))
+    diagnosis = diagnose(flow)
+    assert set(diagnosis.healthy) | set(diagnosis.unexamined) | {f.code for f in diagnosis.findings} >= {
+        module.CODE for module in MODULES.values()
+    }
+
+
+def test_a_failed_backward_leaves_depth_unexamined() -> None:
+    torch.manual_seed(0)
+    diagnosis = diagnosed(PAIRS["failed_backward"].sick())
+    assert [f.code for f in diagnosis.errors] == ["NF404"]
+    assert {"VG101", "VG102", "EG201", "NF402", "UP501"} <= set(diagnosis.unexamined)
+
+
+def test_without_an_optimizer_the_first_updates_are_unexamined_and_not_healthy() -> None:
+    torch.manual_seed(0)
+    diagnosis = diagnosed(relu_he())
+    assert {"UP502", "UP503"} <= set(diagnosis.unexamined)
+    assert not {"UP502", "UP503"} & set(diagnosis.healthy)
