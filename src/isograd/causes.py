@@ -29,6 +29,8 @@ from isograd.operations import ACTIVATIONS, WEIGHTED, kind_of_call, parameter_of
 
 FAR = 400.0
 """Decades that stand for a gradient that is exactly zero or not finite: beyond any that is measured."""
+PAIR = ("activation", "initialisation")
+"""Causes that act together: the gain of a layer is that of its weights times that of its activation."""
 CURED = 1.5
 """Decades that may remain after a change that explains everything: no finding begins below 1.6."""
 MOST = 0.7
@@ -107,7 +109,7 @@ def _shared(effects: list[Effect], together: float) -> list[Effect]:
     """Activation and initialisation act together: the initialisation gets what it gives back on its own,
     at the best gain there is for the activation in use, and the activation what is left of both.
     """
-    pair = {e.cause: e for e in effects if e.cause in ("activation", "initialisation")}
+    pair = {e.cause: e for e in effects if e.cause in PAIR}
     weights = pair["initialisation"]
     if len(pair) < 2 or weights.decades_after < CURED or not together < weights.decades_after:
         return effects
@@ -123,7 +125,7 @@ def _told(finding: Finding, effects: tuple[Effect, ...], before: float) -> Findi
     sign that their absence was the fault: the effects come in the order in which they are to be blamed.
     """
     tested = [e for e in effects if not math.isnan(e.given_back)]
-    telling = [e for e in tested if e.given_back > max(TELLING * before, 0.5)]
+    telling = [e for e in tested if e.given_back > max(TELLING * before, 0.3)]
     if not telling:
         names = "; ".join(e.intervention for e in tested)
         why = (
@@ -133,11 +135,10 @@ def _told(finding: Finding, effects: tuple[Effect, ...], before: float) -> Findi
         )
         return replace(finding, cause=why, effects=effects)
     most = max(e.given_back for e in telling)
-    shared = sorted((e for e in telling if e.cause in ("activation", "initialisation")), key=_given)[::-1]
-    if any(e.note for e in shared) and sum(map(_given, shared)) >= MOST * most:
-        causes = shared
-    else:
-        causes = [next(e for e in telling if e.given_back >= MOST * most or e.decades_after < CURED)]
+    first = next(e for e in telling if e.given_back >= MOST * most or e.decades_after < CURED or e.note)
+    causes = [first]
+    if first.cause in PAIR and any(e.note for e in effects if e.cause in PAIR):
+        causes = sorted((e for e in telling if e.cause in PAIR), key=lambda e: -e.given_back)
     others = [e for e in telling if e not in causes and e.given_back >= MOST * most]
     said = ", ".join(f"{_BLAME[e.cause]} {_cost(e, before)}" for e in causes)
     also = f"; so does another way: {others[0].intervention}" if others else ""
@@ -148,10 +149,6 @@ def _told(finding: Finding, effects: tuple[Effect, ...], before: float) -> Findi
         effects=effects,
         remedies=tuple(dict.fromkeys(_REMEDY[e.cause] for e in (*causes, *others))),
     )
-
-
-def _given(effect: Effect) -> float:
-    return effect.given_back
 
 
 def _cost(effect: Effect, before: float) -> str:
@@ -223,7 +220,7 @@ def _candidates(flow: Flow, model: nn.Module) -> Iterator[Intervention]:
     flat = set(names) - SELF_GATED
     dead = {a.function for a in flow.activations if a.bottleneck and a.dead > 0.5}
 
-    if any(rms > 3 or 0 < rms < 0.1 for _, rms, _, _ in flow.inputs.values()):
+    if any(seen.rms > 3 or 0 < seen.rms < 0.1 for seen in flow.inputs.values()):
         yield Intervention("unnormalised-input", "inputs standardised", edit=_standardise)
     if any(not 1e-8 <= _epsilon(m) <= 1e-2 for m in norms):
         yield Intervention(

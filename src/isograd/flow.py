@@ -146,6 +146,19 @@ class LossCall:
 
 
 @dataclass(frozen=True, slots=True)
+class InputStatistics:
+    """What a float input of the model looks like, over all of its elements."""
+
+    mean: float
+    rms: float
+    std: float
+    largest: float
+    """Largest magnitude."""
+    varying: float
+    """Root mean square, over the features, of the standard deviation between the samples of the batch."""
+
+
+@dataclass(frozen=True, slots=True)
 class ModuleSignal:
     """A module of the user's tree with its signal: rms of its output and log10 gradient norm there."""
 
@@ -211,10 +224,8 @@ class Flow:
     """The model's own results, where the model was called as a whole."""
     towers: tuple[Flow, ...] = ()
     """The same for the model's other inputs (a decoder's tokens, a second tower): sites and columns."""
-    inputs: dict[str, tuple[float, float, float, float]] = field(
-        default_factory=dict[str, tuple[float, float, float, float]]
-    )
-    """Mean, root mean square, standard deviation and largest magnitude of the float inputs, by name."""
+    inputs: dict[str, InputStatistics] = field(default_factory=dict[str, InputStatistics])
+    """Statistics of the float inputs, by name."""
     nonfinite: NonFinite | None = None
     failure: Failure | None = None
     notes: tuple[str, ...] = ()

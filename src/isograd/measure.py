@@ -21,6 +21,7 @@ from isograd.flow import (
     Activation,
     Failure,
     Flow,
+    InputStatistics,
     LossCall,
     ModuleSignal,
     NonFinite,
@@ -259,7 +260,7 @@ class _Measurement:
                 )
                 for other in self.others
             ),
-            inputs={name: _four([read[i] for i in values]) for name, values in inputs.items()},
+            inputs={name: InputStatistics(*(read[i] for i in values)) for name, values in inputs.items()},
             nonfinite=self._nonfinite(any(not math.isfinite(read[i]) for i, _ in gradients.values())),
             failure=failure,
             notes=tuple(self.notes),
@@ -497,11 +498,6 @@ def _adds(other: Backbone, main: Backbone) -> bool:
     known = {node for segment in main.segments for node in segment.nodes}
     own = [s for s in other.segments[other.exit :] if s.weighted and s.nodes[0] not in known]
     return len(own) >= 2
-
-
-def _four(values: list[float]) -> tuple[float, float, float, float]:
-    mean, rms, std, largest = values
-    return mean, rms, std, largest
 
 
 def _log10(value: float) -> float:

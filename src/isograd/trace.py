@@ -131,7 +131,7 @@ class Trace(TorchFunctionMode):
     outputs: dict[str, Node] = field(default_factory=dict[str, Node])
     """Node of each module's (last) output, by module path."""
     inputs: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
-    """mean, rms, standard deviation and largest magnitude of the model's float inputs, by name."""
+    """Statistics of the model's float inputs, by name: see `flow.InputStatistics`."""
     opened: list[Tensor] = field(default_factory=list[Tensor])
     """Leaves put in front of the model's float inputs."""
     results: list[Node] = field(default_factory=list[Node])
@@ -211,7 +211,8 @@ class Trace(TorchFunctionMode):
             if not value.is_floating_point() or value.grad_fn is not None or "mask" in name:
                 return value
             seen = value.detach().double() if value.numel() < 1_000_000 else value.detach().float()
-            statistics = [seen.mean(), seen.square().mean().sqrt(), seen.std(), seen.abs().amax()]
+            varying = seen.var(0, correction=0).mean().sqrt() if len(seen) > 1 else seen.std()
+            statistics = [seen.mean(), seen.square().mean().sqrt(), seen.std(), seen.abs().amax(), varying]
             self.inputs[name] = torch.stack(statistics).double()
             # Its values are the user's, bit by bit; a clone, so that in-place operations stay allowed.
             leaf = value if value.requires_grad else value.detach().requires_grad_()
@@ -262,6 +263,8 @@ class Trace(TorchFunctionMode):
                 self._activation(tensors[0], name, derivative, activation.largest_slope)
             if name in LOSSES:
                 self._loss(name, args, kwargs, tensors[0])
+            elif not self._stack and name.strip("_") in ("sub", "rsub") and len(args) == 2:
+                self._difference(args, tensors[0])
         return out
 
     def _call(self, name: str, kind: str) -> Call:
@@ -335,6 +338,13 @@ class Trace(TorchFunctionMode):
         samples = slope.numel() // max(units, 1)
         self.activations.append(ActivationStatistics(node, name.strip("_"), values, units, samples))
 
+    def _difference(self, args: tuple[Any, ...], out: Tensor) -> None:
+        """Output minus target outside of the model: the loss of a regression, written by hand."""
+        given = next((a for a in args if isinstance(a, Tensor) and a.grad_fn is not None), None)
+        target = next((a for a in args if isinstance(a, Tensor) and not a.requires_grad), None)
+        if given is not None and target is not None and given.numel() == target.numel() and given.ndim:
+            self._loss("subtraction", (given, target), {}, out)
+
     def _loss(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         given = kwargs.get("input", args[0] if args else None)
         target = kwargs.get("target", args[1] if len(args) > 1 else None)
@@ -389,10 +399,14 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _source() -> str:
-    """`file:line` of the innermost frame that is neither torch's nor ours."""
+    """`file:line` of the innermost frame of the user's that called torch; '' if none stands before ours."""
     frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename == __file__:
+        frame = frame.f_back
     while frame is not None:
         shown = _shown(frame.f_code.co_filename)
+        if shown is None:
+            return ""
         if shown:
             return f"{shown}:{frame.f_lineno}"
         frame = frame.f_back
@@ -400,13 +414,21 @@ def _source() -> str:
 
 
 @lru_cache(maxsize=4096)
-def _shown(filename: str) -> str:
-    """How a file is called to the user: relative to where they are, or inside its package; '' for torch's."""
+def _shown(filename: str) -> str | None:
+    """How a file is called to the user: relative to where they are, or inside its package.
+
+    '' for torch's own and generated code, which is passed over; None for ours, behind which it is no
+    longer the model that calls.
+    """
     path = os.path.abspath(filename)
-    if path.startswith((TORCH_FOLDER, OWN_FOLDER)) or filename.startswith("<frozen") or "contextlib" in path:
+    if path.startswith(OWN_FOLDER) and not path.endswith("demo.py"):
+        return None
+    if path.startswith(TORCH_FOLDER) or filename.startswith("<frozen") or "contextlib" in path:
         return ""
     packages = os.sep + "site-packages" + os.sep
     if packages in path:
         return path.rsplit(packages, 1)[1]
+    if path.startswith(OWN_FOLDER):
+        return "isograd/" + path.removeprefix(OWN_FOLDER)
     here = os.getcwd() + os.sep
     return path.removeprefix(here) if path.startswith(here) else filename

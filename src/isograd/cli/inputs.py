@@ -38,7 +38,7 @@ class InputSpec:
         return f"{name}{','.join(map(str, self.shape))}{dtype}{bound}"
 
 
-class InputType(click.ParamType[InputSpec]):
+class InputType(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  # generic from click 8.4
     """Parses `[NAME=]DIM,DIM,…[:DTYPE[:BOUND]]`."""
 
     name = "spec"

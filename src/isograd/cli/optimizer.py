@@ -40,7 +40,7 @@ class OptimizerSpec:
         return rule(model.parameters()) if self.lr is None else rule(model.parameters(), lr=self.lr)
 
 
-class OptimizerType(click.ParamType[OptimizerSpec]):
+class OptimizerType(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  # generic from click 8.4
     """Parses `NAME[:LR]`."""
 
     name = "optimizer"

@@ -137,39 +137,40 @@ def _at_output(flow: Flow) -> Outcome:
     inside = [i for i, site in enumerate(flow.sites) if site.kind != "loss"]
     if not inside:
         return Unexamined("no backbone between the loss and an input")
+    layers = [i for i, flag in enumerate(flow.column("weighted").tolist()) if flag == 1]
+    head = layers[-1] if layers else inside[-1]
     top = inside[-1]
     log = float(flow.column("grad_norm_log10")[top])
-    cost = float(flow.column("decades")[top])
-    site = flow.sites[top]
-    ends = site.kind in ("softmax", "activation")
-    if log == -math.inf or (ends and cost == -math.inf):
+    costs = {i: float(flow.column("decades")[i]) for i in inside if i > head or (i == top and not layers)}
+    stopped = top if log == -math.inf else next((i for i, cost in costs.items() if cost == -math.inf), None)
+    if stopped is not None and flow.sites[stopped].dtype == "float16":
+        return Unexamined("the gradient underflows float16 before it leaves the loss: see NF403")
+    if stopped is not None:
+        site = flow.sites[stopped]
         one = site.operation in ("softmax", "log_softmax") and site.shape[-1:] == (1,)
         return Finding(
             CODE,
             NAME,
             Severity.ERROR,
-            f"the gradient at the model's output ({site.place}) is exactly zero: nothing can learn",
+            f"no gradient leaves the model's output: at {site.place} it is exactly zero",
             cause="softmax over one unit is constant"
             if one
-            else "the loss is flat where the output stands (clipped or saturated)",
+            else "the loss is flat where the output stands: clipped or saturated",
             sites=(site.place,),
-            evidence={
-                "grad_norm_log10": log,
-                "output": site.operation,
-                "width": (site.shape or (1,))[-1],
-                "cause": "head",
-            },
+            evidence={"output": site.operation, "width": (site.shape or (1,))[-1], "cause": "head"},
             remedies=("one unit per class, or a sigmoid for one unit" if one else "pass logits to the loss",),
         )
-    if ends and cost < SATURATED:
-        return Finding(
-            CODE,
-            NAME,
-            Severity.ERROR,
-            f"{site.name} at the output is saturated: it alone costs {cost:+.1f} decades",
-            cause="the logarithm of a saturated probability passes no gradient; the layers are not to blame",
-            sites=(site.place,),
-            evidence={"decades": cost, "threshold": SATURATED, "output": site.operation, "cause": "head"},
-            remedies=("pass logits to a loss that is safe in log space", "critical-initialisation"),
-        )
+    for i, cost in costs.items():
+        site = flow.sites[i]
+        if site.kind in ("softmax", "activation") and cost < SATURATED:
+            return Finding(
+                CODE,
+                NAME,
+                Severity.ERROR,
+                f"{site.name} at the output is saturated: it alone costs {cost:+.1f} decades",
+                cause="a saturated output passes no gradient; the layers before it are not to blame",
+                sites=(site.place,),
+                evidence={"decades": cost, "threshold": SATURATED, "output": site.operation, "cause": "head"},
+                remedies=("pass logits to a loss that is safe in log space", "critical-initialisation"),
+            )
     return Healthy(f"the gradient at the model's output is not zero (log10 norm {log:.1f})")

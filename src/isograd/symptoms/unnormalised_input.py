@@ -1,15 +1,18 @@
 """UP504 unnormalised-input: the model's float inputs are far from zero mean and unit scale.
 
 What it means
-    The first layer's outputs, and with them the gradients of its weights, are as many times too large.
-    Saturating activations saturate, ReLUs die or explode, and one learning rate cannot suit all layers.
+    Large inputs saturate or kill the first layer, and the gradients of its weights are as many times too
+    large. Inputs that are tiny, or nearly the same for every sample, are drowned by biases and rounding:
+    the network cannot tell its samples apart.
 
 Why it happens
-    Pixels from 0 to 255, raw sensor or money values, features with different units, a forgotten scaler.
+    Pixels from 0 to 255, raw sensor or money values, years and identifiers as features, features with
+    different units, a forgotten scaler or one applied twice.
 
 Evidence
-    Mean, standard deviation and largest magnitude of every float input of the model as a whole. A
-    normalisation right behind the input takes the scale away again, and then this is no finding.
+    Mean, scale and largest magnitude of every float input of the model as a whole, and how much of it
+    differs between the samples. A normalisation among the first three sites takes scale and offset away
+    again, and then this is no finding.
 
 What helps
     Standardise with the training set's mean and standard deviation, or put a normalisation first.
@@ -23,7 +26,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from isograd.diagnosis import Finding, Severity
-from isograd.flow import Flow
+from isograd.flow import Flow, InputStatistics
 from isograd.symptoms import Healthy, Outcome, Unexamined
 
 CODE = "UP504"
@@ -31,29 +34,49 @@ NAME = "unnormalised-input"
 
 WARNING = 5.0
 """Root mean square of the input: five standard deviations of a standardised one."""
-SIGNAL = 5.0
-"""Root mean square from which the first layer's output carries the excess on."""
+ERROR = 300.0
+"""Beyond raw pixels (0 to 255), which ReLU networks still learn from with a small enough step."""
+TINY = 1e-3
+"""Root mean square below which the biases of a default first layer are a hundred times its signal."""
+ALIKE = 0.01
+"""Share of the input's size that differs between samples: below, 99% of what is passed on is the same."""
 
 
 def examine(flow: Flow) -> Iterator[Outcome]:
-    """Root mean square of each float input, and of what the first layer makes of it."""
+    """Scale of each float input, and how much of it differs between the samples."""
     if not flow.inputs:
         yield Unexamined("the model as a whole was given no float input")
         return
-    name, (mean, rms, std, largest) = max(flow.inputs.items(), key=lambda item: item[1][1])
-    first = flow.column("activation_rms")[1:4]
-    carried = float(first[~first.isnan()].max()) if (~first.isnan()).any() else 0.0
-    if rms < WARNING or (carried < SIGNAL and "normalisation" in [s.kind for s in flow.sites[1:4]]):
-        yield Healthy(f"input {name}: mean {mean:.2g}, standard deviation {std:.2g}")
+    if any(site.kind == "normalisation" for site in flow.sites[1:4]):
+        yield Healthy("a normalisation follows the input")
         return
-    yield Finding(
+    for name, seen in flow.inputs.items():
+        yield _one(name, seen)
+
+
+def _one(name: str, seen: InputStatistics) -> Outcome:
+    said = f"input {name} has mean {seen.mean:.3g}, root mean square {seen.rms:.3g} and largest {seen.largest:.3g}"
+    alike = seen.varying < ALIKE * seen.rms and seen.rms > WARNING
+    tiny = 0 < seen.rms < TINY
+    if seen.rms < WARNING and not tiny:
+        return Healthy(said)
+    if alike:
+        said += f"; only {seen.varying / seen.rms:.1g} of it differs between samples"
+    return Finding(
         CODE,
         NAME,
-        Severity.WARNING,
-        f"input {name} has mean {mean:.3g} and standard deviation {std:.3g} (largest {largest:.3g}); "
-        f"the first layers work at rms {carried:.3g}",
+        Severity.ERROR if alike or tiny or seen.rms > ERROR else Severity.WARNING,
+        said,
         cause="the data are not standardised",
-        sites=(flow.sites[0].place,),
-        evidence={"mean": mean, "rms": rms, "std": std, "threshold": WARNING, "cause": "unnormalised-input"},
+        sites=(name,),
+        evidence={
+            "mean": seen.mean,
+            "rms": seen.rms,
+            "std": seen.std,
+            "varying": seen.varying,
+            "threshold": TINY if tiny else ERROR if seen.rms > ERROR else WARNING,
+            "alike_threshold": ALIKE,
+            "cause": "unnormalised-input",
+        },
         remedies=("standardise-input", "insert-normalisation"),
     )

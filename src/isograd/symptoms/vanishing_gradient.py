@@ -62,8 +62,11 @@ def examine(flow: Flow) -> Iterator[Outcome]:
 def _along(flow: Flow) -> Iterator[Outcome]:
     lost, limit = flow.lost, max(threshold(flow.layers), 3 * flow.spread)
     if math.isnan(lost) and flow.decades == -math.inf:
+        zero = any(p.fan_in and p.weight_norm == 0 for p in flow.parameters)
         yield Unexamined(
             "the head passes no gradient yet, its weights being zero: check again after one step"
+            if zero
+            else "no gradient leaves the head"
         )
         return
     if math.isnan(lost):
