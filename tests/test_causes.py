@@ -1,0 +1,196 @@
+"""A fault is planted; the intervention that undoes it must be the first that is blamed."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from isograd import check
+from isograd.diagnosis import Diagnosis, Effect, Finding
+from tests.models import HE, Built, Loss, classified, mlp, relu_he, relu_large, sigmoid_xavier
+
+Norm = Callable[[int], nn.Module]
+
+
+def normed(norm: Norm, layers: int, *, batch: int = 32) -> Built:
+    """Linear, normalisation and ReLU in a row, He's weights."""
+    body = [part for i in range(layers) for part in (nn.Linear(32 if i else 64, 32), norm(32), nn.ReLU())]
+    model = nn.Sequential(*body, nn.Linear(32, 10))
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+    return classified(model, batch=batch)
+
+
+def with_gain(norm: Norm, gain: float) -> Norm:
+    def make(width: int) -> nn.Module:
+        made = norm(width)
+        nn.init.constant_(made.weight, gain)  # pyright: ignore[reportArgumentType]
+        return made
+
+    return make
+
+
+class Branching(nn.Module):
+    """x + factor * f(x) with nothing that normalises."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.f, self.factor = mlp(nn.ReLU, 1, HE, width=32, inputs=32, classes=32), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.factor * self.f(x)
+
+
+def branching(blocks: int, factor: float) -> Built:
+    return classified(
+        nn.Sequential(nn.Linear(64, 32), *(Branching(factor) for _ in range(blocks)), nn.Linear(32, 10))
+    )
+
+
+def shifted(bias: float) -> Built:
+    """Every bias far below zero: ReLU lets nothing through."""
+    model = mlp(nn.ReLU, 8, HE)
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            nn.init.constant_(layer.bias, bias)
+    return classified(model)
+
+
+def fed(factor: float) -> Built:
+    """A tanh network that gets its data in another unit."""
+    x, y = torch.randn(32, 64) * factor, torch.randint(10, (32,))
+    return mlp(nn.Tanh, 6, 1.0), lambda m: functional.cross_entropy(m(x), y)
+
+
+class Square(nn.Module):
+    """Homogeneous of degree two: no scale of the weights keeps the signal where it is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x
+
+
+def squares() -> Built:
+    body = [part for _ in range(10) for part in (nn.Linear(32, 32), Square())]
+    return classified(nn.Sequential(nn.Linear(64, 32), *body, nn.Linear(32, 10)))
+
+
+PLANTED: dict[str, tuple[Callable[[], Built], str, str]] = {
+    "sigmoid layers": (lambda: sigmoid_xavier(10), "VG101", "activation"),
+    "ReLU, half of He": (lambda: classified(mlp(nn.ReLU, 16, 0.5 * HE)), "VG101", "initialisation"),
+    "tanh, gain 0.4": (lambda: classified(mlp(nn.Tanh, 20, 0.4)), "VG101", "initialisation"),
+    "ReLU, 2.5 of He": (relu_large, "EG201", "initialisation"),
+    "the same, forward": (relu_large, "EG202", "initialisation"),
+    "tanh, gain 3": (lambda: classified(mlp(nn.Tanh, 40, 3.0)), "EG201", "initialisation"),
+    "biases of -3": (lambda: shifted(-3.0), "VG101", "dead-units"),
+    "60 batch norms": (lambda: normed(nn.BatchNorm1d, 60, batch=64), "EG201", "batchnorm-without-skips"),
+    "batch norm, gamma 1e-4": (lambda: normed(with_gain(nn.BatchNorm1d, 1e-4), 12), "VG101", "norm-gain"),
+    "layer norm, gamma 1e-4": (lambda: normed(with_gain(nn.LayerNorm, 1e-4), 12), "VG101", "norm-gain"),
+    "layer norm, eps 100": (
+        lambda: normed(lambda w: nn.LayerNorm(w, eps=100.0), 12),
+        "VG101",
+        "norm-epsilon",
+    ),
+    "inputs of a million": (lambda: fed(1e6), "VG101", "unnormalised-input"),
+    "30 branches": (lambda: branching(30, 1.0), "EG201", "residual-branch-growth"),
+    "20 branches, twice": (lambda: branching(20, 2.0), "EG202", "residual-branch-growth"),
+    "squares": (squares, "VG101", "missing-normalisation"),
+}
+"""What is planted -> the net, the finding, and the cause to be named first."""
+
+
+def found(diagnosis: Diagnosis, code: str) -> Finding:
+    (finding,) = [f for f in diagnosis.errors if f.code == code]
+    return finding
+
+
+@pytest.mark.parametrize("case", PLANTED)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_the_planted_fault_is_the_first_cause(case: str, seed: int) -> None:
+    build, code, cause = PLANTED[case]
+    torch.manual_seed(seed)
+    finding = found(check(*build()), code)
+
+    assert finding.evidence["cause"] == cause
+    assert str(finding.evidence["causes"]).split(",")[0] == cause
+    assert "measured by exchange" in finding.cause
+    assert finding.remedies
+    (effect,) = [e for e in finding.effects if e.cause == cause]
+    assert effect.given_back > effect.decades_before / 2
+    assert effect.note or effect.given_back == pytest.approx(effect.decades_before - effect.decades_after)
+
+
+@pytest.mark.parametrize(
+    "case", ["ReLU, half of He", "60 batch norms", "layer norm, eps 100", "inputs of a million"]
+)
+def test_undoing_the_fault_by_hand_cures(case: str) -> None:
+    """What the intervention promises, checked against the net without the fault."""
+    cured: dict[str, Callable[[], Built]] = {
+        "ReLU, half of He": lambda: classified(mlp(nn.ReLU, 16, HE)),
+        "60 batch norms": lambda: classified(mlp(nn.ReLU, 60, HE, width=32)),
+        "layer norm, eps 100": lambda: normed(nn.LayerNorm, 12),
+        "inputs of a million": lambda: fed(1.0),
+    }
+    torch.manual_seed(0)
+    assert check(*PLANTED[case][0]()).verdict != "healthy"
+    torch.manual_seed(0)
+    assert check(*cured[case]()).verdict == "healthy"
+
+
+def test_what_two_changes_give_back_only_together_is_said_of_both() -> None:
+    torch.manual_seed(0)
+    finding = found(check(*classified(mlp(nn.Softplus, 20, 0.5))), "VG101")
+    causes = str(finding.evidence["causes"]).split(",")
+    assert set(causes) == {"initialisation", "activation"}
+    shares = {e.cause: e for e in finding.effects}
+    assert shares["activation"].note
+    assert sum(shares[c].given_back for c in causes) <= shares["activation"].decades_before + 0.5
+    assert all(word in finding.cause for word in ("the initialisation", "the activations"))
+
+
+def test_a_healthy_model_has_no_intervention_tried_on_it() -> None:
+    torch.manual_seed(0)
+    assert all(f.effects == () for f in check(*relu_he()).findings)
+
+
+def test_every_finding_about_depth_carries_all_effects() -> None:
+    torch.manual_seed(0)
+    forward, backward = (found(check(*relu_large()), code) for code in ("EG202", "EG201"))
+    assert [e.cause for e in forward.effects] == [e.cause for e in backward.effects]
+    assert {e.decades_before for e in backward.effects} == {backward.effects[0].decades_before}
+
+
+def effects_of(model: nn.Module, loss: Loss) -> tuple[Effect, ...]:
+    return found(check(model, loss), "VG101").effects
+
+
+class Locked(nn.Sequential):
+    """Holds what cannot be copied."""
+
+    def __init__(self, *parts: nn.Module) -> None:
+        super().__init__(*parts)
+        self.lock = threading.Lock()
+
+
+def test_a_model_that_cannot_be_copied_is_diagnosed_and_its_causes_are_untested() -> None:
+    torch.manual_seed(0)
+    model, loss = sigmoid_xavier(10)
+    finding = found(check(Locked(*model), loss), "VG101")  # pyright: ignore[reportArgumentType]
+    assert all(math.isnan(e.given_back) and "could not be tested" in e.note for e in finding.effects)
+    assert finding.cause == "no change could be tried on a copy"
+    assert "cause" not in finding.evidence
+
+
+def test_a_loss_that_closes_over_its_own_model_leaves_the_causes_untested() -> None:
+    torch.manual_seed(0)
+    model, loss = sigmoid_xavier(10)
+    effects = effects_of(model, lambda _: loss(model))
+    assert effects
+    assert all(math.isnan(e.given_back) for e in effects)
