@@ -16,8 +16,8 @@ class Linear:
     """A dense or convolutional layer with independent random weights and biases of mean zero.
 
     fan_in is input units, or input channels x kernel size; fan_out is output units, or output channels.
-    A semi-orthogonal or delta-orthogonal weight of gain g has weight_std = g / sqrt(fan_in), the same factor
-    and no scatter of its own.
+    An orthogonal or delta-orthogonal weight of gain g has weight_std = g / sqrt(max(fan_in, fan_out)), the same
+    factor, and, where it is square, no scatter of its own.
     """
 
     fan_in: int
@@ -29,15 +29,15 @@ class Linear:
     def response(self, signal: Signal) -> Response:
         chi, bias = self.fan_in * self.weight_std**2, self.bias_std**2
         q = chi * signal.q + bias
-        scatter = 0.0 if self.orthogonal else 2 / self.fan_in
+        scatter, noise = (0.0, 0.0) if self.orthogonal else (2 / self.fan_in, 2 / self.fan_out)
         return Response(
             Signal(q, 0.0, chi * signal.shared + bias, self.fan_out),
             chi,
             variance=scatter,
             bias=-scatter / 2,
             elasticity=chi * signal.q / q if q > 0 else 0.0,
-            noise=2 / self.fan_out,
-            drift=-1 / self.fan_out,
+            noise=noise,
+            drift=-noise / 2,
         )
 
 

@@ -44,7 +44,7 @@ class FixedPoint:
 
     @property
     def depth_scale(self) -> float:
-        """xi = 1 / |log chi_1| in layers; chains train to about 6 xi (Schoenholz et al. 2017, fig. 5)."""
+        """xi = 1 / |log chi_1| in layers; chains train to about 6 xi (Schoenholz et al. 2017)."""
         if self.chi_1 == 0 or math.isinf(self.chi_1):
             return 0.0
         distance = abs(math.log(self.chi_1))
