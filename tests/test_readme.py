@@ -17,11 +17,12 @@ BLOCK = re.compile(
     re.DOTALL,
 )
 SLOW = {"check examples/efficientnet.py:build"}
+SLOW_MARKS = (pytest.mark.slow, pytest.mark.timeout(900))
 COMMANDS = [found["line"] for found in BLOCK.finditer(README.read_text(encoding="utf-8"))]
 
 
 @pytest.mark.parametrize(
-    "line", [pytest.param(line, marks=pytest.mark.slow if line in SLOW else ()) for line in COMMANDS]
+    "line", [pytest.param(line, marks=SLOW_MARKS if line in SLOW else ()) for line in COMMANDS]
 )
 def test_shown_output_is_real(
     request: pytest.FixtureRequest,
