@@ -46,11 +46,7 @@ def examine(flow: Flow) -> Iterator[Outcome]:
     one_sided = [a for a in flow.activations if a.bottleneck and not ACTIVATIONS[a.function].bounded]
     seen = [a for a in one_sided if a.samples >= SAMPLES]
     if not seen:
-        why = (
-            f"fewer than {SAMPLES} samples"
-            if any(a.bottleneck for a in flow.activations)
-            else "no activation function"
-        )
+        why = f"fewer than {SAMPLES} samples" if one_sided else "no activation that can die"
         yield Unexamined(f"{why} on the backbone")
         return
     worst = max(seen, key=lambda a: a.dead)
