@@ -130,12 +130,7 @@ def _caught(x: Tensor) -> Tensor:
         (_zero_by_zero, "forward", "div", "zero by zero"),
         (_overflow, "forward", "exp", "overflow"),
         (_root_at_zero, "backward", "sqrt", "root at zero"),
-        pytest.param(
-            *(_hidden_by_where, "backward", "sqrt", "hidden by where"),
-            marks=pytest.mark.xfail(
-                strict=True, reason="the operation above is named: it feeds the layer too"
-            ),
-        ),
+        (_hidden_by_where, "backward", "sqrt", "hidden by where"),
     ],
 )
 def test_what_makes_a_nan_or_an_infinity_is_named_with_its_line(

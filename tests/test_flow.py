@@ -194,7 +194,16 @@ def test_a_place_is_a_name_and_a_line() -> None:
 
 def test_the_ratio_of_a_parameter_is_gradient_over_weight() -> None:
     def parameter(log: float, norm: float) -> Parameter:
-        return Parameter("w", (2, 2), "measured", log, norm, 0.0, 0, 1.0)
+        return Parameter(
+            name="w",
+            shape=(2, 2),
+            state="measured",
+            grad_norm_log10=log,
+            weight_norm=norm,
+            zeros=0.0,
+            nonfinite=0,
+            depth=1.0,
+        )
 
     assert parameter(-3.0, 100.0).ratio_log10 == pytest.approx(-5.0)
     assert parameter(-math.inf, 1.0).ratio_log10 == -math.inf

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import reduce
 from itertools import pairwise
 
 import pytest
@@ -15,6 +16,7 @@ from torch.nn import functional
 from isograd import check, measure
 from isograd.flow import Flow
 from tests.models import (
+    Apply,
     Built,
     Loss,
     Recorded,
@@ -94,6 +96,14 @@ def test_four_hundred_sigmoid_layers_agree_with_the_product_in_float64() -> None
     assert at_model(flow) == pytest.approx(expected[::-1], abs=1e-3)
     assert flow.decades == pytest.approx(expected[-1] - expected[0], abs=1e-3)
     assert flow.decades < -240
+
+
+@pytest.mark.xfail(strict=True, reason="rescaled at the first of its operations only")
+def test_many_operations_that_are_one_site_neither_over_nor_underflow() -> None:
+    small = Apply(lambda x: reduce(lambda y, _: torch.sin(y) * 1e-2, range(200), x))
+    flow = measure(nn.Sequential(nn.Linear(16, 16), small, nn.Linear(16, 4)), projected(torch.randn(8, 16)))
+    (site,) = [s for s in flow.sites if s.module == "1"]
+    assert float(flow.column("decades")[site.depth]) == pytest.approx(-400.0, abs=1.0)
 
 
 # -- a plain backward in float64 -------------------------------------------------------------------
