@@ -17,6 +17,7 @@ import time
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -119,7 +120,7 @@ def establish() -> None:
         if net.key in rows:
             continue
         started = time.perf_counter()
-        row = asdict(net) | flow(net)
+        row: dict[str, Any] = asdict(net) | flow(net)
         run = partial(trained, net, task)
         for name, settings in (("adamw", ADAMW), ("sgd", SGD)):
             row[name] = asdict(best_of(run, settings, seeds=2, enough=ENOUGH))
@@ -131,7 +132,9 @@ def establish() -> None:
 
 def table() -> str:
     """The rows by measured decades, the most negative first."""
-    rows = sorted(json.loads(RESULTS.read_text()).values(), key=lambda row: row["decades"])
+    rows: list[dict[str, Any]] = sorted(
+        json.loads(RESULTS.read_text()).values(), key=lambda row: row["decades"]
+    )
     head = f"{'net':32} {'depth':>5} {'width':>5} {'back':>7} {'fwd':>7} {'per layer':>9} {'AdamW':>6} {'SGD':>6}  best"
     lines = [head]
     for row in rows:

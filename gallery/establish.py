@@ -19,9 +19,11 @@ import torch
 import transformers
 from torch import nn
 
+from gallery.autotrainer import autotrainer_facts, autotrainer_trained, key, shows
 from gallery.case import Case
-from gallery.cases import SEEDS, autotrainer_facts, autotrainer_trained, key, shows
+from gallery.forum import named, program_trained
 from gallery.healthy import healthy
+from gallery.published import SEEDS
 from gallery.sick import trials
 from gallery.sick_values import observed, value_cases
 from gallery.training import Outcome, Setting, best_of, train
@@ -81,10 +83,10 @@ def by_product(trial: Trial) -> Record:
 
 FITTED = 0.5
 """Share of its first loss below which a model has shown that its gradient teaches it its batch."""
-FITS = (Setting("adamw", 1e-3), Setting("adamw", 3e-3), Setting("adamw", 1e-2), Setting("sgd", 0.1))
+FITS = (*(Setting("adamw", lr) for lr in (1e-3, 3e-3, 1e-2, 3e-4, 1e-4)), Setting("sgd", 0.1))
 
 
-def by_fitting(case: Case, steps: int = 150) -> Record:
+def by_fitting(case: Case, steps: int = 250) -> Record:
     """Train a healthy case on its own batch until its loss is halved."""
     fitted: list[tuple[float, str]] = []
     first = math.nan
@@ -125,6 +127,9 @@ def work() -> Iterator[tuple[str, Callable[[dict[str, Record]], Record]]]:
     def by_looking(case: Case) -> Callable[[dict[str, Record]], Record]:
         return lambda _: observed(case)
 
+    def program(name: str, spec: dict[str, Any]) -> Callable[[dict[str, Record]], Record]:
+        return lambda _: program_trained(spec, name)
+
     def published(fact: dict[str, Any], seed: int) -> Callable[[dict[str, Record]], Record]:
         def run(_: dict[str, Record]) -> Record:
             accuracy = autotrainer_trained(fact, seed)
@@ -141,6 +146,7 @@ def work() -> Iterator[tuple[str, Callable[[dict[str, Record]], Record]]]:
     yield from (
         (key(fact, seed), published(fact, seed)) for fact in autotrainer_facts() for seed in range(SEEDS)
     )
+    yield from ((name, program(name, spec)) for name, spec, _ in named())
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from gallery.case import Built
-from gallery.nets import HE, Residual, Transformer, UNet, initialised, mlp
+from gallery.nets import HE, Residual, Transformer, UNet, initialised, mlp, without_head
 from gallery.training import digits
 
 Make = Callable[[], nn.Module]
@@ -96,7 +96,7 @@ class Siamese(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         left, right = self.encoder(x), self.encoder(x.roll(1, 0))
-        return functional.normalize(left, dim=-1) @ functional.normalize(right, dim=-1).T
+        return 10 * functional.normalize(left, dim=-1) @ functional.normalize(right, dim=-1).T
 
 
 class LowRank(nn.Module):
@@ -118,7 +118,7 @@ class TwoHeads(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.lower = mlp(nn.ReLU, 4, 64, HE)[:-1]
+        self.lower = without_head(mlp(nn.ReLU, 4, 64, HE))
         self.middle = nn.Linear(64, 10)
         self.upper = initialised(
             nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()), HE
@@ -189,13 +189,15 @@ def rescaled() -> nn.Module:
 def adapted() -> nn.Module:
     """Frozen random features with low-rank adapters and a trainable head."""
     model = mlp(nn.ReLU, 4, 64, HE)
-    return nn.Sequential(*(LowRank(m) if isinstance(m, nn.Linear) else m for m in model[:-1]), model[-1])
+    return nn.Sequential(
+        *(LowRank(m) if isinstance(m, nn.Linear) else m for m in without_head(model)), model[-1]
+    )
 
 
 def frozen_backbone() -> nn.Module:
     """A frozen body under a trainable head: transfer learning."""
     model = mlp(nn.ReLU, 4, 64, HE)
-    model[:-1].requires_grad_(False)
+    without_head(model).requires_grad_(False)
     return model
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,11 @@ def mlp(
     if weights is not None:
         initialised(hidden, weights)
     return hidden.append(nn.Linear(width, 10))
+
+
+def without_head(model: nn.Sequential) -> nn.Sequential:
+    """All but the last layer."""
+    return cast(nn.Sequential, model[:-1])
 
 
 @dataclass(frozen=True)

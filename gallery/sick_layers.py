@@ -8,7 +8,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from gallery.nets import HE, Initialise, initialised, mlp, orthogonal, plain_cnn, scaled_normal, vgg
+from gallery.nets import (
+    HE,
+    Initialise,
+    initialised,
+    mlp,
+    orthogonal,
+    plain_cnn,
+    scaled_normal,
+    vgg,
+    without_head,
+)
 from gallery.training import Task, digits
 from gallery.trial import Trial, Twin
 
@@ -113,7 +123,7 @@ def chains() -> tuple[Trial, ...]:
 
 def shifted(model: nn.Sequential, bias: float, layers: slice = slice(None)) -> nn.Sequential:
     """Set the hidden biases to a constant."""
-    for layer in [m for m in model[:-1] if isinstance(m, nn.Linear)][layers]:
+    for layer in [m for m in without_head(model) if isinstance(m, nn.Linear)][layers]:
         nn.init.constant_(layer.bias, bias)
     return model
 
@@ -122,7 +132,7 @@ def negative(depth: int) -> nn.Sequential:
     """Weights below zero everywhere behind the first ReLU: each later unit is silent."""
     model = mlp(nn.ReLU, depth, 64, HE)
     with torch.no_grad():
-        for layer in [m for m in model[2:-1] if isinstance(m, nn.Linear)]:
+        for layer in [m for m in without_head(model) if isinstance(m, nn.Linear)][1:]:
             layer.weight.copy_(-layer.weight.abs())
     return model
 

@@ -10,7 +10,7 @@ from sklearn.datasets import load_diabetes
 from torch import Tensor, nn
 from torch.nn import functional
 
-from gallery.nets import HE, mlp
+from gallery.nets import HE, mlp, without_head
 from gallery.training import Loss, Score, Task, accuracy, cross_entropy, digits, explained
 from gallery.trial import Make, Trial, Twin
 
@@ -20,7 +20,7 @@ NO_GRADIENT = frozenset({"VG102"})
 
 def one_unit() -> nn.Sequential:
     """Three layers of ReLU and one output."""
-    return nn.Sequential(*mlp(nn.ReLU, 3, 64, HE)[:-1], nn.Linear(64, 1))
+    return nn.Sequential(*without_head(mlp(nn.ReLU, 3, 64, HE)), nn.Linear(64, 1))
 
 
 def larger() -> Task:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gallery.case import Built, Case, Loss
-from gallery.nets import HE, initialised, mlp, scaled_normal
+from gallery.nets import HE, initialised, mlp, scaled_normal, without_head
 from gallery.shipped import built, tokens
 from gallery.training import digits
 from gallery.trial import evidence, truth
@@ -184,7 +184,7 @@ class Detached(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = mlp(nn.ReLU, 3, 64, HE)[:-1]
+        self.encoder = without_head(mlp(nn.ReLU, 3, 64, HE))
         self.head = nn.Linear(64, 10)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -93,6 +93,11 @@ def evidence(record: dict[str, Any]) -> str:
         return f"exact product in float64: {record['decades']:+.1f} decades"
     if "first_loss" in record:
         return f"fits its batch: loss {record['first_loss']:.3g} to {record['lowest_loss']:.3g} with {record['setting']}"
+    if "own" in record:
+        parts = [
+            f"{name} {own:.2f} (sound {record['sound'][name]:.2f})" for name, own in record["own"].items()
+        ]
+        return f"trained: takes off a constant answer's loss {', '.join(parts)}"
     if "accuracy" in record:
         return f"trained: accuracy {record['accuracy']:.2f}"
     parts = [
