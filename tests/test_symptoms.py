@@ -292,7 +292,6 @@ def flows(draw: st.DrawFn) -> Flow:
     )  # fmt: skip
 
 
-@pytest.mark.xfail(strict=False, reason="sigma overflows where one layer has more than 308 decades")
 @settings(max_examples=150, deadline=None)
 @given(flows())
 def test_no_flow_makes_a_symptom_raise_or_stay_silent(flow: Flow) -> None:
@@ -312,14 +311,13 @@ class Chaotic(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(64, 16), nn.Linear(16, 16), nn.Linear(16, 10)])
+        self.first, self.head = nn.Linear(64, 16), nn.Linear(16, 10)
 
     def forward(self, x: Tensor) -> Tensor:
-        first, second, head = self.layers
-        x = first(x)
+        x = self.first(x)
         for _ in range(250):
             x = torch.sin(100 * x)
-        return head(second(x))
+        return self.head(x)
 
 
 def test_four_hundred_decades_between_two_layers_are_told() -> None:
