@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from isograd import theory as theory
     from isograd.check import check as check
     from isograd.diagnosis import Diagnosis as Diagnosis
     from isograd.diagnosis import Finding as Finding
@@ -33,10 +34,12 @@ _HOME = {
     "Site": "isograd.flow",
 }
 
-__all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [*_HOME, "theory", "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "theory":  # a module of its own: theory.critical("gelu")
+        return import_module("isograd.theory")
     if name not in _HOME:
         raise AttributeError(f"module 'isograd' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)

@@ -311,15 +311,17 @@ def _sigma(activation: str) -> tuple[float, float]:
     """Critical standard deviations of weights (times sqrt(fan_in)) and biases.
 
     Where there is none (softplus), or only deep in saturation (the sigmoid's 10.1), no initialisation
-    makes the network trainable, and 1 is what is usual.
+    makes the network trainable; then the better of Xavier's and He's.
     """
+    if activation not in ACTIVATIONS:
+        return 1.0, 0.0
     try:
-        point = theory.critical(activation) if activation in ACTIVATIONS else None
+        point = theory.critical(activation)
+        if point.sigma_w <= 2:
+            return point.sigma_w, math.sqrt(point.sigma_b2)
     except ValueError:
-        point = None
-    return (
-        (point.sigma_w, math.sqrt(point.sigma_b2)) if point is not None and point.sigma_w <= 2 else (1.0, 0.0)
-    )
+        pass
+    return min((1.0, math.sqrt(2)), key=lambda s: abs(math.log(theory.gain(activation, sigma_w=s)))), 0.0
 
 
 @torch.no_grad()

@@ -330,12 +330,13 @@ class Flow:
     def spread(self) -> float:
         """Standard deviation, in decades, that the finite width alone gives the gradient of a critical net.
 
-        Var[log ||J^T v||^2] is about c * sum(1/width), with c near 5 for ReLU and 2 for smooth functions
-        (THEORY: 200 nets each); the larger is taken. Residual segments pass most of the gradient by.
+        Var[log ||J^T v||^2] is about c * sum(1/width), with c = 5 for ReLU and its like and 2 for linear and
+        smooth functions (`isograd.theory`). Residual segments pass most of the gradient by.
         """
+        rectified = any(a.function in ("relu", "leaky_relu", "relu6") for a in self.activations)
         total = 0.0
         for i in range(*self.hidden.indices(len(self.sites))):
             site = self.sites[i]
             if site.kind in ("linear", "convolution") and len(site.shape) > 1:
                 total += 1.0 / site.shape[1 if site.kind == "convolution" else -1]
-        return math.sqrt(5.0 * total) / 2 / math.log(10)
+        return math.sqrt((5.0 if rectified else 2.0) * total) / 2 / math.log(10)

@@ -33,6 +33,7 @@ from collections.abc import Iterator
 from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow
 from isograd.symptoms import Healthy, Outcome, Unexamined
+from isograd.symptoms.vanishing_gradient import LUCK
 
 CODE = "EG201"
 NAME = "exploding-gradient"
@@ -61,7 +62,7 @@ def examine(flow: Flow) -> Iterator[Outcome]:
 
 
 def _along(flow: Flow) -> Iterator[Outcome]:
-    grown, limit = flow.lost, max(_threshold(flow), 3 * flow.spread)
+    grown, limit = flow.lost, max(_threshold(flow), LUCK * flow.spread)
     if math.isnan(grown):
         yield Unexamined("no backbone between the loss and an input, so no product of gains")
         return

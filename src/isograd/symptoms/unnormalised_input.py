@@ -33,9 +33,8 @@ CODE = "UP504"
 NAME = "unnormalised-input"
 
 WARNING = 5.0
-"""Root mean square of the input: five standard deviations of a standardised one."""
-ERROR = 300.0
-"""Beyond raw pixels (0 to 255), which ReLU networks still learn from with a small enough step."""
+"""Root mean square of the input: five standard deviations of a standardised one. No more than a warning:
+with a thousand the first layer is all but frozen, and the others still learn from what it makes of it."""
 TINY = 1e-3
 """Root mean square below which the biases of a default first layer are a hundred times its signal."""
 ALIKE = 0.01
@@ -65,7 +64,7 @@ def _one(name: str, seen: InputStatistics) -> Outcome:
     return Finding(
         CODE,
         NAME,
-        Severity.ERROR if alike or tiny or seen.rms > ERROR else Severity.WARNING,
+        Severity.ERROR if alike or tiny else Severity.WARNING,
         said,
         cause="the data are not standardised",
         sites=(name,),
@@ -74,7 +73,7 @@ def _one(name: str, seen: InputStatistics) -> Outcome:
             "rms": seen.rms,
             "std": seen.std,
             "varying": seen.varying,
-            "threshold": TINY if tiny else ERROR if seen.rms > ERROR else WARNING,
+            "threshold": TINY if tiny else WARNING,
             "alike_threshold": ALIKE,
             "cause": "unnormalised-input",
         },
