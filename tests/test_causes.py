@@ -146,7 +146,7 @@ def test_undoing_the_fault_by_hand_cures(case: str) -> None:
 
 def test_what_two_changes_give_back_only_together_is_said_of_both() -> None:
     torch.manual_seed(0)
-    finding = found(check(*classified(mlp(nn.Softplus, 20, 0.5))), "VG101")
+    finding = found(check(*classified(mlp(nn.Sigmoid, 20, 0.5))), "VG101")
     causes = str(finding.evidence["causes"]).split(",")
     assert set(causes) == {"initialisation", "activation"}
     shares = {e.cause: e for e in finding.effects}

@@ -34,7 +34,7 @@ _HOME = {
     "Site": "isograd.flow",
 }
 
-__all__ = [*_HOME, "theory", "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str) -> Any:

@@ -333,7 +333,7 @@ class Flow:
         Var[log ||J^T v||^2] is about c * sum(1/width), with c = 5 for ReLU and its like and 2 for linear and
         smooth functions (`isograd.theory`). Residual segments pass most of the gradient by.
         """
-        rectified = any(a.function in ("relu", "leaky_relu", "relu6") for a in self.activations)
+        rectified = any(site.operation in ("relu", "leaky_relu", "hardtanh") for site in self.sites)
         total = 0.0
         for i in range(*self.hidden.indices(len(self.sites))):
             site = self.sites[i]

@@ -107,7 +107,12 @@ def _along(flow: Flow) -> Iterator[Outcome]:
 
 
 def _starved(flow: Flow, limit: float) -> bool:
-    """Do more layers than the first receive too little? One that is frozen still feeds the others."""
+    """Does more than the first layer receive too little, or any layer nothing at all, for good?
+
+    A first layer that is all but frozen still feeds the others, which learn from what it makes.
+    """
+    if flow.lost == -math.inf:
+        return True
     reaching = flow.column("decades").nan_to_num(0.0, neginf=-math.inf).flip(0).cumsum(0).flip(0)
     layers = [i for i, flag in enumerate(flow.column("weighted").tolist()) if flag == 1]
     head = float(reaching[layers[-1]]) if layers else 0.0
