@@ -22,7 +22,7 @@ def _seed() -> None:
 
 def test_a_loss_that_is_no_tensor_is_told_what_to_return() -> None:
     with pytest.raises(TypeError, match=r"returned float, not a tensor.*return the scalar"):
-        measure(nn.Linear(4, 4), lambda m: float(m(torch.randn(2, 4)).sum()))  # pyright: ignore
+        measure(nn.Linear(4, 4), lambda m: m(torch.randn(2, 4)).sum().item())  # pyright: ignore
 
 
 def test_a_loss_with_more_than_one_element_is_told_to_reduce() -> None:

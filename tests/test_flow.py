@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from isograd.flow import Flow, Parameter, Site
 
@@ -160,30 +161,33 @@ def test_layers_share_out_all_decades_of_the_hidden_sites(rows: list[tuple[str, 
     assert flow.lost == pytest.approx(total, abs=1e-9)  # nothing here changes the width
 
 
-def test_the_spread_is_that_of_critical_relu_networks() -> None:
-    """log10 of the gradient norm over 300 draws, against five over the width per layer."""
+@pytest.mark.parametrize("function", ["relu", "linear"])
+def test_the_spread_is_that_of_critical_networks(function: str) -> None:
+    """log10 of the gradient norm over 300 draws, with a sum of 5/width for ReLU and 2/width without."""
     layers, width, draws = 20, 32, 300
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(draws, width, generator=generator, dtype=torch.float64)
-    g = torch.randn(draws, width, generator=generator, dtype=torch.float64)
-    logs = torch.zeros(draws, dtype=torch.float64)
-    weights = [
-        torch.randn(draws, width, width, generator=generator, dtype=torch.float64) * (2 / width) ** 0.5
-        for _ in range(layers)
-    ]
-    masks: list[torch.Tensor] = []
-    for w in weights:
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    rectified = function == "relu"
+    x, g, logs = drawn(draws, width), drawn(draws, width), torch.zeros(draws, dtype=torch.float64)
+    g /= g.norm(dim=1, keepdim=True)
+    jacobians: list[Tensor] = []
+    for _ in range(layers):
+        w = drawn(draws, width, width) * ((2 if rectified else 1) / width) ** 0.5
         x = torch.einsum("dij,dj->di", w, x)
-        masks.append((x > 0).double())
-        x = x * masks[-1]
-    for w, mask in zip(reversed(weights), reversed(masks), strict=True):
-        g = torch.einsum("dij,di->dj", w, g * mask)
+        slope = (x > 0).double() if rectified else torch.ones_like(x)
+        x = x * slope
+        jacobians.append(slope.unsqueeze(2) * w)
+    for jacobian in reversed(jacobians):
+        g = torch.einsum("dij,di->dj", jacobian, g)
         logs += g.norm(dim=1).log10()
         g /= g.norm(dim=1, keepdim=True)
 
-    predicted = flow_of([("input", width, NAN)] + [("linear", width, 0.0)] * layers).spread
-    assert float(logs.std()) == pytest.approx(predicted, rel=0.15)
-    assert predicted == pytest.approx(math.sqrt(5 * layers / width) / 2 / math.log(10))
+    layer = [("linear", width, 0.0), (function, width, 0.0)]
+    flow = flow_of([("input", width, NAN)] + (layer if rectified else layer[:1]) * layers)
+    assert float(logs.std()) == pytest.approx(flow.spread, rel=0.15)
 
 
 def test_a_place_is_a_name_and_a_line() -> None:

@@ -235,6 +235,17 @@ def test_a_weight_shared_across_sixty_decades_is_read_right(gain: float, scale: 
     assert weight.grad_norm_log10 == pytest.approx(plain_gradients(model, loss)["layer.0.weight"], abs=1e-6)
 
 
+@pytest.mark.parametrize("gain", [10.0, 0.1])
+def test_a_bias_shared_across_sixty_decades_is_read_right(gain: float) -> None:
+    """Its contributions are the gradients themselves: 60 decades lie between the first and the last."""
+    layer = nn.Linear(16, 16).double()
+    nn.init.orthogonal_(layer.weight, gain)
+    model, loss = Repeated(layer, 60), projected(torch.randn(8, 16, dtype=torch.float64))
+    flow = measure(model, loss)
+    found = {p.name: p.grad_norm_log10 for p in flow.parameters}
+    assert found == pytest.approx(plain_gradients(model, loss), abs=1e-6)
+
+
 def test_none_is_told_from_exact_zero_and_frozen_from_unused() -> None:
     class Parts(nn.Module):
         def __init__(self) -> None:
