@@ -294,10 +294,16 @@ class Flow:
         return (total, self.layers) if abs(total) < abs(hidden) else (hidden, inner)
 
     def _counted(self, part: slice) -> Tensor:
-        """Decades of a part, without fused recurrent kernels: their gain mixes layers and time."""
+        """Decades of a part, without those that are none of depth.
+
+        The gain of a fused recurrent kernel mixes layers and time, that of a pooling tells over how many
+        positions it spreads the gradient.
+        """
         decades = self.column("decades")[part]
-        recurrent = torch.tensor([site.kind == "recurrent" for site in self.sites[part]], dtype=torch.bool)
-        return decades[~decades.isnan() & ~recurrent]
+        other = torch.tensor(
+            [site.kind in ("recurrent", "pooling") for site in self.sites[part]], dtype=torch.bool
+        )
+        return decades[~decades.isnan() & ~other]
 
     @property
     def growth(self) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -39,6 +40,8 @@ for command in (check, explain, demo):
 
 def main(args: Sequence[str] | None = None) -> NoReturn:
     """Run the command and exit with its status; the entry point."""
+    # torch warns of an absent NumPy, which neither it nor we need here
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # a terminal that cannot show `→` shows `?`  # pyright: ignore
     try:

@@ -96,7 +96,11 @@ def _along(flow: Flow) -> Iterator[Outcome]:
 def _threshold(flow: Flow) -> float:
     """Decades that count as an error for this network."""
     hidden = flow.sites[flow.hidden]
-    holding = sum(site.kind in ("residual add", "normalisation") for site in hidden)
+    holding = sum(
+        site.kind in ("residual add", "normalisation")
+        or any(step.site.kind == "normalisation" for step in flow.ledgers.get(site.depth, ()))
+        for site in hidden
+    )
     exponential = flow.typical >= EXPONENTIAL * flow.lost
     growing = flow.growth >= flow.lost / 2 and exponential
     if holding >= flow.layers / 3 and not growing:
