@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import distribute_module
 from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
@@ -271,3 +273,11 @@ def test_a_wrapped_model_has_the_same_diagnosis_with_its_causes(
     assert [f.evidence.get("causes") for f in wrapped.errors] == [
         f.evidence.get("causes") for f in plain.errors
     ]
+
+
+def test_a_sharded_model_is_told_to_come_before_it_is_sharded() -> None:
+    with process_group():
+        mesh = init_device_mesh("cpu", (1,))
+        model = distribute_module(nn.Linear(4, 4), mesh)
+        with pytest.raises(ValueError, match="before fully_shard"):
+            measure(model, lambda m: m(torch.randn(2, 4)).sum())

@@ -57,6 +57,11 @@ def measure(model: nn.Module, loss: Loss, *, optimizer: torch.optim.Optimizer | 
     model, notes = unwrapped(model)
     if any(is_lazy(p) for p in [*model.parameters(), *model.buffers()]):
         raise ValueError("the model has lazy layers without a shape: run it once, then measure it")
+    if any(hasattr(p, "placements") for p in model.parameters()):  # DTensor, without importing it
+        raise ValueError(
+            "the model's parameters are sharded over processes, and one process sees a part of each gradient: "
+            "measure the model before fully_shard or parallelize_module"
+        )
     trace = Trace(model)
     with preserved(model), _eager():
         with trace.recording():
