@@ -229,17 +229,47 @@ class Dense(nn.Module):
         return x
 
 
-@pytest.mark.xfail(strict=True, reason="the concatenation folds into the layer below the block")
-def test_a_dense_block_is_one_segment_whose_inside_is_described() -> None:
+def test_a_dense_block_has_a_site_at_each_concatenation_and_tells_what_lies_between() -> None:
     model, x = nn.Sequential(nn.Linear(8, 4), Dense(), nn.Linear(20, 4)).double(), torch.randn(8, 8).double()
-    loss = projected(x)
-    flow = measure(model, loss)
-    before, after = (next(s for s in flow.sites if s.module.startswith(p)).depth for p in ("0", "2"))
-    dense = [site for site in flow.sites[before + 1 : after] if site.shape[-1] == 20]
-    assert len(dense) == 1
-    inside = {step.site.module for step in flow.ledgers[dense[0].depth]}
-    assert {f"1.layers.{i}" for i in range(4)} <= inside
+    flow = measure(model, projected(x))
+    told = [(s.module, s.operation, s.shape) for s in flow.sites if s.kind not in ("input", "loss")]
+    assert told == [
+        ("0", "linear", (8, 4)),
+        *(("1", "cat", (8, 8 + 4 * i)) for i in range(4)),
+        ("2", "linear", (8, 4)),
+    ]
+    inside = [{step.site.module for step in flow.ledgers[depth]} for depth in range(2, 6)]
+    assert inside == [{"1", f"1.layers.{i}"} for i in range(4)]
+    leaf = x.clone().requires_grad_()
+    end = torch.autograd.grad(projected(leaf)(model), leaf)[0]
+    assert float(flow.column("grad_norm_log10")[0]) == pytest.approx(log10(end), abs=1e-9)
 
+
+class Nested(nn.Module):
+    """A U-Net: what goes down comes back by concatenations, the outermost of which holds all."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(8, 8), nn.Linear(16, 8)
+        self.inner = Nested(depth - 1) if depth else nn.Tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.down(x))
+        return self.up(torch.cat([x, self.inner(x)], 1))
+
+
+def test_the_inside_of_a_u_net_is_one_segment_whose_inside_is_described() -> None:
+    model, x = Nested(3).double(), torch.randn(8, 8, dtype=torch.float64)
+    flow = measure(model, projected(x))
+    assert [s.operation for s in flow.sites if s.kind not in ("input", "loss")] == [
+        "linear",
+        "tanh",
+        "cat",
+        "linear",
+    ]
+    (cat,) = [s for s in flow.sites if s.operation == "cat"]
+    inside = {step.site.module for step in flow.ledgers[cat.depth]}
+    assert {"inner.down", "inner.inner.up", "inner.inner.inner.inner"} <= inside
     leaf = x.clone().requires_grad_()
     end = torch.autograd.grad(projected(leaf)(model), leaf)[0]
     assert float(flow.column("grad_norm_log10")[0]) == pytest.approx(log10(end), abs=1e-9)

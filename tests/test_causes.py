@@ -155,6 +155,19 @@ def test_what_two_changes_give_back_only_together_is_said() -> None:
     assert activation.given_back + weights.given_back <= activation.decades_before + 1e-9
 
 
+def test_of_two_faults_the_smaller_is_not_blamed_for_being_tried_first() -> None:
+    torch.manual_seed(0)
+    model = mlp(nn.ReLU, 16, 0.5 * HE)
+    for layer in (model[6], model[10], model[14]):
+        assert isinstance(layer, nn.Linear)
+        nn.init.constant_(layer.bias[:40], -10.0)  # 40 of their 64 units are dead
+    finding = found(check(*classified(model)), "VG101")
+    given = {e.cause: e.given_back for e in finding.effects}
+    assert next(iter(given)) == "dead-units"
+    assert 0.2 * finding.effects[0].decades_before < given["dead-units"] < given["initialisation"]
+    assert finding.evidence["cause"] == "initialisation"
+
+
 def test_a_healthy_model_has_no_intervention_tried_on_it() -> None:
     torch.manual_seed(0)
     assert all(f.effects == () for f in check(*relu_he()).findings)

@@ -330,6 +330,14 @@ def test_seven_hundred_decades_between_two_layers_are_told() -> None:
     assert f"+{diagnosis.flow.lost:.1f} decades" in str(diagnosis)
 
 
+def test_units_that_depth_alone_turns_off_are_no_finding() -> None:
+    """In deep ReLU networks all samples come to look alike, so that a unit is on or off for all of them."""
+    torch.manual_seed(0)
+    diagnosis = diagnosed(classified(mlp(nn.ReLU, 16, HE)))
+    assert 0.15 < max(a.dead for a in diagnosis.flow.activations) < 0.6
+    assert "SA302" in diagnosis.healthy
+
+
 def test_a_failed_backward_leaves_depth_unexamined() -> None:
     torch.manual_seed(0)
     diagnosis = diagnosed(PAIRS["failed_backward"].sick())
