@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from isograd.flow import Site as Site
     from isograd.measure import measure as measure
     from isograd.pages import explain as explain
+    from isograd.spectrum import Spectrum as Spectrum
+    from isograd.spectrum import spectrum as spectrum
 
 __version__ = "0.1.0"
 
@@ -27,11 +29,13 @@ _HOME = {
     "measure": "isograd.measure",
     "diagnose": "isograd.diagnosis",
     "explain": "isograd.pages",
+    "spectrum": "isograd.spectrum",
     "Diagnosis": "isograd.diagnosis",
     "Finding": "isograd.diagnosis",
     "Flow": "isograd.flow",
     "Severity": "isograd.diagnosis",
     "Site": "isograd.flow",
+    "Spectrum": "isograd.spectrum",
 }
 
 __all__ = [*_HOME, "__version__"]  # pyright: ignore[reportUnsupportedDunderAll]

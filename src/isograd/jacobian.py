@@ -89,7 +89,9 @@ class Jacobian:
                 self.output.edges, self.input.edges, self._cotangent, create_graph=True, allow_unused=True
             )
             self._pulled = _filled(pulled, self.input.like)
-        live = [(p, v * 10**-self.log10) for p, v in zip(self._pulled, tangent, strict=True) if p.requires_grad]
+        live = [
+            (p, v * 10**-self.log10) for p, v in zip(self._pulled, tangent, strict=True) if p.requires_grad
+        ]
         if not live:
             return [torch.zeros_like(t) for t in self.output.like]
         found = torch.autograd.grad(
@@ -181,6 +183,8 @@ class Estimate:
     """Relative residual of the largest value."""
     rms_error: float = 0.0
     """Relative standard error of the RMS."""
+    condition: float | None = None
+    """Largest over smallest of the worst block."""
 
 
 def diagonal(product: Product, generator: torch.Generator) -> Estimate | None:
@@ -196,7 +200,7 @@ def diagonal(product: Product, generator: torch.Generator) -> Estimate | None:
     if not torch.allclose(product.vjp(signs), signs * values, rtol=4 * product.output.eps, atol=0.0):
         return None
     values = values.abs()
-    return Estimate("diagonal", float(values.max()), _rms(values), float(values.min()))
+    return _all(values.amax(1), values.amin(1), values.square().mean(), "diagonal")
 
 
 def dense(product: Product) -> Estimate:
@@ -207,8 +211,19 @@ def dense(product: Product) -> Estimate:
         unit[:, j] = 1
         rows.append(product.vjp(unit.to(product.output.like[0].device)))
     values = torch.linalg.svdvals(torch.stack(rows, 1))
-    rms = float((values.square().sum() / (product.blocks * product.outputs)).sqrt())
-    return Estimate("dense", float(values[:, 0].max()), rms, float(values[:, -1].min()))
+    mean_square = values.square().sum() / (product.blocks * product.outputs)
+    # The threshold of a numerical rank: what lies below is rounding in the backward.
+    rounding = values[:, 0] * max(product.outputs, product.inputs) * product.output.eps
+    smallest = torch.where(values[:, -1] > rounding, values[:, -1], 0.0)
+    return _all(values[:, 0], smallest, mean_square, "dense")
+
+
+def _all(largest: Tensor, smallest: Tensor, mean_square: Tensor, method: str) -> Estimate:
+    """All singular values are known: extremes of each block."""
+    condition = float((largest / smallest).nan_to_num(nan=math.inf, posinf=math.inf).max())
+    return Estimate(
+        method, float(largest.max()), float(mean_square.sqrt()), float(smallest.min()), condition=condition
+    )
 
 
 def fits_dense(product: Product) -> bool:
@@ -282,10 +297,6 @@ def _normalised(vector: Tensor) -> Tensor:
     return torch.where(length > 0, vector / length, 0.0)
 
 
-def _rms(values: Tensor) -> float:
-    return float(values.square().mean().sqrt())
-
-
 def estimate(product: Product, tolerance: float, seed: int) -> tuple[Estimate, str]:
     """The singular values by the cheapest method that is exact enough, and why the largest is missing, if so."""
     generator = torch.Generator().manual_seed(seed)
@@ -303,5 +314,3 @@ def estimate(product: Product, tolerance: float, seed: int) -> tuple[Estimate, s
     except RuntimeError as raised:
         why = f"its backward cannot be differentiated: {str(raised).splitlines()[0]}"
     return Estimate("golub-kahan", largest, rms, None, error, rms_error), why
-
-

@@ -15,6 +15,7 @@ import isograd
 from isograd.cli.check import check
 from isograd.cli.demo import demo
 from isograd.cli.explain import explain
+from isograd.cli.spectrum import spectrum
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -34,7 +35,7 @@ def cli() -> None:
     """
 
 
-for command in (check, explain, demo):
+for command in (check, explain, demo, spectrum):
     cli.add_command(command)
 
 

@@ -1,0 +1,114 @@
+"""`isograd spectrum TARGET`: singular values of the Jacobian, segment by segment and end to end."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import click
+
+from isograd.cli.errors import TargetError
+from isograd.cli.inputs import InputSpec, InputType
+from isograd.cli.progress import progress
+
+if TYPE_CHECKING:
+    from isograd.spectrum import SingularValues, Spectrum
+
+INTERRUPTED = 130
+
+
+@click.command()
+@click.argument("target")
+@click.option(
+    "--input",
+    "inputs",
+    type=InputType(),
+    multiple=True,
+    metavar="SPEC",
+    help="Data for a bare module: 32,64 or ids=2,128:int64:500 (shape, dtype, upper bound). Repeatable.",
+)
+@click.option("--sites", metavar="NAMES", help="Only segments of these sites or modules: fc1,h.*")
+@click.option(
+    "--tolerance",
+    type=click.FloatRange(min=0, min_open=True),
+    default=1e-2,
+    show_default=True,
+    help="Relative accuracy at which an iteration stops.",
+)
+@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    help="Write the report to this file.",
+)
+@click.option(
+    "--seed", type=int, default=0, show_default=True, help="Of the random data, weights and probes."
+)
+@click.pass_context
+def spectrum(
+    ctx: click.Context,
+    target: str,
+    inputs: tuple[InputSpec, ...],
+    sites: str | None,
+    tolerance: float,
+    form: Literal["text", "json"],
+    output: Path | None,
+    seed: int,
+) -> None:
+    """Singular values of the Jacobian of TARGET, for every segment of its backbone and end to end.
+
+    The largest value bounds what a segment can do to a gradient, the RMS is what it does to a random one,
+    the gain what it does to the gradient of this loss. TARGET is as for `isograd check`.
+
+    \b
+    isograd spectrum net.py:build
+    isograd spectrum net.py:Net --input 32,64 --sites 'h.*' --tolerance 0.001
+    """
+    names = None if sites is None else [name.strip() for name in sites.split(",") if name.strip()]
+    found, whole = _spectrum(target, inputs, names, tolerance, seed)
+    _print(found, form, output)
+    ctx.exit(0 if whole else INTERRUPTED)
+
+
+def _spectrum(
+    text: str, inputs: tuple[InputSpec, ...], sites: list[str] | None, tolerance: float, seed: int
+) -> tuple[Spectrum, bool]:
+    """What was measured, and whether that is all: an interrupt keeps the segments that are done."""
+    done: list[SingularValues] = []
+    with progress("importing torch") as say:
+        import torch
+
+        import isograd
+        from isograd.cli.target import load
+
+        def each(values: SingularValues) -> None:
+            done.append(values)
+            say(f"singular values of {text}: {values.site.name} done, {len(done)} so far")
+
+        say(f"importing {text}")
+        torch.manual_seed(seed)
+        target = load(text, inputs, seed=seed)
+        say(f"singular values of {text}")
+        try:
+            found = isograd.spectrum(
+                target.model, target.loss, sites=sites, tolerance=tolerance, seed=seed, each=each
+            )
+        except (TypeError, ValueError) as error:  # what cannot be measured, in the user's words
+            raise TargetError(f"{text}: {error}") from error
+        except KeyboardInterrupt:
+            if not done:
+                raise
+            partial = isograd.Spectrum(tuple(done), None, tolerance, ("interrupted before the end",), text)
+            return partial, False
+    return dataclasses.replace(found, target=text), True
+
+
+def _print(found: Spectrum, form: Literal["text", "json"], output: Path | None) -> None:
+    report = found.to_json() if form == "json" else f"{found}\n"
+    if output is not None:
+        output.write_text(report, encoding="utf-8")
+        click.echo(f"singular values of {found.target}: written to {output}", err=True)
+    else:
+        click.echo(report, nl=False)
