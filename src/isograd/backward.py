@@ -21,6 +21,9 @@ from isograd.backbone import Backbone, Graph
 from isograd.flow import Failure
 from isograd.trace import norm
 
+EVERY = 8
+"""Operations within one site after which the gradient is rescaled again: none of float32 loses 4 decades."""
+
 Gradients = tuple[Tensor | None, ...]
 
 
@@ -40,7 +43,7 @@ class Backward:
         norms: norm of the incoming gradient of every node that was read, as it passed (rescaled).
         scale: key into `exponents` of the scale that a node's incoming gradient has.
         exponents: log2 of true over passed gradient, by key; float64 scalars on the device.
-        rescalings: how often a gradient of this scale was rescaled on its shortest way, by key.
+        rescalings: at how many sites a gradient of this scale was rescaled on its shortest way, by key.
         first: index of the segment behind which rescaling starts.
         splits: norms of skip and branch contribution below a residual segment, by its index.
         fired: the nodes read, in the order of execution.
@@ -58,6 +61,8 @@ class Backward:
         half = any(segment.site.dtype == "float16" for segment in line.segments)
         self.first = 0 if half else line.exit
         self._tops = {node: i for i, node in enumerate(line.tops) if i > self.first}
+        # A site may fold a loop of many operations: within it the gradient is rescaled too, now and then.
+        self._between = {n for s in line.segments[line.exit :] for n in s.nodes[EVERY::EVERY]}
         self._held: dict[int, Tensor] = {}
         self._after: dict[Node, int] = {}
         self._meetings: dict[Node, list[tuple[int, int, _Meeting]]] = {}
@@ -78,9 +83,9 @@ class Backward:
                 for source, index in edges:
                     self._meetings.setdefault(source, []).append((index, self._after[source], meeting))
             self.scale[node] = self._after[node] = key
-            if node in self._tops:
+            if node in self._tops or node in self._between:
                 self._after[node] = len(self.rescalings)
-                self.rescalings[self._after[node]] = self.rescalings[key] + 1
+                self.rescalings[self._after[node]] = self.rescalings[key] + (node in self._tops)
             for index, (child, _) in enumerate(node.next_functions):
                 if child is not None:
                     incoming.setdefault(child, []).append((node, index))
@@ -99,8 +104,8 @@ class Backward:
                 handles.append(node.register_hook(self._hold(i, edges)))
         handles += [node.register_hook(self._meet(edges)) for node, edges in self._meetings.items()]
         for node in self.graph.order:
-            if node in self._tops:
-                handles.append(node.register_prehook(self._renormalise(self._tops[node], node)))
+            if node in self._tops or node in self._between:
+                handles.append(node.register_prehook(self._renormalise(self._tops.get(node), node)))
             elif read(node):
                 handles.append(node.register_prehook(self._read(node)))
         try:
@@ -127,14 +132,15 @@ class Backward:
 
         return hook
 
-    def _renormalise(self, index: int, node: Node) -> Callable[[Gradients], Gradients]:
+    def _renormalise(self, index: int | None, node: Node) -> Callable[[Gradients], Gradients]:
         def hook(grads: Gradients) -> Gradients:
             if all(g is None for g in grads):
                 return grads
             length = norm(grads)
             self.norms[node] = length
             self.fired.append(node)
-            self._split(index - 1, grads)
+            if index is not None:
+                self._split(index - 1, grads)
             dtype = next(g.dtype for g in grads if g is not None)
             exponent = _exponent(length, dtype)
             before = self.exponents[self.scale[node]].to(exponent.device)

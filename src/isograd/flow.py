@@ -249,7 +249,7 @@ class Flow:
     @property
     def sigma(self) -> float:
         """Geometric mean gain per layer: 10 ** (decades / layers)."""
-        return 10 ** (self.decades / self.layers) if self.layers else math.nan
+        return per_layer(self.decades, self.layers)
 
     @property
     def hidden(self) -> slice:
@@ -346,3 +346,10 @@ class Flow:
             if site.kind in ("linear", "convolution") and len(site.shape) > 1:
                 total += 1.0 / site.shape[1 if site.kind == "convolution" else -1]
         return math.sqrt((5.0 if rectified else 2.0) * total) / 2 / math.log(10)
+
+
+def per_layer(decades: float, layers: int) -> float:
+    """Gain that, in each of so many layers, makes so many decades; inf beyond what a float holds."""
+    if not layers:
+        return math.nan
+    return 10 ** (decades / layers) if not decades / layers > 308 else math.inf

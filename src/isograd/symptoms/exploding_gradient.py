@@ -31,7 +31,7 @@ import math
 from collections.abc import Iterator
 
 from isograd.diagnosis import Finding, Severity
-from isograd.flow import Flow
+from isograd.flow import Flow, per_layer
 from isograd.symptoms import Healthy, Outcome, Unexamined
 from isograd.symptoms.vanishing_gradient import LUCK
 
@@ -69,7 +69,7 @@ def _along(flow: Flow) -> Iterator[Outcome]:
     if grown < limit:
         yield Healthy(f"{grown:+.1f} decades over {flow.lost_over} layers (an error from {limit:+.1f})")
         return
-    sigma = 10 ** (grown / max(flow.lost_over, 1))
+    sigma = per_layer(grown, max(flow.lost_over, 1))
     column = flow.column("decades").nan_to_num(0.0)
     worst = [int(i) for i in column.argsort(descending=True)[:3] if column[i] > 0]
     factor = f"{10**grown:.0e}" if grown < 300 else f"10^{grown:.0f}"

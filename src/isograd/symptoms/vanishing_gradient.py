@@ -30,7 +30,7 @@ import math
 from collections.abc import Iterator
 
 from isograd.diagnosis import Finding, Severity
-from isograd.flow import Flow
+from isograd.flow import Flow, per_layer
 from isograd.symptoms import Healthy, Outcome, Unexamined
 
 CODE = "VG101"
@@ -128,7 +128,7 @@ def _received(flow: Flow, lost: float) -> str:
 
 
 def _sigma(flow: Flow) -> float:
-    return 10 ** (flow.lost / max(flow.lost_over, 1))
+    return per_layer(flow.lost, max(flow.lost_over, 1))
 
 
 def _or_zero(value: float) -> float:
