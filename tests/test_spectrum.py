@@ -284,6 +284,17 @@ def test_the_same_seed_gives_the_same_numbers(monkeypatch: pytest.MonkeyPatch) -
     assert first.to_json() == again.to_json() != other.to_json()
 
 
+def test_a_bfloat16_model_is_measured_in_it_and_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, x = Block(8, 2), torch.randn(2, 5, 8)
+    exact = isograd.spectrum(block, probe(x)).end_to_end
+    without_a_matrix(monkeypatch)
+    half = isograd.spectrum(block.bfloat16(), lambda m: probe(x.bfloat16())(lambda x: m(x).float()))  # pyright: ignore
+    assert exact is not None
+    assert half.end_to_end is not None
+    assert half.end_to_end.sigma_max == pytest.approx(exact.sigma_max, rel=0.03)
+    assert any("bfloat16" in note for note in half.notes)
+
+
 def test_attention_says_its_backend() -> None:
     found = isograd.spectrum(Block(8, 2), probe(torch.randn(2, 5, 8)))
     assert any("MATH" in note for note in found.notes)

@@ -107,6 +107,8 @@ class Product:
         self.factors = tuple(factors)
         self.output, self.input = factors[0].output, factors[-1].input
         self.log10 = sum(factor.log10 for factor in factors)
+        self.eps = max(self.output.eps, self.input.eps)
+        """Spacing of the coarser end's numbers around 1: a float32 head on a bfloat16 body is no finer."""
         self.blocks = 1
         if self.output.rows == self.input.rows > 1 and not self._coupled():
             self.blocks = self.output.rows
@@ -197,7 +199,7 @@ def diagonal(product: Product, generator: torch.Generator) -> Estimate | None:
         return None
     signs = product.output.random(product.blocks, generator)
     values = product.vjp(torch.ones_like(signs))
-    if not torch.allclose(product.vjp(signs), signs * values, rtol=4 * product.output.eps, atol=0.0):
+    if not torch.allclose(product.vjp(signs), signs * values, rtol=4 * product.eps, atol=0.0):
         return None
     values = values.abs()
     return _all(values.amax(1), values.amin(1), values.square().mean(), "diagonal")
@@ -213,7 +215,7 @@ def dense(product: Product) -> Estimate:
     values = torch.linalg.svdvals(torch.stack(rows, 1))
     mean_square = values.square().sum() / (product.blocks * product.outputs)
     # The threshold of a numerical rank: what lies below is rounding in the backward.
-    rounding = values[:, 0] * max(product.outputs, product.inputs) * product.output.eps
+    rounding = values[:, 0] * max(product.outputs, product.inputs) * product.eps
     smallest = torch.where(values[:, -1] > rounding, values[:, -1], 0.0)
     return _all(values[:, 0], smallest, mean_square, "dense")
 
@@ -270,7 +272,7 @@ def golub_kahan(product: Product, tolerance: float, generator: torch.Generator) 
         u = _orthogonal(product.jvp(right[-1]), left)
         betas.append(u.norm(dim=1))
         # What is left of an exhausted Krylov space is rounding: no direction to go on in.
-        exhausted = betas[-1] <= product.output.eps * torch.stack(alphas).amax(0)
+        exhausted = betas[-1] <= product.eps * torch.stack(alphas).amax(0)
         left.append(torch.where(exhausted[:, None], 0.0, _normalised(u)))
         bidiagonal = torch.diag_embed(torch.stack(alphas, 1))
         if len(alphas) > 1:
@@ -307,7 +309,7 @@ def estimate(product: Product, tolerance: float, seed: int) -> tuple[Estimate, s
     largest, error, why = math.nan, math.nan, ""
     try:
         mismatch = product.adjoint_error(generator)
-        if mismatch <= 1000 * product.output.eps:
+        if mismatch <= 1000 * product.eps:
             largest, error = golub_kahan(product, tolerance, generator)
         else:
             why = f"its backward cannot be differentiated: <u, Jv> and <J'u, v> differ by {mismatch:.0e}"
