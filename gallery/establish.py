@@ -21,7 +21,7 @@ from torch import nn
 
 from gallery.autotrainer import autotrainer_facts, autotrainer_trained, key, shows
 from gallery.case import Case
-from gallery.forum import named, program_trained
+from gallery.forum import named, program_trained, settled
 from gallery.healthy import healthy
 from gallery.published import SEEDS
 from gallery.sick import trials
@@ -146,7 +146,7 @@ def work() -> Iterator[tuple[str, Callable[[dict[str, Record]], Record]]]:
     yield from (
         (key(fact, seed), published(fact, seed)) for fact in autotrainer_facts() for seed in range(SEEDS)
     )
-    yield from ((name, program(name, spec)) for name, spec, _ in named())
+    yield from ((name, program(name, spec)) for name, spec, _ in named() if settled(name, spec) is None)
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ BEYOND_TRAINING = 8.0
 """Decades beyond which no net of border.json trains, with any optimizer: they stop at about 4."""
 
 OPTIMIZERS = {"adamw": ADAMW, "sgd": (*SGD, *SMALL_SGD)}
-QUICK_OPTIMIZERS = {"adamw": ADAMW[:3], "sgd": (*SGD[:3], SMALL_SGD[0])}
+QUICK_OPTIMIZERS = {"adamw": ADAMW[:3], "sgd": SGD[:3]}
 """For networks whose step takes tens of milliseconds."""
 
 

@@ -15,12 +15,14 @@ pytest.importorskip("sklearn")
 
 from gallery import border  # noqa: E402
 from gallery.case import Case  # noqa: E402
-from gallery.cases import facts, programs, published  # noqa: E402
+from gallery.cases import published  # noqa: E402
+from gallery.forum import programs  # noqa: E402
 from gallery.healthy import healthy  # noqa: E402
 from gallery.keras_net import TRUNCATED, initialise, loss_of, network  # noqa: E402
 from gallery.nets import mlp, scaled_normal  # noqa: E402
+from gallery.published import facts  # noqa: E402
 from gallery.sick import harmless, sick, trials  # noqa: E402
-from gallery.trial import exact_decades, judged, truth  # noqa: E402
+from gallery.trial import Trial, exact_decades, judged, truth  # noqa: E402
 from gallery.zoo import chosen, graded  # noqa: E402
 
 transformers.logging.set_verbosity_error()
@@ -117,6 +119,16 @@ def test_the_exact_product_of_linear_layers(gain: float) -> None:
     model = mlp(nn.Identity, 400, 64, scaled_normal(gain))
     decades = exact_decades(model, torch.randn(256, 64), torch.randint(10, (256,)))
     assert decades == pytest.approx(399 * math.log10(gain), abs=4.0)
+
+
+@pytest.mark.parametrize("trial", [t for t in trials() if t.family == "mlp"], ids=lambda trial: trial.name)
+def test_the_direction_of_a_chain_is_that_of_its_exact_product(trial: Trial) -> None:
+    """'vanishing' and 'exploding' are the sign of the product in float64; harmless chains have one too."""
+    torch.manual_seed(0)
+    model = trial.make()
+    assert isinstance(model, nn.Sequential)
+    decades = exact_decades(model, *trial.task().batch(torch.Generator().manual_seed(0)))
+    assert (decades < -1) if trial.verdict == "vanishing" else (decades > 0.5)
 
 
 def test_the_border_is_where_it_is_said_to_be() -> None:
