@@ -58,7 +58,17 @@ def run(setting: Setting) -> Iterator[str]:
         **{f"  {stage}": [r.stages[i] for r in readings] for i, stage in enumerate(STAGES)},
     }
     yield "Pre-norm transformer of width 32, 16 tokens, batch 4; median seconds."
-    header = ("layers", "nodes", "sites", "plain step", "measure", "ratio", "graph work", "peak MB", "ratio")
+    header = (
+        "layers",
+        "nodes",
+        "sites",
+        "plain step",
+        "measure",
+        "ratio",
+        "graph work",
+        "MB in use",
+        "ratio",
+    )
     yield table(header, [row(r) for r in readings])
     yield "Milliseconds per 1,000 nodes at each depth; exponent p of the fit seconds = c nodes^p (1: linear)."
     yield table(
@@ -93,7 +103,10 @@ def reading(layers: int, setting: Setting) -> Reading:
     """Everything at one depth."""
     progress(f"depth: {layers} layers")
     workload = transformer(layers)
-    base, ours = (peak_memory(workload.name, m, setting) for m in ("plain step", "isograd.measure"))
+    base, ours = (
+        peak_memory(workload.name, method, setting, compact=True)
+        for method in ("plain step", "isograd.measure")
+    )
     model, loss = workload.built(setting)
     nodes, segments, _ = graph_work(model, loss)
     plain(model, loss)

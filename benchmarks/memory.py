@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -36,11 +37,21 @@ class Peak(NamedTuple):
         return self.peak - self.built
 
 
-def peak_memory(name: str, method: str, setting: Setting) -> Peak:
-    """Peak of a fresh process that does nothing but `STEPS` times this."""
+def peak_memory(name: str, method: str, setting: Setting, *, compact: bool) -> Peak:
+    """Peak of a fresh process that does nothing but `STEPS` times this.
+
+    `compact`: the C library returns what is freed to the system at once, so that the peak is what was in use,
+    without the holes in the heap that depend on the order of small allocations.
+    """
+    environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0"} if compact else None
     command = [sys.executable, "-m", "benchmarks.memory", name, method, setting.device, str(setting.threads)]
     done = subprocess.run(
-        command + ["--quick"] * setting.quick, cwd=ROOT, capture_output=True, text=True, check=False
+        command + ["--quick"] * setting.quick,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if done.returncode:
         raise RuntimeError(f"{name}, {method}: {done.stderr.strip().splitlines()[-1]}")
