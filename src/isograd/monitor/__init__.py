@@ -1,0 +1,1 @@
+"""A training run, watched: statistics of every parameter at every step."""

@@ -1,0 +1,29 @@
+"""What one optimizer step of a watched training showed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Statistics of one step, one value a site.
+
+    Absent means not measured: a column that was not read on this step is missing, a site that had no
+    value in a column holds nan.
+    """
+
+    step: int
+    """Optimizer steps so far; the first is 0."""
+    sites: tuple[str, ...]
+    """Names of the parameters, in the order of `model.named_parameters()`."""
+    columns: dict[str, Tensor]
+    """grad_norm, grad_max, nonfinite, zeros, weight_norm, update_norm: float32 on the CPU, shape (site,)."""
+    scalars: dict[str, float] = field(default_factory=dict[str, float])
+    """loss and what else was logged; grad_norm (global, raw), clipped_norm, scale (of the loss, AMP), lr."""
+    notes: tuple[str, ...] = ()
+    """How this step was read when not in full: 'overflow: the optimizer did not step', 'clipped' …"""
+    time: float = 0.0
+    """Seconds since the epoch when the step ended."""
