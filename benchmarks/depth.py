@@ -23,8 +23,8 @@ from benchmarks.timing import paired
 from benchmarks.workloads import Setting, transformer
 from isograd.backbone import Graph, backbone, sinks
 from isograd.backward import Backward
-from isograd.measure import Loss
 from isograd.trace import Trace
+from isograd.traced import Loss
 
 STAGES = ("graph", "sinks", "backbone", "plan of the backward")
 

@@ -9,7 +9,8 @@ from torch import nn
 
 from isograd.causes import explained
 from isograd.diagnosis import Diagnosis, diagnose
-from isograd.measure import Loss, measure, unwrapped
+from isograd.measure import measure
+from isograd.traced import Loss, unwrapped
 
 
 def check(

@@ -18,14 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.parameter import is_lazy
 
-from isograd.backbone import Graph, backbone, sinks
+from isograd.backbone import Graph
 from isograd.flow import Site
 from isograd.jacobian import Jacobian, Place, Product, estimate
-from isograd.measure import Loss, _eager, _validate, unwrapped
-from isograd.preserve import preserved
-from isograd.trace import Trace
+from isograd.traced import Loss, Traced, traced
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -168,15 +165,9 @@ def spectrum(
     """
     if not tolerance > 0:
         raise ValueError(f"the tolerance is {tolerance:g}; it must be positive, for example 0.01")
-    model, notes = unwrapped(model)
-    if any(is_lazy(p) for p in [*model.parameters(), *model.buffers()]):
-        raise ValueError("the model has lazy layers without a shape: run it once, then measure it")
-    trace = Trace(model)
-    with preserved(model), _eager(), sdpa_kernel(SDPBackend.MATH):
-        with trace.recording():
-            value = loss(model)
-        _validate(value, model)
-        chain = _Chain(trace, value)
+    with sdpa_kernel(SDPBackend.MATH), traced(model, loss) as run:
+        notes = [*run.notes]
+        chain = _Chain(run)
         chosen = [i for i, site in enumerate(chain.sites) if _meant(site, sites)]
         if sites is not None and not chosen:
             known = ", ".join(repr(site.name) for site in chain.sites[:8])
@@ -187,7 +178,7 @@ def spectrum(
             if each is not None:
                 each(found[-1])
         whole = chain.singular_values(0, len(chain.sites), tolerance, seed) if chain.sites else None
-    if any(made.call.kind == "attention" for made in trace.made.values()):
+    if any(made.call.kind == "attention" for made in run.trace.made.values()):
         notes.append(MATH_BACKEND)
     coarse = {str(t.dtype).removeprefix("torch.") for p in chain.places for t in p.like if p.eps > 1e-6}
     notes += [f"computed in {name}: digits beyond its precision are rounding" for name in sorted(coarse)]
@@ -197,14 +188,10 @@ def spectrum(
 class _Chain:
     """The backbone between the model's output and its input as places with Jacobians between them."""
 
-    def __init__(self, trace: Trace, value: Tensor) -> None:
-        assert value.grad_fn is not None
-        graph = Graph(value.grad_fn)
-        trace.keep(graph.children)
-        line = backbone(graph, trace, sinks(graph, trace)[0])
-        segments = line.segments[line.exit :]
+    def __init__(self, run: Traced) -> None:
+        segments = run.line.segments[run.line.exit :]
         # Input side first, as everywhere a user sees them.
-        self.places = _places(graph, [segment.nodes[0] for segment in segments[::-1]], value)
+        self.places = _places(run.graph, [segment.nodes[0] for segment in segments[::-1]], run.value)
         self.sites = [segment.site for segment in segments[-2::-1]]
         self.log10_gains = self._gains()
 
