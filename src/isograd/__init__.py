@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from isograd.flow import Site as Site
     from isograd.measure import measure as measure
     from isograd.pages import explain as explain
+    from isograd.prescription import Prescription as Prescription
+    from isograd.prescription import apply as apply
+    from isograd.prescription import prescribe as prescribe
     from isograd.spectrum import Spectrum as Spectrum
     from isograd.spectrum import spectrum as spectrum
 
@@ -28,11 +31,14 @@ _HOME = {
     "check": "isograd.check",
     "measure": "isograd.measure",
     "diagnose": "isograd.diagnosis",
+    "prescribe": "isograd.prescription",
+    "apply": "isograd.prescription",
     "explain": "isograd.pages",
     "spectrum": "isograd.spectrum",
     "Diagnosis": "isograd.diagnosis",
     "Finding": "isograd.diagnosis",
     "Flow": "isograd.flow",
+    "Prescription": "isograd.prescription",
     "Severity": "isograd.diagnosis",
     "Site": "isograd.flow",
     "Spectrum": "isograd.spectrum",

@@ -1,0 +1,372 @@
+"""What to change in a model, as data: edits with their places, how safe they are, what theory expects of them.
+
+A remedy looks at a model and returns prescriptions; it changes nothing. An `Edit` names a place, a callable of
+torch (or of `isograd.surgery`, `isograd.modules`) and plain values. `apply` calls that callable there, and
+`Prescription.to_code` prints the same calls in the same order, so that both do the same thing.
+
+A remedy is a file of `isograd/remedies/`: its docstring is its page, `SLUG` its name, `TREATS` the codes and
+causes that it is for, and `prescribe(patient)` yields a prescription for every variant, or one made by
+`not_applicable` that says why there is none. `remedies/reset_norm_gain.py` is the shortest example.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, IntEnum
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from isograd import surgery
+from isograd.diagnosis import Diagnosis
+from isograd.flow import Flow
+from isograd.traced import Loss, unwrapped
+
+if TYPE_CHECKING:
+    from rich.text import Text
+
+Value = bool | int | float | str | None | tuple[int, ...] | tuple[float, ...] | tuple[str, ...]
+Verb = Literal["fill", "alter", "set", "replace", "wrap", "configure"]
+
+
+class Safety(Enum):
+    """What an edit may do to the function that the model computes."""
+
+    SAFE = "safe"
+    """The same function, provably: every output is equal, up to rounding."""
+    UNSAFE = "unsafe"
+    """Another function: trained weights are lost or have to adapt."""
+    ADVICE = "advice"
+    """Words only: nothing that could be applied here."""
+
+
+class Reach(IntEnum):
+    """How deep a change goes into the model. Of two that cure, the lower is taken; edits are made in this order."""
+
+    TRAINING = 0
+    INITIALISATION = 1
+    ACTIVATION = 2
+    NORMALISATION = 3
+    RESIDUAL = 4
+    GATING = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Edit:
+    """One change at one place.
+
+    fill       `of(tensor, **arguments)` on the parameter or buffer at `place`, in place, without gradient;
+               `of=".mul_"` is the tensor's own method
+    alter      `of(module, **arguments)` on the module at `place`, in place
+    set        the attribute at `place` becomes `arguments["value"]`, or the callable that `of` names
+    replace    the module at `place` becomes `of(**arguments)`
+    wrap       the module at `place` becomes `of(module, **arguments)`, which holds it
+    configure  nothing in the model: the training's `place` (clip_grad_norm, lr, …) becomes `arguments["value"]`
+    """
+
+    place: str
+    """Dotted name as in `named_modules` or `named_parameters`; '' is the model itself."""
+    verb: Verb
+    of: str = ""
+    """Dotted name under torch, nn, surgery or modules: 'nn.init.orthogonal_', 'nn.ReLU', 'surgery.Scaled'."""
+    arguments: dict[str, Value] = field(default_factory=dict[str, Value])
+    rows: tuple[int, int] | None = None
+    """Only these rows of the tensor, from and to: one gate of a bias, the values of a joint projection."""
+    before: str = ""
+    """What stood there, for the diff: 'Sigmoid()', 'std 0.0722'."""
+    source: str = ""
+    """`file.py:17` where the user would make the change by hand, if it is not where the module is made."""
+
+
+@dataclass(frozen=True, repr=False)
+class Prescription:
+    """Edits of one remedy, what they are for and what is to be expected of them. Prints itself as a diff."""
+
+    remedy: str
+    """Slug of the remedy: `isograd explain SLUG` shows its page."""
+    title: str
+    """What is done, in a line: 'ReLU in place of 20 sigmoids'."""
+    edits: tuple[Edit, ...] = ()
+    safety: Safety = Safety.UNSAFE
+    reach: Reach = Reach.INITIALISATION
+    treats: tuple[str, ...] = ()
+    """Codes of findings and slugs of causes."""
+    expected: str = ""
+    """What theory expects, in words."""
+    decades: float = math.nan
+    """Decades that theory expects to remain between head and input; NaN: no theory for this model."""
+    references: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
+    """What cannot be done for the user: lines to change by hand, what to do with an optimizer."""
+    why_not: str = ""
+    """Not applicable, because …: there are no edits then."""
+
+    @property
+    def applicable(self) -> bool:
+        return not self.why_not and bool(self.edits)
+
+    @property
+    def configuration(self) -> dict[str, Value]:
+        """What the training is to be given: {'clip_grad_norm': 1.0}."""
+        return {e.place: e.arguments["value"] for e in self.edits if e.verb == "configure"}
+
+    def __add__(self, other: Prescription) -> Prescription:
+        return combined([self, other])
+
+    def key_map(self, model: nn.Module) -> dict[str, str]:
+        """State-dict keys of `model` that the edits change: old key -> new key. Empty: all are kept.
+
+        Found on a copy. Load an old checkpoint with `{key_map.get(k, k): v for k, v in checkpoint.items()}`.
+        """
+        copied = _copied(unwrapped(model)[0])
+        names = _names(copied)
+        with surgery.drawing(copied, seed=0):
+            for edit in self.edits:
+                copied = perform(copied, edit)
+        return _renamed(names, copied)
+
+    def to_code(self) -> str:
+        """Python that makes the same edits in the user's script: a function `repair(model)` that needs torch only."""
+        from isograd.patch import code
+
+        return code(self)
+
+    # Rendering is imported when it is asked for: the core neither needs nor knows it.
+
+    def __repr__(self) -> str:
+        return self.__rich__().plain
+
+    def __rich__(self) -> Text:
+        from isograd.render.prescription import document
+
+        return document(self)
+
+    def to_json(self) -> str:
+        from isograd.render.prescription import to_json
+
+        return to_json(self)
+
+
+@dataclass(frozen=True)
+class Patient:
+    """What a remedy looks at. It may read all of it and change nothing."""
+
+    model: nn.Module
+    diagnosis: Diagnosis
+    loss: Loss | None = None
+    """For remedies that need data; without it they say so."""
+
+    @property
+    def flow(self) -> Flow:
+        return self.diagnosis.flow
+
+
+def not_applicable(remedy: str, why: str, *advice: str) -> Prescription:
+    """The honest answer of a remedy that has nothing to do here: 'not applicable, because `why`'."""
+    return Prescription(remedy, "not applicable", safety=Safety.ADVICE, why_not=why, advice=advice)
+
+
+def prescribe(diagnosis: Diagnosis, model: nn.Module, loss: Loss | None = None) -> list[Prescription]:
+    """What could be done about the findings of a diagnosis, least invasive first.
+
+    Args:
+        diagnosis: of this model, by `check` or `diagnose`.
+        model: looked at, not changed.
+        loss: as for `check`; remedies that need data are not applicable without it.
+
+    Returns:
+        Applicable prescriptions by reach, then those that do not apply, each with the reason. Empty: nothing to treat.
+    """
+    from isograd.remedies import remedies
+
+    patient = Patient(unwrapped(model)[0], diagnosis, loss)
+    wanted = {part for finding in diagnosis.findings for part in (finding.code, *finding.remedies)}
+    for finding in diagnosis.findings:
+        wanted |= set(str(finding.evidence.get("causes", finding.evidence.get("cause", ""))).split(","))
+    found = [
+        rx
+        for remedy in remedies()
+        if remedy.SLUG in wanted or wanted & set(remedy.TREATS)
+        for rx in remedy.prescribe(patient)
+    ]
+    return sorted(found, key=lambda rx: (not rx.applicable, rx.reach))
+
+
+def combined(prescriptions: Iterable[Prescription]) -> Prescription:
+    """One prescription that makes the edits of all, in an order that does not depend on how they are listed.
+
+    Weights are filled before modules are exchanged, and those before anything is wrapped around them. The same
+    edit in two prescriptions is made once.
+
+    Raises:
+        ValueError: two edits of one place conflict.
+    """
+    ordered = sorted(prescriptions, key=lambda rx: (rx.reach, rx.remedy, rx.title))
+    if not ordered:
+        raise ValueError("no prescription to apply: prescribe(diagnosis, model) gives some")
+    for rx in ordered:
+        if rx.why_not:
+            raise ValueError(f"{rx.remedy} is not applicable, because {rx.why_not}")
+    edits: list[Edit] = []
+    for rx in ordered:
+        before = tuple(edits)
+        for edit in rx.edits:
+            if edit in before:
+                continue
+            for earlier in before:
+                _agree(earlier, edit, rx)
+            edits.append(edit)
+    if len(ordered) == 1:
+        return ordered[0]
+    safest = all(rx.safety is Safety.SAFE for rx in ordered)
+    return Prescription(
+        " + ".join(dict.fromkeys(rx.remedy for rx in ordered)),
+        "; ".join(rx.title for rx in ordered),
+        tuple(edits),
+        Safety.SAFE if safest else Safety.UNSAFE,
+        max(rx.reach for rx in ordered),
+        tuple(dict.fromkeys(t for rx in ordered for t in rx.treats)),
+        "; ".join(rx.expected for rx in ordered if rx.expected),
+        references=tuple(dict.fromkeys(r for rx in ordered for r in rx.references)),
+        advice=tuple(dict.fromkeys(a for rx in ordered for a in rx.advice)),
+    )
+
+
+def _agree(earlier: Edit, later: Edit, rx: Prescription) -> None:
+    """Edits of two prescriptions may not undo each other."""
+    where = earlier.place or "the model"
+    if earlier.place == later.place and earlier.verb == later.verb:
+        apart = earlier.rows is not None and later.rows is not None and earlier.rows != later.rows
+        if earlier.verb == "wrap" or apart or (earlier.verb == "alter" and earlier.of != later.of):
+            return
+        raise ValueError(
+            f"two edits of {where} conflict: {printed(earlier)} and {printed(later)} ({rx.remedy}); apply one of them"
+        )
+    inside = later.place.startswith(f"{earlier.place}." if earlier.place else "")
+    if earlier.verb in ("replace", "wrap") and inside and earlier.place != later.place:
+        raise ValueError(
+            f"two edits conflict: {later.place} ({rx.remedy}) lies in {where}, which {printed(earlier)} takes the "
+            "place of; apply one of them, and prescribe for the result"
+        )
+
+
+def printed(edit: Edit) -> str:
+    """What is put there, as in the code: `nn.init.orthogonal_(gain=1.41)`."""
+    if edit.verb in ("set", "configure"):
+        return edit.of or repr(edit.arguments["value"])
+    values = [f"{name}={value!r}" for name, value in edit.arguments.items()]
+    if edit.of.startswith("."):
+        values = [repr(value) for value in edit.arguments.values()]
+    return f"{edit.of.removeprefix('.')}({', '.join(values)})"
+
+
+def apply(
+    model: nn.Module,
+    rx: Prescription | Sequence[Prescription],
+    *,
+    in_place: bool = False,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> nn.Module:
+    """Make the edits of one or several prescriptions on a deep copy of the model.
+
+    Tied parameters stay tied; train/eval mode, `requires_grad`, device and number format are kept. What is drawn
+    at random comes from a generator seeded with 0 and leaves the user's random numbers as they are.
+
+    Args:
+        model: not touched unless `in_place`.
+        rx: several may be listed in any order.
+        in_place: change the model itself and return it.
+        optimizer: follows to the returned model: its parameters are exchanged in their groups, and the state of
+            what was refilled or is gone is dropped. An optimizer that is not given goes on training the old weights.
+
+    Raises:
+        ValueError: nothing to apply, conflicting edits, or a model that cannot be copied.
+    """
+    whole = combined([rx] if isinstance(rx, Prescription) else rx)
+    if not whole.edits:
+        raise ValueError(f"{whole.remedy} has no edits to apply: {'; '.join(whole.advice) or whole.title}")
+    model = unwrapped(model)[0]
+    changed = model if in_place else _copied(model)
+    old, names = dict(model.named_parameters()), _names(changed)
+    with surgery.drawing(changed, seed=0):
+        for edit in whole.edits:
+            changed = perform(changed, edit)
+    if optimizer is not None:
+        filled = {edit.place for edit in whole.edits if edit.verb == "fill"}
+        surgery.rebind(optimizer, old, changed, _renamed(names, changed), filled)
+    return changed
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise ValueError(
+            f"the model cannot be copied ({error}): apply(model, rx, in_place=True) changes the model itself"
+        ) from error
+
+
+def _names(model: nn.Module) -> dict[int, list[str]]:
+    """State-dict keys by the identity of their tensor: tied parameters have several."""
+    found: dict[int, list[str]] = {}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        found.setdefault(id(tensor), []).append(key)
+    return found
+
+
+def _renamed(old: dict[int, list[str]], model: nn.Module) -> dict[str, str]:
+    new = _names(model)
+    pairs = [pair for tensor, keys in old.items() for pair in zip(keys, new.get(tensor, ()), strict=False)]
+    return {before: after for before, after in pairs if before != after}
+
+
+def perform(model: nn.Module, edit: Edit) -> nn.Module:
+    """Make one edit in place; the model, or what has taken its place at the root."""
+    match edit.verb:
+        case "fill":
+            tensor = _tensor(model, edit.place)
+            rows = tensor if edit.rows is None else tensor[slice(*edit.rows)]
+            with torch.no_grad():
+                if edit.of.startswith("."):
+                    getattr(rows, edit.of[1:])(*edit.arguments.values())
+                else:
+                    named(edit.of)(rows, **edit.arguments)
+        case "alter":
+            with torch.no_grad():
+                named(edit.of)(model.get_submodule(edit.place), **edit.arguments)
+        case "set":
+            owner, _, name = edit.place.rpartition(".")
+            value = named(edit.of) if edit.of else edit.arguments["value"]
+            setattr(model.get_submodule(owner), name, value)
+        case "replace":
+            return surgery.put(model, edit.place, named(edit.of)(**edit.arguments))
+        case "wrap":
+            return surgery.put(
+                model, edit.place, named(edit.of)(model.get_submodule(edit.place), **edit.arguments)
+            )
+        case "configure":
+            pass
+    return model
+
+
+def _tensor(model: nn.Module, name: str) -> Tensor:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(model.get_submodule(owner), leaf)
+
+
+ROOTS = {"torch": "torch", "nn": "torch.nn", "surgery": "isograd.surgery", "modules": "isograd.modules"}
+"""Where the callables of edits live."""
+
+
+def named(of: str) -> Callable[..., Any]:
+    """The callable that a dotted name stands for."""
+    root, *path = of.split(".")
+    found: Any = import_module(ROOTS[root])
+    for name in path:
+        found = getattr(found, name)
+    return found

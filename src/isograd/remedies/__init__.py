@@ -1,0 +1,30 @@
+"""One file per cure: a page, the codes and causes it `TREATS`, and `prescribe(patient)`.
+
+`prescribe` looks at the patient and yields a prescription for every variant of the cure that fits, or says
+with `not_applicable` why none does. It changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from importlib import import_module
+from typing import Protocol, cast
+
+from isograd.prescription import Patient, Prescription
+
+NAMES = ("reset_norm_gain",)
+
+
+class Remedy(Protocol):
+    """What a file of this folder holds."""
+
+    SLUG: str
+    TREATS: tuple[str, ...]
+
+    def prescribe(self, patient: Patient) -> Iterator[Prescription]: ...
+
+
+def remedies() -> Iterator[Remedy]:
+    """Every remedy, in the order of `NAMES`."""
+    for name in NAMES:
+        yield cast(Remedy, import_module(f"isograd.remedies.{name}"))

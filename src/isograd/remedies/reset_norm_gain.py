@@ -1,0 +1,76 @@
+"""reset-norm-gain: normalisation layers start with a gain of 1 and a shift of 0.
+
+What it does
+    Fills the weights of normalisation layers whose gain lies far from 1 with ones, and their biases with zeros.
+
+When it helps
+    The gain of a normalisation multiplies the signal and the gradient of its layer, whatever the weights before
+    it are. Drawn near 0, as by an initialiser that treats every parameter alike, it takes a decade and more from
+    each layer. A gain of exactly 0 at the end of a residual branch is meant so and is left alone.
+
+Expected effect
+    Each layer gives back log10(1 / gain) decades.
+
+Safety
+    Unsafe: the model computes another function. Trained gains are lost.
+
+References
+    Ioffe and Szegedy 2015, Batch Normalization; Goyal et al. 2017 (arXiv:1706.02677) on gains of 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+
+from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+
+SLUG = "reset-norm-gain"
+TREATS = ("norm-gain",)
+NEAR = (0.3, 3.0)
+"""RMS gains between these cost less than half a decade: trained networks have them."""
+
+
+def prescribe(patient: Patient) -> Iterator[Prescription]:
+    """Ones and zeros for every normalisation layer whose gain is far off."""
+    off = {name: (module, rms) for name, module, rms in _gains(patient.model) if not _fine(rms)}
+    if not off:
+        yield not_applicable(SLUG, "no normalisation layer has a gain far from 1")
+        return
+    edits = [
+        Edit(f"{name}.weight", "fill", "nn.init.ones_", before=f"rms {rms:.3g}")
+        for name, (_, rms) in off.items()
+    ]
+    edits += [
+        Edit(f"{name}.bias", "fill", "nn.init.zeros_", before=f"rms {_rms(module.bias):.3g}")
+        for name, (module, _) in off.items()
+        if isinstance(module.bias, Tensor)
+    ]
+    gained = sum(-math.log10(rms) for _, rms in off.values())
+    yield Prescription(
+        SLUG,
+        f"gain 1 for {len(off)} normalisation layers",
+        tuple(edits),
+        reach=Reach.INITIALISATION,
+        treats=TREATS,
+        expected=f"the layers give back {gained:+.1f} decades",
+        references=("Ioffe and Szegedy 2015, arXiv:1502.03167",),
+    )
+
+
+def _gains(model: nn.Module) -> Iterator[tuple[str, nn.Module, float]]:
+    for name, module in model.named_modules():
+        gain = getattr(module, "weight", None)
+        leaf = next(module.children(), None) is None
+        if "norm" in type(module).__name__.lower() and leaf and isinstance(gain, Tensor) and gain.ndim == 1:
+            yield name, module, _rms(gain)
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.detach().float().square().mean().sqrt())
+
+
+def _fine(rms: float) -> bool:
+    return rms == 0 or NEAR[0] < rms < NEAR[1]
