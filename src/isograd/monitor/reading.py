@@ -27,3 +27,5 @@ class Reading:
     """How this step was read when not in full: 'overflow: the optimizer did not step', 'clipped' …"""
     time: float = 0.0
     """Seconds since the epoch when the step ended."""
+    shapes: tuple[tuple[int, ...], ...] = ()
+    """Shape of each parameter, whole where it is sharded, in the order of the sites; empty: not known."""
