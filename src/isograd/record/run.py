@@ -1,0 +1,384 @@
+"""A run: the steps of a watched training, what was found in them, and what the detectors remember."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import sqlite3
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from isograd.record import database
+from isograd.record.row import Layout, Row, Told, content, encoded
+
+if TYPE_CHECKING:
+    from types import TracebackType
+
+    from isograd.diagnosis import Finding
+    from isograd.monitor.reading import Reading
+
+LIMIT = 256 * 2**20
+"""Bytes. A model of 148 parameters takes 4 kB a step: its last 30,000 steps are whole, older ones thinned."""
+IN_MEMORY = 32 * 2**20
+"""Bytes where no disk takes the record."""
+EVERY = 256
+"""Steps between two looks at the size, and between two copies of the detectors' state: what came after the
+copy is read again when the run is continued."""
+FOLDER = "isograd-runs"
+CHUNK = 256
+
+
+class Memory(Protocol):
+    """Whatever learns from the steps and must not forget when the training is continued."""
+
+    def observe(self, reading: Reading, /) -> Iterable[Finding]: ...
+    def state(self) -> dict[str, Any]: ...
+    def restore(self, state: dict[str, Any], /) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run has come."""
+
+    step: int
+    """The last step recorded; -1: none yet."""
+    time: float
+    """When it ended, in seconds since the epoch; nan: none yet."""
+    loss: float
+    """nan: not logged, or not a number."""
+    grad_norm: float
+    findings: int
+    writing: bool
+    """A process is recording it now."""
+    ended: bool
+    """It was closed; neither writing nor ended: it was cut off."""
+
+
+class Run:
+    """The record of a watched training. Made by `Run.create` to write, by `Run.open` to read; a context manager."""
+
+    def __init__(
+        self,
+        path: Path,
+        db: sqlite3.Connection,
+        held: sqlite3.Connection | None = None,
+        *,
+        memory: Memory | None = None,
+        limit: int = LIMIT,
+    ) -> None:
+        self.path = path
+        self.recording = held is not None
+        """Whether what is appended reaches a disk."""
+        self._db, self._held, self._memory, self._limit = db, held, memory, limit
+        self._guard = threading.RLock()
+        self._layouts: dict[Layout, int] = {}
+        self._read: dict[int, Layout] = {}
+        self._offset: int | None = None
+        self._appended = 0
+        self._missed = 0
+        self._warned = self._closed = False
+        self._writable = False
+
+    # -- making -------------------------------------------------------------------------------------------
+
+    @classmethod
+    def open(cls, path: str | Path) -> Run:
+        """A run to read, also while another process writes it.
+
+        Raises:
+            NotARun: nothing is recorded at `path`.
+        """
+        return cls(Path(path), database.connect_to_read(Path(path)))
+
+    @classmethod
+    def create(
+        cls, path: str | Path | None = None, *, detectors: Memory | None = None, limit: int = LIMIT
+    ) -> Run:
+        """A run to write: new, or the one at `path` continued with the detectors' state as it was.
+
+        A directory that another process is writing is left alone: the run goes beside it, with a number, and
+        a warning says so. Where the disk takes nothing (read-only, full), one warning says so and the newest
+        steps are kept in memory: training never stops for its record.
+
+        Args:
+            path: directory of the run; None: a new one below `isograd-runs`, or below $ISOGRAD_RUNS.
+            detectors: what is restored now and saved every 256 steps and at the end.
+            limit: bytes. Beyond it every second step of the older half goes, again and again; steps on
+                which something was found stay.
+
+        Raises:
+            ValueError: `path` is a file, or holds a record of a newer format.
+        """
+        wanted = home() / _name() if path is None else Path(path)
+        if wanted.is_file():
+            raise ValueError(f"{wanted} is a file: a run is a directory")
+        try:
+            run = cls._on_disk(wanted, detectors, limit)
+        except (OSError, sqlite3.Error) as error:
+            warnings.warn(
+                f"isograd cannot record this run in {wanted} ({error}): its newest steps are kept in memory only",
+                stacklevel=2,
+            )
+            run = cls(wanted, database.in_memory(), memory=detectors, limit=min(limit, IN_MEMORY))
+        run._writable = True
+        run._begin()
+        return run
+
+    @classmethod
+    def _on_disk(cls, wanted: Path, detectors: Memory | None, limit: int) -> Run:
+        for number in itertools.count(1):
+            path = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+            path.mkdir(parents=True, exist_ok=True)
+            held = database.lock(path)
+            if held is None:
+                continue
+            if number > 1:
+                warnings.warn(
+                    f"another process is recording into {wanted}: this run goes to {path}", stacklevel=3
+                )
+            try:
+                return cls(path, database.connect(path), held, memory=detectors, limit=limit)
+            except BaseException:
+                held.close()
+                raise
+        raise AssertionError
+
+    def _begin(self) -> None:
+        """Note who writes, and bring the detectors to where they were."""
+        now = {"pid": os.getpid(), "command": [Path(sys.argv[0]).name, *sys.argv[1:]], "resumed": time.time()}
+        if self.last < 0:
+            now["started"] = now.pop("resumed")
+        self._write_info({**now, "ended": None})
+        if self._memory is not None and self.last >= 0:
+            self.remember(self._memory)
+
+    def remember(self, memory: Memory) -> list[tuple[int, Finding]]:
+        """Bring detectors to where this run ends: their saved state, then the steps since.
+
+        Returns what they find in those steps; the record may hold it already.
+        """
+        saved = self._one("SELECT step, state FROM detectors")
+        since = -1
+        if saved is not None:
+            since = saved[0]
+            memory.restore(json.loads(saved[1]))
+        return [
+            (row.step, finding) for row in self.rows(since + 1) for finding in memory.observe(row.reading())
+        ]
+
+    # -- writing ------------------------------------------------------------------------------------------
+
+    def append(self, reading: Reading, findings: Iterable[Finding] = ()) -> None:
+        """Record a step and what was found in it, both or neither. From any thread; never raises for the disk.
+
+        A training that is continued and counts its steps from 0 again goes on after the last step of the
+        record. A step that is trained again, from an older checkpoint, replaces what stood there.
+        """
+        with self._guard:
+            if self._closed or not self._writable:
+                raise ValueError("this run is closed" if self._closed else "this run was opened to read it")
+            if self._offset is None:
+                self._offset = self.last + 1 if reading.step == 0 else 0
+            try:
+                self._append(reading, self._offset + reading.step, tuple(findings))
+            except sqlite3.Error as error:
+                self._failed(error)
+
+    def _append(self, reading: Reading, step: int, findings: tuple[Finding, ...]) -> None:
+        layout = Layout.of(reading)
+        notes = list(reading.notes)
+        if self._missed:
+            notes.append(f"{self._missed} steps before this one could not be recorded")
+        with database.transaction(self._db):
+            known = self._layouts.get(layout)
+            if known is None:
+                text = layout.encoded()
+                self._db.execute("INSERT OR IGNORE INTO layouts (content) VALUES (?)", (text,))
+                (known,) = self._db.execute("SELECT id FROM layouts WHERE content = ?", (text,)).fetchone()
+            self._db.execute(
+                "INSERT OR REPLACE INTO steps VALUES (?, ?, ?, ?, ?, ?)",
+                (step, reading.time, known, json.dumps(reading.scalars), json.dumps(notes), content(reading)),
+            )
+            self._db.executemany(
+                "INSERT INTO findings (step, content) VALUES (?, ?)", [(step, encoded(f)) for f in findings]
+            )
+            self._appended += 1
+            if self._appended % EVERY == 0:
+                self._save(step)
+        self._layouts[layout] = known
+        self._missed = 0
+        if self._appended % EVERY == 0 and database.size(self._db) > self._limit:
+            database.thin(self._db)
+
+    def _save(self, step: int) -> None:
+        if self._memory is not None:
+            state = json.dumps(self._memory.state())
+            self._db.execute("INSERT OR REPLACE INTO detectors VALUES (0, ?, ?)", (step, state))
+
+    def _failed(self, error: sqlite3.Error) -> None:
+        """Later steps are tried again: somebody may have made room."""
+        self._missed += 1
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"isograd cannot record into {self.path} ({error}): training goes on, steps are missing "
+                "from the record until the disk takes them again",
+                stacklevel=4,
+            )
+
+    def _write_info(self, entries: dict[str, Any]) -> None:
+        try:
+            with database.transaction(self._db):
+                self._db.executemany(
+                    "INSERT OR REPLACE INTO info VALUES (?, ?)",
+                    [(key, json.dumps(value)) for key, value in entries.items()],
+                )
+        except sqlite3.Error as error:
+            self._failed(error)
+
+    def close(self) -> None:
+        """Save the detectors' state and give the directory free. A second call does nothing."""
+        with self._guard:
+            if self._closed:
+                return
+            if self._writable:
+                self._write_info({"ended": time.time()})
+                try:
+                    with database.transaction(self._db):
+                        self._save(self.last)
+                except sqlite3.Error as error:
+                    self._failed(error)
+            self._closed = True
+            self._db.close()
+            if self._held is not None:
+                self._held.close()
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # -- reading ------------------------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def last(self) -> int:
+        """The last step that is recorded; -1: none."""
+        row = self._one("SELECT max(step) FROM steps")
+        return -1 if row is None or row[0] is None else row[0]
+
+    def __len__(self) -> int:
+        """Number of steps that are kept."""
+        row = self._one("SELECT count(*) FROM steps")
+        return 0 if row is None else row[0]
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """started, resumed, ended (seconds since the epoch, None: not yet), pid, command."""
+        return {key: json.loads(value) for key, value in self._all("SELECT key, value FROM info")}
+
+    def rows(self, start: int = 0, stop: int | None = None) -> Iterator[Row]:
+        """The steps from `start` up to but without `stop`, in order, as plain data."""
+        end = 2**62 if stop is None else stop
+        while True:
+            found = self._all(
+                "SELECT step, time, layout, scalars, notes, content FROM steps "
+                "WHERE step >= ? AND step < ? ORDER BY step LIMIT ?",
+                (start, end, CHUNK),
+            )
+            for step, when, layout, scalars, notes, values in found:
+                yield Row(
+                    step, when, self._layout(layout), json.loads(scalars), tuple(json.loads(notes)), values
+                )
+            if len(found) < CHUNK:
+                return
+            start = found[-1][0] + 1
+
+    def readings(self, start: int = 0, stop: int | None = None) -> Iterator[Reading]:
+        """The same with tensors."""
+        for row in self.rows(start, stop):
+            yield row.reading()
+
+    def series(self, name: str) -> tuple[list[int], list[float]]:
+        """Steps and values of a scalar: loss, grad_norm, lr, whatever was logged."""
+        found = [
+            (step, json.loads(scalars))
+            for step, scalars in self._all("SELECT step, scalars FROM steps ORDER BY step")
+        ]
+        kept = [(step, scalars[name]) for step, scalars in found if name in scalars]
+        return [step for step, _ in kept], [value for _, value in kept]
+
+    def told(self, after: int = 0) -> list[Told]:
+        """What was found, in the order in which it was told; `after` the one with this `id`."""
+        query = "SELECT id, step, content FROM findings WHERE id > ? ORDER BY id"
+        return [Told(number, step, json.loads(text)) for number, step, text in self._all(query, (after,))]
+
+    @property
+    def findings(self) -> tuple[tuple[int, Finding], ...]:
+        """Step and finding, in the order in which they were told."""
+        return tuple((told.step, told.finding()) for told in self.told())
+
+    def progress(self) -> Progress:
+        """How far it has come; cheap enough to be asked once a second."""
+        row = self._one("SELECT step, time, scalars FROM steps ORDER BY step DESC LIMIT 1")
+        step, when, text = (-1, math.nan, "{}") if row is None else row
+        scalars = json.loads(text)
+        count = self._one("SELECT count(*) FROM findings")
+        ended = self._one("SELECT value FROM info WHERE key = 'ended'")
+        return Progress(
+            step,
+            when,
+            scalars.get("loss", math.nan),
+            scalars.get("grad_norm", math.nan),
+            0 if count is None else count[0],
+            self._writable or database.written_now(self.path),
+            ended is not None and json.loads(ended[0]) is not None,
+        )
+
+    def _layout(self, number: int) -> Layout:
+        if number not in self._read:
+            row = self._one("SELECT content FROM layouts WHERE id = ?", (number,))
+            assert row is not None
+            self._read[number] = Layout.decoded(row[0])
+        return self._read[number]
+
+    def _all(self, query: str, values: tuple[Any, ...] = ()) -> list[Any]:
+        with self._guard:
+            return self._db.execute(query, values).fetchall()
+
+    def _one(self, query: str, values: tuple[Any, ...] = ()) -> Any:
+        with self._guard:
+            return self._db.execute(query, values).fetchone()
+
+
+def home() -> Path:
+    """Where runs without a path of their own go: $ISOGRAD_RUNS, else `isograd-runs` in the current folder."""
+    return Path(os.environ.get("ISOGRAD_RUNS", FOLDER))
+
+
+def runs(root: str | Path | None = None) -> list[Path]:
+    """Directories that hold a run, oldest first: `root` itself or those directly below it."""
+    root = home() if root is None else Path(root)
+    found = [path for path in (root, *root.glob("*")) if (path / database.FILE).is_file()]
+    return sorted(found, key=lambda path: (path / database.FILE).stat().st_mtime)
+
+
+def _name() -> str:
+    """`20260314-091500-train`: the time, and the script."""
+    script = Path(sys.argv[0]).stem if sys.argv else ""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return f"{stamp}-{script}" if script.isidentifier() else stamp

@@ -1,0 +1,352 @@
+"""The record on disk: whole after any death, bounded, continued, and never in the way of the training."""
+
+from __future__ import annotations
+
+import random
+import signal
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from isograd.diagnosis import Finding, Severity
+from isograd.monitor.reading import Reading
+from isograd.record import NotARun, Run, database, runs
+
+SITES = ("0.weight", "0.bias", "2.weight")
+SHAPES = ((4, 3), (4,), (2, 4))
+NAN = float("nan")
+
+
+def reading(step: int, *, deep: bool = False, sites: tuple[str, ...] = SITES) -> Reading:
+    """Every value tells its step and place, so that a torn row would show."""
+    names = ("grad_norm", "weight_norm", *(("dead",) if deep else ()))
+    columns = {name: torch.tensor([step + 0.25 * i for i in range(len(sites))]) for name in names}
+    scalars = {"loss": 1 / (step + 1), "grad_norm": float(step)}
+    shapes = SHAPES if sites == SITES else ()
+    return Reading(step, sites, columns, scalars, ("deep",) if deep else (), float(step), shapes)
+
+
+def finding(step: int) -> Finding:
+    evidence: dict[str, float | int | str] = {"step": step, "lead": NAN, "limit": float("inf")}
+    return Finding(
+        "TR702", "loss-spike", Severity.WARNING, "it rose", "a cause", ("0.weight",), evidence, ("warm-up",)
+    )
+
+
+class Counting:
+    """Remembers what it has seen; finds something at every 100th step."""
+
+    def __init__(self) -> None:
+        self.seen: list[int] = []
+
+    def observe(self, reading: Reading) -> Iterable[Finding]:
+        self.seen.append(reading.step)
+        return [finding(reading.step)] if reading.step % 100 == 99 else []
+
+    def state(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self.seen = list(state["seen"])
+
+
+def same(found: Reading, made: Reading) -> bool:
+    columns = all(torch.equal(found.columns[name], made.columns[name]) for name in made.columns)
+    rest = ("step", "sites", "scalars", "notes", "time", "shapes")
+    return (
+        columns
+        and list(found.columns) == list(made.columns)
+        and all(getattr(found, name) == getattr(made, name) for name in rest)
+    )
+
+
+# -- what goes in comes out ------------------------------------------------------------------------------
+
+
+def test_what_goes_in_comes_out(tmp_path: Path) -> None:
+    made = [reading(0), reading(1, deep=True), reading(2), reading(3, sites=("other",))]
+    with Run.create(tmp_path / "run") as run:
+        for one in made:
+            run.append(one, [finding(one.step)] if one.step == 2 else [])
+    read = Run.open(tmp_path / "run")
+    assert all(same(a, b) for a, b in zip(read.readings(), made, strict=True))
+    ((step, found),) = read.findings
+    assert step == 2
+    assert (found.code, found.severity, found.sites) == ("TR702", Severity.WARNING, ("0.weight",))
+    assert found.evidence["limit"] == float("inf")
+    assert str(found.evidence["lead"]) == "nan"
+    assert read.series("loss") == ([0, 1, 2, 3], [1.0, 1 / 2, 1 / 3, 1 / 4])
+
+
+def test_values_that_are_no_numbers_are_kept(tmp_path: Path) -> None:
+    columns = {"grad_norm": torch.tensor([NAN, float("inf"), 0.0])}
+    with Run.create(tmp_path / "run") as run:
+        run.append(Reading(0, SITES, columns, {"loss": NAN, "grad_norm": float("inf")}))
+        (row,) = run.rows()
+    assert [str(value) for value in row.column("grad_norm")] == ["nan", "inf", "0.0"]
+    assert [str(value) for value in row.scalars.values()] == ["nan", "inf"]
+    with pytest.raises(KeyError, match="dead"):
+        row.column("dead")
+
+
+def test_sites_are_written_once_and_when_they_change(tmp_path: Path) -> None:
+    with Run.create(tmp_path / "run") as run:
+        for step in range(50):
+            run.append(reading(step, sites=SITES if step < 30 else ("other",)))
+    db = sqlite3.connect(tmp_path / "run" / database.FILE)
+    assert db.execute("SELECT count(*) FROM layouts").fetchone() == (2,)
+    assert db.execute("SELECT DISTINCT length(content) FROM steps").fetchall() == [(24,), (8,)]
+
+
+def test_reading_needs_no_torch(tmp_path: Path) -> None:
+    with Run.create(tmp_path / "run") as run:
+        run.append(reading(0), [finding(0)])
+    program = f"""
+import sys
+sys.modules["torch"] = None
+from isograd.record import Run
+run = Run.open({str(tmp_path / "run")!r})
+print(run.progress().step, run.told()[0].content["code"], list(next(run.rows()).column("grad_norm")))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout == "0 TR702 [0.0, 0.25, 0.5]\n"
+
+
+# -- while it is written ----------------------------------------------------------------------------------
+
+
+def test_it_is_read_while_it_is_written(tmp_path: Path) -> None:
+    with Run.create(tmp_path / "run") as run:
+        run.append(reading(0))
+        read = Run.open(tmp_path / "run")
+        assert read.progress().writing
+        for step in range(1, 20):
+            run.append(reading(step))
+            assert read.progress().step == step
+            assert [row.step for row in read.rows()] == list(range(step + 1))
+    after = Run.open(tmp_path / "run").progress()
+    assert (after.writing, after.ended) == (False, True)
+
+
+def test_any_thread_may_append(tmp_path: Path) -> None:
+    with Run.create(tmp_path / "run") as run:
+        run.append(reading(0))
+        threads = [
+            threading.Thread(target=lambda k=k: [run.append(reading(1 + k * 50 + i)) for i in range(50)])
+            for k in range(4)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [row.step for row in run.rows()] == list(range(201))
+
+
+def test_a_second_process_gets_a_run_of_its_own(tmp_path: Path) -> None:
+    with Run.create(tmp_path / "run") as first:
+        with pytest.warns(
+            UserWarning, match="another process is recording into .*run: this run goes to .*run-2"
+        ):
+            second = Run.create(tmp_path / "run")
+        first.append(reading(0))
+        second.append(reading(0))
+        second.append(reading(1))
+        assert (first.last, second.last) == (0, 1)
+        second.close()
+    assert [path.name for path in runs(tmp_path)] == ["run", "run-2"] or len(runs(tmp_path)) == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the first is free again
+        Run.create(tmp_path / "run").close()
+
+
+WRITER = """
+import sys, torch
+from isograd.record import Run
+from tests.test_record import Counting, reading
+run = Run.create(sys.argv[1], detectors=(memory := Counting()))
+print(run.last, len(memory.seen), flush=True)
+step = run.last + 1
+while True:
+    made = reading(step, deep=step % 7 == 0)
+    run.append(made, memory.observe(made))
+    print(step, flush=True)  # this step is committed
+    step += 1
+"""
+
+
+def killed(path: Path, times: int) -> None:
+    """Kill the writer at random moments; each time everything it had committed is there, and whole."""
+    chance = random.Random(0)
+    committed = -1
+    for _ in range(times):
+        command = [sys.executable, "-c", WRITER, str(path)]
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
+        ) as writer:
+            assert writer.stdout is not None
+            last, seen = map(int, writer.stdout.readline().split())
+            assert last >= committed
+            assert seen == last + 1, "the detectors go on from where the record ends"
+            time.sleep(chance.uniform(0.0, 0.05))
+            writer.send_signal(signal.SIGKILL)
+            said = writer.stdout.read().split("\n")[:-1]  # the last line may be cut
+        committed = int(said[-1]) if said else last
+        db = sqlite3.connect(path / database.FILE)
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        db.close()
+        read = Run.open(path)
+        assert not read.progress().writing
+        assert not read.progress().ended
+        assert read.last >= committed
+        found = list(read.readings(max(0, last - 20)))
+        assert all(same(one, reading(one.step, deep=one.step % 7 == 0)) for one in found)
+        assert [one.step for one in found] == list(range(max(0, last - 20), read.last + 1))
+        assert [told.step for told in read.told()] == list(range(99, read.last + 1, 100))
+        read.close()
+
+
+def test_every_committed_step_is_whole_after_a_kill(tmp_path: Path) -> None:
+    killed(tmp_path / "run", 8)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_every_committed_step_is_whole_after_200_kills(tmp_path: Path) -> None:
+    killed(tmp_path / "run", 200)
+
+
+# -- continued ---------------------------------------------------------------------------------------------
+
+
+def test_a_run_is_continued_with_its_detectors(tmp_path: Path) -> None:
+    memory = Counting()
+    with Run.create(tmp_path / "run", detectors=memory) as run:
+        for step in range(300):
+            run.append(reading(step), memory.observe(reading(step)))
+    again = Counting()
+    with Run.create(tmp_path / "run", detectors=again) as run:
+        assert again.seen == memory.seen
+        run.append(reading(0))  # counts from 0 again
+        run.append(reading(1))
+        assert run.last == 301
+        assert len(run.told()) == 3, "nothing is told twice"
+
+
+def test_a_step_trained_again_replaces_the_old(tmp_path: Path) -> None:
+    with Run.create(tmp_path / "run") as run:
+        for step in range(10):
+            run.append(reading(step))
+    with Run.create(tmp_path / "run") as run:  # from a checkpoint at step 7
+        run.append(reading(7, deep=True))
+        assert [row.step for row in run.rows()] == list(range(10))
+        assert [row.notes for row in run.rows(7, 9)] == [("deep",), ()]
+
+
+# -- bounded -----------------------------------------------------------------------------------------------
+
+
+def test_old_steps_are_thinned_and_findings_stay(tmp_path: Path) -> None:
+    limit = 400_000
+    with Run.create(tmp_path / "run", limit=limit) as run:
+        for step in range(12_000):
+            run.append(reading(step), [finding(step)] if step in (10, 11) else [])
+        kept = [row.step for row in run.rows()]
+        assert database.size(run._db) < 1.1 * limit
+    gaps = [b - a for a, b in pairwise(kept)]
+    assert kept[0] == 0
+    assert {10, 11} <= set(kept)
+    newest = kept[len(kept) * 2 // 3 :]
+    assert newest == list(range(newest[0], 12_000)), "the newest steps are whole"
+    assert max(gaps[: len(gaps) // 4]) > max(gaps[len(gaps) // 2 :]), "older is thinner"
+
+
+# -- a disk that does not take it -------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_one_warning_and_a_gap(tmp_path: Path) -> None:
+    with Run.create(tmp_path / "run") as run:
+        run.append(reading(0))
+        (pages,) = run._db.execute("PRAGMA page_count").fetchone()
+        run._db.execute(
+            f"PRAGMA max_page_count = {pages}"
+        )  # what SQLite says then is what it says of a full disk
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for step in range(1, 600):
+                run.append(reading(step))
+        assert [str(w.message) for w in caught if "database or disk is full" in str(w.message)]
+        assert len(caught) == 1
+        held = run.last
+        assert held < 599
+        run._db.execute("PRAGMA max_page_count = 100000")
+        run.append(reading(600))
+        (row,) = run.rows(600)
+        assert row.notes == (f"{599 - held} steps before this one could not be recorded",)
+
+
+def test_a_directory_that_cannot_be_written_is_one_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: Path) -> None:
+        raise sqlite3.OperationalError("attempt to write a readonly database")
+
+    monkeypatch.setattr(database, "lock", refuse)  # root may write anywhere
+    with pytest.warns(UserWarning, match="readonly database.*kept in memory only") as caught:
+        run = Run.create(tmp_path / "run")
+    assert len(caught) == 1
+    assert not run.recording
+    for step in range(5):
+        run.append(reading(step))
+    assert [row.step for row in run.rows()] == list(range(5))
+    run.close()
+
+
+def test_a_folder_below_a_file_is_one_warning(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.warns(UserWarning, match="cannot record"):
+        run = Run.create(tmp_path / "file" / "run")
+    run.append(reading(0))
+    assert run.last == 0
+
+
+# -- what is no run ----------------------------------------------------------------------------------------
+
+
+def test_what_is_no_run_is_said(tmp_path: Path) -> None:
+    with pytest.raises(NotARun, match=r"no run is recorded in .*isograd runs"):
+        Run.open(tmp_path)
+    (tmp_path / database.FILE).write_bytes(b"not a database, but long enough to look at" * 30)
+    with pytest.raises(NotARun, match="cannot be read"):
+        Run.open(tmp_path)
+    with pytest.raises(ValueError, match="is a file: a run is a directory"):
+        Run.create(tmp_path / database.FILE)
+
+
+def test_a_newer_format_is_not_touched(tmp_path: Path) -> None:
+    Run.create(tmp_path / "run").close()
+    db = sqlite3.connect(tmp_path / "run" / database.FILE)
+    db.execute("PRAGMA user_version = 99")
+    db.close()
+    for way in (Run.open, Run.create):
+        with pytest.raises(NotARun, match=r"format 99, this isograd reads up to 1: upgrade it"):
+            way(tmp_path / "run")
+
+
+def test_what_was_opened_to_read_is_not_written(tmp_path: Path) -> None:
+    run = Run.create(tmp_path / "run")
+    run.close()
+    run.close()
+    with pytest.raises(ValueError, match="this run is closed"):
+        run.append(reading(0))
+    with pytest.raises(ValueError, match="opened to read"):
+        Run.open(tmp_path / "run").append(reading(0))
