@@ -12,7 +12,13 @@ from typing import Protocol, cast
 
 from isograd.prescription import Patient, Prescription
 
-NAMES = ("reset_norm_gain",)
+NAMES = (
+    "insert_normalisation",
+    "insert_residual",
+    "pre_norm",
+    "query_key_norm",
+    "reset_norm_gain",
+)
 
 
 class Remedy(Protocol):

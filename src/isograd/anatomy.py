@@ -1,0 +1,280 @@
+"""Where in a model a structural change belongs, read off its flow: layers, residual branches, parts that keep their width.
+
+The backbone tells what the names of an architecture do not: which modules the signal passes one after another, where a
+branch leaves the stream and where it comes back. Everything here looks and changes nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from isograd import theory
+from isograd.flow import Flow, Site
+from isograd.theory import Operation
+
+NORMS = {
+    "layer_norm": theory.LayerNorm(),
+    "group_norm": theory.LayerNorm(),
+    "rms_norm": theory.RMSNorm(),
+    "batch_norm": theory.BatchNorm(),
+}
+"""What theory knows of the normalisations on a backbone; groups of channels average like all of them."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer or convolution on the backbone, with what follows it up to the next."""
+
+    place: str
+    """Module path."""
+    module: nn.Module
+    index: int
+    """Of its site among the flow's sites."""
+    site: Site
+    fan_in: int
+    between: tuple[Site, ...]
+    """Sites after it and before the next layer."""
+
+    @property
+    def features(self) -> int:
+        return self.site.shape[1 if self.dims else -1]
+
+    @property
+    def dims(self) -> int:
+        """Dimensions of a convolution; 0: linear."""
+        return len(self.site.shape) - 2 if self.site.kind == "convolution" else 0
+
+    @property
+    def normalised(self) -> bool:
+        return any(site.kind == "normalisation" for site in self.between)
+
+    @property
+    def frozen(self) -> bool:
+        return all(not p.requires_grad for p in self.module.parameters())
+
+    @property
+    def activation(self) -> str:
+        return next((site.operation for site in self.between if site.kind == "activation"), "")
+
+    def operations(self) -> list[Operation]:
+        """This layer as theory sees it, with the weights it has; raises ValueError for an unknown activation."""
+        weight = getattr(self.module, "weight", None)
+        deviation = (
+            float(weight.detach().float().square().mean().sqrt()) if isinstance(weight, Tensor) else 0.0
+        )
+        found: list[Operation] = [theory.Linear(self.fan_in, self.features, deviation)]
+        for site in self.between:
+            if site.kind == "activation" and site.operation not in theory.NAMES:
+                raise ValueError(f"theory has no {site.operation}")
+            if site.kind == "activation":
+                found.append(theory.Elementwise(site.operation))
+            elif site.operation in NORMS:
+                found.append(NORMS[site.operation])
+        return found
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One residual branch: where it leaves the stream, where it is added, and which norms are there."""
+
+    entrance: str
+    """Path of the largest module that holds the start of the branch and not the addition; '': none does."""
+    addition: Site
+    first: Site
+    """The operation at its start."""
+    inside: bool
+    """A normalisation stands on the branch."""
+    after: Site | None
+    """The normalisation that follows the addition."""
+    skip: float
+    """Factor of the skip path on the gradient: 1 for a plain h + f(h)."""
+
+    @property
+    def convolutional(self) -> bool:
+        return self.first.kind == "convolution"
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of the backbone that can be skipped: one module, or a run of an `nn.Sequential`'s children."""
+
+    place: str
+    """Module path; of the container, for a run."""
+    run: tuple[int, int] | None
+    """First child and the one after the last; None: the module as a whole."""
+    entered: tuple[int, ...]
+    left: tuple[int, ...]
+    """Shapes of the signal before and after."""
+    layers: tuple[Layer, ...]
+
+    @property
+    def keeps(self) -> bool:
+        return self.entered == self.left
+
+
+def layers(flow: Flow, model: nn.Module) -> list[Layer]:
+    """Linear layers and convolutions on the backbone in forward order, the head last. Each module once."""
+    modules = dict(model.named_modules())
+    fan_in = {p.name: p.fan_in for p in flow.parameters}
+    weighted = [
+        i
+        for i, flag in enumerate(flow.column("weighted").tolist())
+        if flag == 1 and flow.sites[i].kind in ("linear", "convolution")
+    ]
+    found: dict[str, Layer] = {}
+    for number, i in enumerate(weighted):
+        site = flow.sites[i]
+        module = modules.get(site.module)
+        fan = fan_in.get(f"{site.module}.weight", 0)
+        if module is None or not fan or next(module.children(), None) is not None or site.module in found:
+            continue
+        end = weighted[number + 1] if number + 1 < len(weighted) else len(flow.sites)
+        between = tuple(s for s in flow.sites[i + 1 : end] if s.kind != "loss")
+        found[site.module] = Layer(site.module, module, i, site, fan, between)
+    return list(found.values())
+
+
+def hidden(flow: Flow, model: nn.Module) -> list[Layer]:
+    """Layers that something may be put behind: not the head, not inside an attention, not between residual sums."""
+    inside = attentions(flow)
+    return [layer for layer in layers(flow, model)[:-1] if not any(_within(layer.place, a) for a in inside)]
+
+
+def attentions(flow: Flow) -> list[str]:
+    """Paths of the modules that multiply activations with each other, as attention does; never the root."""
+    sites = [*flow.sites, *(step.site for steps in flow.ledgers.values() for step in steps)]
+    return list(dict.fromkeys(s.module for s in sites if s.kind in ("attention", "product") and s.module))
+
+
+def branches(flow: Flow, model: nn.Module) -> list[Branch]:
+    """Residual branches along the backbone, input first."""
+    classes = {name: type(module).__name__.lower() for name, module in model.named_modules()}
+    found: list[Branch] = []
+    for depth in sorted(flow.splits):
+        steps = [step.site for step in flow.ledgers.get(depth, ()) if step.branch]
+        if not steps:
+            continue
+        addition, first = flow.sites[depth], steps[-1]
+        following = flow.sites[depth + 1] if depth + 1 < len(flow.sites) else None
+        found.append(
+            Branch(
+                _climbed(first.module, addition.module) if first.module in classes else "",
+                addition,
+                first,
+                any(s.kind == "normalisation" or "norm" in classes.get(s.module, "") for s in steps),
+                following if following is not None and following.kind == "normalisation" else None,
+                flow.splits[depth].skip,
+            )
+        )
+    return found
+
+
+def _climbed(path: str, outside: str) -> str:
+    """The longest way up from `path` that does not come to hold `outside`."""
+    best = ""
+    while path and not _within(outside, path):
+        best, path = path, path.rpartition(".")[0]
+    return best
+
+
+def _within(path: str, place: str) -> bool:
+    return path == place or path.startswith(f"{place}.") or not place
+
+
+MOST_LAYERS = 4
+"""Layers that one skip connection may span: a branch of a transformer or of a bottleneck has up to three."""
+
+
+def parts(flow: Flow, model: nn.Module) -> list[Part]:
+    """The backbone between input layer and head, cut into the smallest parts that keep the signal's shape.
+
+    A layer for which no part keeps its shape stands alone, with what follows it in its module.
+    """
+    everything = layers(flow, model)
+    if len(everything) < 2:
+        return []
+    end, at = everything[-1].index, 0
+    found: list[Part] = []
+    rest = everything[:-1]
+    while at < len(rest):
+        here = [
+            part for part in _around(rest[at], flow, model, end) if part.layers[0].index == rest[at].index
+        ]
+        kept = next((p for p in here if p.keeps and len(p.layers) <= MOST_LAYERS), None)
+        chosen = kept or (here[0] if here else None)
+        if chosen is None:
+            at += 1
+            continue
+        found.append(chosen)
+        at += len(chosen.layers)
+    return found
+
+
+def _around(layer: Layer, flow: Flow, model: nn.Module, end: int) -> Iterator[Part]:
+    """Parts that begin with this layer, the smallest first."""
+    everything = layers(flow, model)
+
+    def part(place: str, run: tuple[int, int] | None, sites: list[int]) -> Part | None:
+        if not sites or sites[0] == 0 or sites[-1] >= end or sites != list(range(sites[0], sites[-1] + 1)):
+            return None  # interleaved with other modules, or holds the head
+        if any(flow.sites[i].kind in ("pooling", "residual add") for i in sites):
+            return None
+        inside = tuple(one for one in everything if one.index in sites)
+        return Part(place, run, flow.sites[sites[0] - 1].shape, flow.sites[sites[-1]].shape, inside)
+
+    inner = layer.place
+    while inner:
+        outer, _, name = inner.rpartition(".")
+        parent = model.get_submodule(outer)
+        if type(parent).forward is nn.Sequential.forward:
+            names = list(dict(parent.named_children()))
+            first = names.index(name)
+            for last in range(first + 1, len(names) + 1):
+                if (first, last) == (0, len(names)) and outer:
+                    break  # the container as a whole
+                following = names[last] if last < len(names) else None
+                if following is not None and not _weighs(parent.get_submodule(following)):
+                    continue  # an activation or a norm goes with the layer before it
+                held = [f"{outer}.{n}".lstrip(".") for n in names[first:last]]
+                sites = [i for i, s in enumerate(flow.sites) if any(_within(s.module, h) for h in held)]
+                one = part(outer, (first, last), sites)
+                if one is not None:
+                    yield one
+        else:
+            sites = [i for i, s in enumerate(flow.sites) if _within(s.module, inner)]
+            one = part(inner, None, sites)
+            if one is not None:
+                yield one
+        inner = outer
+
+
+def _weighs(module: nn.Module) -> bool:
+    """Begins a new part: has weights of a layer, or rearranges the signal."""
+    shapes = isinstance(module, nn.Flatten | nn.Unflatten) or "pool" in type(module).__name__.lower()
+    return shapes or any(p.ndim > 1 for p in module.parameters())
+
+
+def expected(
+    flow: Flow, chain: Sequence[Layer], change: Callable[[Layer], list[Operation]]
+) -> tuple[float, float]:
+    """Decades that theory expects along a chain of layers, each seen by `change`, and their spread; NaN: unknown."""
+    if not chain:
+        return math.nan, math.nan
+    rms = float(flow.column("activation_rms")[max(chain[0].index - 1, 0)])
+    try:
+        operations = [operation for layer in chain for operation in change(layer)]
+        result = theory.expected(operations, rms=rms)
+    except (ValueError, ArithmeticError):
+        return math.nan, math.nan
+    return result.decades, result.spread
+
+
+def in_words(decades: float, spread: float, layers: int) -> str:
+    """`-0.4 ± 0.2 decades over 20 layers`, or that theory is silent."""
+    if math.isnan(decades):
+        return "theory has no number for this chain of operations; measured by `repair`"
+    return f"{decades:+.1f} ± {spread:.1f} decades over {layers} layers"
