@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from isograd.diagnosis import diagnose as diagnose
     from isograd.flow import Flow as Flow
     from isograd.flow import Site as Site
+    from isograd.horizon import Horizon as Horizon
+    from isograd.horizon import horizon as horizon
     from isograd.measure import measure as measure
+    from isograd.monitor import Monitor as Monitor
+    from isograd.monitor import Reading as Reading
+    from isograd.monitor import watch as watch
     from isograd.pages import explain as explain
     from isograd.prescription import Prescription as Prescription
     from isograd.prescription import apply as apply
@@ -35,9 +40,14 @@ _HOME = {
     "apply": "isograd.prescription",
     "explain": "isograd.pages",
     "spectrum": "isograd.spectrum",
+    "horizon": "isograd.horizon",
+    "watch": "isograd.monitor",
     "Diagnosis": "isograd.diagnosis",
     "Finding": "isograd.diagnosis",
     "Flow": "isograd.flow",
+    "Horizon": "isograd.horizon",
+    "Monitor": "isograd.monitor",
+    "Reading": "isograd.monitor",
     "Prescription": "isograd.prescription",
     "Severity": "isograd.diagnosis",
     "Site": "isograd.flow",

@@ -1,0 +1,198 @@
+"""The host thread: device statistics become readings, which reach detectors, record and sinks.
+
+Nothing here runs on the training thread. What raises here is one warning, and the training goes on.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from isograd.diagnosis import Finding
+from isograd.monitor.reading import Reading
+from isograd.monitor.updates import number
+
+WAITING = 10_000
+"""Readings that may wait for the record; further ones are dropped, and counted."""
+
+Sink = Callable[[dict[str, float], int], object]
+
+
+class Record(Protocol):
+    """Where readings are kept: `isograd.record.Run`, or anything with these methods."""
+
+    def append(self, reading: Reading, findings: Sequence[Finding] = ()) -> None: ...
+    def close(self) -> None: ...
+
+
+class Observer(Protocol):
+    """What examines readings as they come: `isograd.monitor.detectors.Detectors`."""
+
+    def observe(self, reading: Reading) -> Sequence[Finding]: ...
+
+
+@dataclass
+class Packed:
+    """Statistics of some sites in one tensor (column, site), on its way to the host."""
+
+    sites: list[int]
+    columns: list[str]
+    values: Tensor
+    elements: list[int]
+    """Elements of each parameter, whole where it is sharded."""
+    scale: Tensor | None = None
+    """Factor that gradients still carried when they were read."""
+    finite: bool | None = None
+    """All gradients are finite; None: not known when this was packed."""
+    ready: Callable[[], object] | None = None
+    """Waits until `values` may be read."""
+
+
+@dataclass
+class Ended:
+    """A step that has ended, as the training thread hands it over."""
+
+    step: int
+    sites: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    packed: list[Packed]
+    scalars: dict[str, float | Tensor]
+    notes: list[str]
+    time: float
+    logged_early: set[str] = field(default_factory=set[str])
+    """Names that were logged before the step ended."""
+
+
+def reading_of(ended: Ended) -> Reading:
+    """The reading of a step; waits for its device."""
+    columns: dict[str, Tensor] = {}
+    scalars = {name: value(v) for name, v in ended.scalars.items()}
+
+    def column(name: str) -> Tensor:
+        return columns.setdefault(name, torch.full((len(ended.sites),), math.nan))
+
+    for packed in ended.packed:
+        if packed.ready is not None:
+            packed.ready()
+        values = packed.values.detach().cpu()
+        index = torch.tensor(packed.sites)
+        rows = dict(zip(packed.columns, values.double(), strict=True))
+        if packed.scale is not None:
+            scale = value(packed.scale)
+            scalars["scale"] = scale
+            for name in ("grad_norm", "grad_max"):
+                if name in rows:
+                    rows[name] = rows[name] / scale
+        if "nonzero" in rows:
+            rows["zeros"] = torch.tensor(packed.elements, dtype=torch.float64) - rows.pop("nonzero")
+        if "nonfinite" not in rows:  # a finite sum of squares has finite terms only
+            finite = rows["grad_norm"].isfinite()
+            rows["nonfinite"] = torch.where(finite, 0.0, math.nan)
+        for name, row in rows.items():
+            column(name)[index] = row.float()
+    if "grad_norm" in columns:
+        norms = columns["grad_norm"].double()
+        known = norms[~norms.isnan() | (columns["nonfinite"] > 0)]
+        scalars["grad_norm"] = float(torch.linalg.vector_norm(known)) if len(known) else math.nan
+    return Reading(
+        ended.step, ended.sites, columns, scalars, tuple(ended.notes), ended.time, shapes=ended.shapes
+    )
+
+
+def value(scalar: float | Tensor) -> float:
+    """A scalar that may still be on its device."""
+    return number(scalar.detach().cpu() if isinstance(scalar, Tensor) else scalar)
+
+
+class Host:
+    """Takes the steps that ended, in order, on a thread of its own.
+
+    Attributes:
+        newest: the last reading that was made, or None.
+        findings: what the detectors have found so far.
+        dropped: readings that were dropped because the record could not keep up.
+    """
+
+    def __init__(self, observer: Observer | None, record: Record | None, sinks: Sequence[Sink]) -> None:
+        self.newest: Reading | None = None
+        self.findings: list[Finding] = []
+        self.dropped = 0
+        self._observer, self._record, self._sinks = observer, record, list(sinks)
+        self._queue: SimpleQueue[Ended | None] = SimpleQueue()
+        self._waiting = 0
+        self._idle = threading.Condition()
+        self._failed: set[str] = set()
+        self._thread: threading.Thread | None = None
+
+    def put(self, ended: Ended) -> None:
+        """Hand a step over; never waits."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="isograd monitor", daemon=True)
+            self._thread.start()
+        with self._idle:
+            if self._waiting >= WAITING:
+                self.dropped += 1
+                return
+            self._waiting += 1
+        self._queue.put(ended)
+
+    def drain(self) -> None:
+        """Wait until everything that was put has been dealt with."""
+        with self._idle:
+            self._idle.wait_for(lambda: not self._waiting)
+
+    def close(self) -> None:
+        """Deal with what is waiting, and end the thread and the record."""
+        self.drain()
+        if self._thread is not None:
+            self._queue.put(None)
+            self._thread.join()
+            self._thread = None
+        if self._record is not None:
+            self._guarded("record", self._record.close)
+            self._record = None
+
+    def _run(self) -> None:
+        while (ended := self._queue.get()) is not None:
+            self._guarded("reading", lambda ended=ended: self._take(ended))
+            with self._idle:
+                self._waiting -= 1
+                self._idle.notify_all()
+
+    def _take(self, ended: Ended) -> None:
+        reading = reading_of(ended)
+        found: Sequence[Finding] = ()
+        if self._observer is not None:
+            observe = self._observer.observe
+            found = self._guarded("detectors", lambda: tuple(observe(reading))) or ()
+            self.findings.extend(found)
+        if self._record is not None:
+            append = self._record.append
+            self._guarded("record", lambda: append(reading, found))
+        if self._sinks:
+            from isograd.sinks import scalars
+
+            flat = scalars(reading)
+            for sink in self._sinks:
+                self._guarded(f"sink {sink!r}", lambda sink=sink: sink(flat, reading.step))
+        self.newest = reading
+
+    def _guarded(self, what: str, act: Callable[[], Any]) -> Any:
+        try:
+            return act()
+        except Exception as error:
+            if what not in self._failed:
+                self._failed.add(what)
+                warnings.warn(
+                    f"isograd.watch: the {what} failed ({type(error).__name__}: {error}). The training is not affected; this is said once.",
+                    stacklevel=2,
+                )
+            return None

@@ -1,0 +1,313 @@
+"""Watch a training run: statistics of every parameter at every step, without touching it."""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from os import PathLike
+from statistics import median
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from isograd.diagnosis import Diagnosis
+from isograd.flow import Flow
+from isograd.monitor import scaling
+from isograd.monitor.host import Ended, Host, Packed, Record, Sink, reading_of
+from isograd.monitor.names import Names
+from isograd.monitor.parts import Part
+from isograd.monitor.provenance import inner
+from isograd.monitor.reading import Reading
+from isograd.monitor.tap import Tap
+from isograd.monitor.updates import number
+
+FIRST = 10
+"""Steps that are read in full whatever it costs: faults of the initialisation show in them."""
+
+
+def watch(
+    model: nn.Module,
+    optimizer: Optimizer | Sequence[Optimizer] | None,
+    *,
+    run: str | PathLike[str] | Record | None = None,
+    every: int = 1,
+    deep_every: int | None = None,
+    budget: float = 0.01,
+    sinks: Sequence[Sink] = (),
+) -> Monitor:
+    """Watch a training loop: nothing else in it needs to change.
+
+    At each step the raw gradient of each parameter is read (accumulated, unscaled, unclipped, reduced over
+    the processes), and what the step did to the weights. It reaches detectors, record and sinks on a
+    thread of its own; the training never waits, and stays bitwise the same.
+
+    Args:
+        model: the model, wrapped (DDP, compiled) or not.
+        optimizer: one of torch's optimizers, or several. None for another kind: call `monitor.step()`.
+        run: directory to keep the record in; None keeps none. A run that is there is continued.
+        every: read every so many steps.
+        deep_every: measure the flow along the backbone every so many steps, with the batch of that step.
+        budget: share of the training time that may be spent. The norm of every gradient, and with it
+            whether all values are finite, is read at each step; the other columns as often as this
+            allows, in the first 10 steps always, and in a step after a call of `latest()`.
+        sinks: called with the scalars of each step and its number: `wandb_run.log`, `mlflow.log_metrics` …
+
+    Raises:
+        TypeError: an optimizer that is none of torch's.
+        ValueError: `every` or `deep_every` below 1, `budget` not above 0.
+
+    Example:
+        >>> with isograd.watch(model, optimizer) as monitor:
+        ...     for x, y in batches:
+        ...         loss = cross_entropy(model(x), y)
+        ...         loss.backward()
+        ...         optimizer.step()
+        ...         optimizer.zero_grad()
+        ...         monitor.log(loss=loss)
+        >>> print(monitor.diagnosis())
+    """
+    if every < 1 or (deep_every is not None and deep_every < 1):
+        raise ValueError("every and deep_every count steps: give 1 or more")
+    if not budget > 0:
+        raise ValueError("budget is a share of the training time, such as 0.01: give a number above 0")
+    optimizers: list[Any] = [] if optimizer is None else [optimizer]
+    if isinstance(optimizer, Sequence):
+        optimizers = list(optimizer)
+    return Monitor(model, optimizers, run=run, every=every, budget=budget, sinks=sinks)
+
+
+class Monitor:
+    """A watched training: `latest()` and `diagnosis()` tell, `close()` ends it; a context manager."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[Optimizer],
+        *,
+        run: str | PathLike[str] | Record | None = None,
+        every: int = 1,
+        budget: float = 0.01,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
+        self._names = Names(model)
+        self._every, self._budget = every, budget
+        self._taps: list[Tap] = []
+        self._step = 0
+        self._closed = False
+        self._scalars: dict[str, float | Tensor] = {}
+        self._open: list[tuple[Tap, Part]] = []
+        self._held: Ended | None = None
+        self._cost = Cost()
+        self._asked = False
+        self._last_full = -1
+        self._host = Host(None, None, sinks)
+        for optimizer in optimizers:
+            self.add(optimizer)
+        if not optimizers:
+            self._taps.append(Tap(self, None, lambda: list(model.parameters())))
+        self._finalizer = weakref.finalize(self, Host.close, self._host)
+
+    # What the user calls.
+
+    def add(self, optimizer: Optimizer) -> None:
+        """Watch another optimizer of the same model; one that is watched already is passed over."""
+        optimizer = inner(optimizer)
+        if any(tap.optimizer is optimizer for tap in self._taps):
+            return
+        before = scaling.watched(optimizer)
+        if isinstance(before, Tap):  # a notebook cell that is run again
+            before.owner.close()
+        self._taps = [tap for tap in self._taps if tap.optimizer is not None]
+        self._taps.append(
+            Tap(self, optimizer, lambda: [p for group in optimizer.param_groups for p in group["params"]])
+        )
+
+    def log(self, **scalars: float | Tensor) -> None:
+        """Add scalars to the step: floats, or tensors with one element, which are not waited for.
+
+        What is logged after `optimizer.step()` and before the next backward belongs to the step that ended.
+        """
+        for name, value in scalars.items():
+            held = self._held
+            if held is not None and name not in held.logged_early and not self._begun:
+                held.scalars[name] = kept(value)
+            else:
+                self._scalars[name] = kept(value)
+
+    def step(self) -> None:
+        """A step has ended: for optimizers that are none of torch's, while the gradients are there."""
+        for tap in self._taps:
+            if tap.optimizer is None:
+                self.guarded(tap.finish)
+
+    def latest(self) -> Reading:
+        """The reading of the newest step; waits for it. The next step is read in full.
+
+        Raises:
+            RuntimeError: no step has ended yet.
+        """
+        self._flush()
+        self._host.drain()
+        self._asked = True
+        newest = reading_of(self._held) if self._held is not None else self._host.newest
+        if newest is None:
+            raise RuntimeError(
+                "no step has ended since the monitor was attached: call latest() after optimizer.step()"
+            )
+        return newest
+
+    def newest(self) -> Reading | None:
+        """The newest reading that is there already, or None; does not wait."""
+        return self._host.newest
+
+    def diagnosis(self) -> Diagnosis:
+        """What has been found so far, and what could not be examined; waits for the newest step."""
+        self._flush()
+        self._release()
+        self._host.drain()
+        return Diagnosis(Flow((), {}), tuple(self._host.findings))
+
+    def close(self) -> None:
+        """Stop watching, and write what is waiting. May be called again."""
+        if self._closed:
+            return
+        self._closed = True
+        self._flush()
+        self._release()
+        for tap in self._taps:
+            tap.remove()
+        self._finalizer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # What the taps call, on the training thread.
+
+    def full(self) -> bool:
+        """Read all columns at this step?"""
+        return (
+            self._step < FIRST
+            or self._asked
+            or self._step - self._last_full >= self._cost.interval(self._budget)
+        )
+
+    def guarded(self, act: Callable[[], object]) -> None:
+        """Do something inside the user's training loop: what fails here is a warning, once, and the end of
+        the watching."""
+        if self._closed:
+            return
+        start = time.perf_counter()
+        try:
+            act()
+        except Exception as error:
+            self._closed = True
+            for tap in self._taps:
+                tap.remove()
+            warnings.warn(
+                f"isograd.watch failed and has stopped watching; the training goes on unchanged. {type(error).__name__}: {error}",
+                stacklevel=2,
+            )
+        self._cost.spent += time.perf_counter() - start
+
+    def began(self, tap: Tap) -> None:
+        """What is read now belongs to a new step."""
+        self._begun = True
+        if any(stepped is tap for stepped, _ in self._open):
+            self._flush()
+        self._release()
+
+    def ended(self, tap: Tap, part: Part) -> None:
+        """One optimizer has stepped; the step ends when all have, or when one is about to step again."""
+        if any(stepped is tap for stepped, _ in self._open):
+            self._flush()
+        self._open.append((tap, part))
+        if len(self._open) == len(self._taps):
+            self._flush()
+
+    def _flush(self) -> None:
+        """End the step that is open."""
+        if not self._open:
+            return
+        self._release()
+        parts, self._open = self._open, []
+        step = Ended(self._step, (), (), [], {}, [], time.time(), set(self._scalars))
+        for i, (tap, part) in enumerate(parts):
+            for bucket in part.buckets:
+                sites, elements = self._names.find(bucket.parameters)
+                values = bucket.pack()
+                step.packed.append(
+                    Packed(sites, list(bucket.rows), values, elements, part.scale, bucket.finite)
+                )
+            step.notes += part.notes
+            if tap.scale is not None:
+                step.scalars["scale"] = tap.scale
+            if tap.clipped is not None:
+                step.scalars["clipped_norm"] = tap.clipped
+            if tap.optimizer is not None:
+                step.scalars[f"lr_{i}" if i else "lr"] = tap.optimizer.param_groups[0]["lr"]
+        step.sites, step.shapes = self._names.sites, self._names.shapes
+        step.scalars.update(self._scalars)
+        full = any(part.full for _, part in parts)
+        if full:
+            self._last_full, self._asked = self._step, False
+        self._cost.ended(full)
+        self._scalars, self._begun = {}, False
+        self._held = step
+        self._step += 1
+
+    def _release(self) -> None:
+        """Hand the last step over: nothing can be logged to it any more."""
+        if self._held is not None:
+            self._host.put(self._held)
+            self._held = None
+
+    _begun = False
+
+
+class Cost:
+    """Seconds that watching takes of the training thread, and how often a full reading is worth it."""
+
+    def __init__(self) -> None:
+        self.spent = 0.0
+        """In the step that is under way."""
+        self._steps: deque[float] = deque(maxlen=32)
+        self._full: deque[float] = deque(maxlen=8)
+        self._lean: deque[float] = deque(maxlen=32)
+        self._since = time.perf_counter()
+
+    def ended(self, full: bool) -> None:
+        """A step has ended."""
+        now = time.perf_counter()
+        self._steps.append(now - self._since - self.spent)
+        (self._full if full else self._lean).append(self.spent)
+        self._since, self.spent = now, 0.0
+
+    def interval(self, budget: float) -> int:
+        """Steps from one full reading to the next that keep the share of time below `budget`."""
+        if not self._full or not self._steps:
+            return 1
+        lean = median(self._lean) if self._lean else 0.0
+        extra = max(median(self._full) - lean, 0.0)
+        room = budget * median(self._steps) - lean
+        # Where the sentinel alone takes the budget, full readings may take a tenth of it more.
+        room = max(room, 0.1 * budget * median(self._steps), 1e-9)
+        return max(1, math.ceil(extra / room))
+
+
+def kept(value: float | Tensor) -> float | Tensor:
+    """A scalar as it is now, off the graph; one on a device is not waited for."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    value = value.detach()
+    return value.clone() if value.device.type != "cpu" else number(value)

@@ -1,0 +1,53 @@
+"""The names of a model's parameters, as the user wrote them: without what wrappers add."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+ADDED = {"_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""Parts of a name that torch.compile, Fabric, FSDP and checkpoint wrappers put in."""
+
+
+class Names:
+    """Sites of a watched model: parameters by their names, in the order of `named_parameters()`.
+
+    Parameters that join during the training are found when they are first read; one that only an
+    optimizer knows is named after its place there.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._refresh(())
+
+    def find(self, parameters: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+        """Sites of these parameters, and their numbers of elements, whole where they are sharded."""
+        if any(id(p) not in self._index for p in parameters):
+            self._refresh(parameters)
+        return [self._index[id(p)] for p in parameters], [p.numel() for p in parameters]
+
+    def _refresh(self, strays: Sequence[Tensor]) -> None:
+        named: dict[str, Tensor] = {clean(name, self._model): p for name, p in self._model.named_parameters()}
+        known = {id(p) for p in named.values()}
+        for p in strays:
+            if id(p) not in known:
+                named[f"(not in the model) {len(named)}"] = p
+        self._held = list(named.values())  # no other tensor can come by the id of one that is held
+        self._index = {id(p): i for i, p in enumerate(self._held)}
+        self.sites = tuple(named)
+        self.shapes = tuple(tuple(p.shape) for p in self._held)
+
+
+def clean(name: str, model: nn.Module) -> str:
+    """`module._orig_mod.fc.weight` of a DDP model -> `fc.weight`."""
+    parts = name.split(".")
+    while (
+        isinstance(model, (DistributedDataParallel, DataParallel))
+        or hasattr(model, "_forward_module")
+        or hasattr(model, "_orig_mod")
+    ):
+        parts = parts[1:]
+        model = next(model.children())
+    return ".".join(part for part in parts if part not in ADDED)

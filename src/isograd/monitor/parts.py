@@ -1,0 +1,98 @@
+"""Statistics of one optimizer's parameters at one step, still on their device."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from isograd.monitor.sharding import local
+from isograd.monitor.statistics import largest, nonfinite, norms
+
+
+@dataclass
+class Bucket:
+    """Parameters of one device and dtype that have a gradient, and what was read of them.
+
+    Attributes:
+        parameters: as the optimizer holds them.
+        gradients: what this process holds of their gradients: plain, dense, not empty.
+        rows: by column, one scalar tensor a parameter.
+        counted: non-finite elements by position, where any were suspected.
+    """
+
+    parameters: list[Tensor]
+    gradients: list[Tensor]
+    rows: dict[str, list[Tensor]] = field(default_factory=dict[str, "list[Tensor]"])
+    finite: bool | None = None
+    """All gradients are finite; None: not known without waiting for the device."""
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """What this process holds of the parameters."""
+        return [local(p) for p in self.parameters]
+
+    def read(self, full: bool) -> None:
+        """Read the gradients: their norms, and all else if `full` or if a norm is suspicious."""
+        rows = {"grad_norm": norms(self.gradients)}
+        suspicious: list[int] = []
+        if self.gradients[0].device.type == "cpu":  # there the values can be looked at without waiting
+            values: list[float] = torch.stack(rows["grad_norm"]).tolist()
+            suspicious = [i for i, value in enumerate(values) if not math.isfinite(value) or value == 0]
+            self.finite = True
+        if suspicious:
+            self._scrutinise(rows, suspicious)
+        if full:
+            rows["grad_max"] = largest(self.gradients)
+            rows["nonzero"] = norms(self.gradients, 0)
+        self.rows = rows
+
+    def _scrutinise(self, rows: dict[str, list[Tensor]], suspicious: list[int]) -> None:
+        """Tell values that are not finite from squares that over- or underflow in float32."""
+        count = [torch.zeros((), device=g.device) for g in self.gradients[:1]] * len(self.gradients)
+        for i in suspicious:
+            gradient = self.gradients[i]
+            count[i] = nonfinite(gradient).float()
+            rows["grad_norm"][i] = torch.linalg.vector_norm(gradient, dtype=torch.float64).float()
+        rows["nonfinite"] = count
+        self.finite = not any(c.tolist() for c in count)
+
+    def pack(self) -> Tensor:
+        """All rows as one tensor (column, parameter), in the order of `rows`."""
+        return torch.stack([value for row in self.rows.values() for value in row]).view(len(self.rows), -1)
+
+
+@dataclass
+class Part:
+    """What one optimizer's step showed: `Bucket`s, and how they were read."""
+
+    buckets: list[Bucket]
+    full: bool
+    scale: Tensor | None = None
+    """Factor of the loss that the gradients still carried when they were read (AMP)."""
+    notes: list[str] = field(default_factory=list[str])
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [p for bucket in self.buckets for p in bucket.parameters]
+
+
+def read(parameters: Sequence[Tensor], full: bool) -> Part:
+    """Read the gradients of these parameters as they are now."""
+    groups: dict[tuple[torch.device, torch.dtype], Bucket] = {}
+    for parameter in parameters:
+        gradient = parameter.grad
+        if gradient is None:
+            continue
+        gradient = local(gradient)
+        if gradient.numel():
+            bucket = groups.setdefault((gradient.device, gradient.dtype), Bucket([], []))
+            bucket.parameters.append(parameter)
+            bucket.gradients.append(gradient)
+    with torch.no_grad():
+        for bucket in groups.values():
+            bucket.read(full)
+    return Part(list(groups.values()), full)

@@ -1,0 +1,164 @@
+"""When the gradients of an optimizer are raw: accumulated, reduced, unscaled and not yet clipped.
+
+Nothing marks that moment. What there is: the end of each backward, the optimizer's step, and the version
+counters of the gradients, which tell whether anything wrote to them in between.
+
+- Untouched since the last backward: they are raw at the step, and are read there, once.
+- Touched (clipping by whatever function): from then on they are read at the end of the backward.
+- `GradScaler.unscale_` touches them too; it is told of, and the gradients are as raw after as before.
+- A step with a closure runs its backward inside: the closure is wrapped, and its first gradient taken.
+
+The first steps are read at the end of the backward, so that clipping is noticed before anything is lost.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Variable
+from torch.optim import Optimizer
+
+LEARNING = 3
+"""Steps in which every parameter is listened to; after them, only the one that comes last in a backward."""
+
+Versions = tuple[tuple[int, int], ...]
+
+
+class Provenance:
+    """Follows the gradients of one set of parameters from the backward to the step.
+
+    Attributes:
+        read_early: gradients were written to before a step: read them at the end of the backward.
+        backwards: backward passes since the last step.
+        touched: the gradients are known to be no longer those that the last backward left.
+    """
+
+    def __init__(self, parameters: Callable[[], Sequence[Tensor]], ended: Callable[[], None]) -> None:
+        """`parameters()` are those that are followed; `ended()` is called at the end of each backward that
+        reached one of them."""
+        self._parameters = parameters
+        self._ended = ended
+        self._hooks: list[Any] = []
+        self._listened: list[Tensor] = []
+        self._last: weakref.ref[Tensor] | None = None
+        self._task = -1
+        self._versions: Versions | None = None
+        self._counts: deque[int] = deque(maxlen=8)
+        self._steps = 0
+        self.read_early = False
+        self.backwards = 0
+        self.listen(parameters())
+
+    def listen(self, parameters: Sequence[Tensor]) -> None:
+        """Hear of the backward from these parameters only."""
+        self.remove()
+        self._listened = [p for p in parameters if p.requires_grad]
+        hook = self._hook()
+        self._hooks = [p.register_post_accumulate_grad_hook(hook) for p in self._listened]
+
+    def remove(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._listened = [], []
+
+    @property
+    def learning(self) -> bool:
+        return self._steps < LEARNING
+
+    @property
+    def early(self) -> bool:
+        """The gradients should be read at the end of this backward: it may be the last before the step."""
+        return (self.learning or self.read_early) and self.backwards >= min(self._counts, default=1)
+
+    @property
+    def touched(self) -> bool:
+        """Something wrote to the gradients since the last backward; None was noticed: not known, False."""
+        return self._versions is not None and self._versions != self._now()
+
+    def settle(self) -> None:
+        """What was done to the gradients is known: take them as they are now."""
+        if self._versions is not None:
+            self._versions = self._now()
+
+    def stepped(self) -> None:
+        """A step has ended: what follows belongs to the next."""
+        if self.backwards:
+            self._counts.append(self.backwards)
+        elif self.read_early:  # the one parameter that is listened to had no gradient: listen to all again
+            self._steps = 0
+            self.listen(self._parameters())
+        self.backwards, self._versions = 0, None
+        self._steps += 1
+        last = self._last() if self._last is not None else None
+        if self._steps == LEARNING and last is not None:
+            self.listen([last])
+
+    def _now(self) -> Versions:
+        return tuple(_version(p) for p in self._listened)
+
+    def _hook(self) -> Callable[[Tensor], None]:
+        weak = weakref.ref(self)
+
+        def hook(parameter: Tensor) -> None:
+            self = weak()
+            if self is None or torch.compiler.is_compiling():
+                return
+            self._last = weakref.ref(parameter)
+            task = torch._C._current_graph_task_id()  # a flag would stay set after a backward that raised
+            if task != self._task:
+                self._task = task
+                queue: Any = Variable._execution_engine
+                # Twice: DDP and FSDP queue the end of their own reduction in the same backward.
+                queue.queue_callback(lambda: queue.queue_callback(self._end))
+
+        return hook
+
+    def _end(self) -> None:
+        self.backwards += 1
+        self._versions = self._now()
+        self._ended()
+
+
+def _version(parameter: Tensor) -> tuple[int, int]:
+    gradient = parameter.grad
+    if gradient is None:
+        return 0, 0
+    gradient = getattr(gradient, "_local_tensor", gradient)
+    return id(gradient), gradient._version
+
+
+class Closure:
+    """A step's closure that tells when its first evaluation has left a gradient."""
+
+    def __init__(self, closure: Callable[[], Any], evaluated: Callable[[], None]) -> None:
+        self._closure = closure
+        self._evaluated = evaluated
+        self._first = True
+
+    def __call__(self) -> Any:
+        loss = self._closure()
+        if self._first:
+            self._first = False
+            self._evaluated()
+        return loss
+
+
+def inner(optimizer: Any) -> Optimizer:
+    """torch's optimizer inside the wrappers of Accelerate, Fabric and Lightning.
+
+    Raises:
+        TypeError: there is none.
+    """
+    while isinstance(wrapped := getattr(optimizer, "optimizer", None), Optimizer):
+        optimizer = wrapped
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"watch takes optimizers of torch, this is a {type(optimizer).__name__}: "
+            "pass optimizer=None, and call monitor.step() after each step while the gradients are there"
+        )
+    return optimizer

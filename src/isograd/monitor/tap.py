@@ -1,0 +1,197 @@
+"""One optimizer under watch: reads its gradients when they are raw and its weights when it has stepped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from isograd.monitor import scaling
+from isograd.monitor.parts import Part, read
+from isograd.monitor.provenance import Closure, Provenance
+from isograd.monitor.statistics import norms
+from isograd.monitor.updates import Moved, Sampled
+
+
+class Watcher(Protocol):
+    """What a tap tells its monitor."""
+
+    def close(self) -> None:
+        """Stop watching."""
+        ...
+
+    def full(self) -> bool:
+        """Should this step be read in full?"""
+        ...
+
+    def guarded(self, act: Callable[[], object]) -> None:
+        """Do something in the user's training loop that must not raise there."""
+        ...
+
+    def began(self, tap: Tap) -> None:
+        """A backward has ended, or a step begins."""
+        ...
+
+    def ended(self, tap: Tap, part: Part) -> None:
+        """A step has ended, or was left out."""
+        ...
+
+
+class Tap:
+    """Follows one optimizer, or the parameters of a model that none of torch's optimizers steps."""
+
+    def __init__(
+        self, watcher: Watcher, optimizer: Optimizer | None, parameters: Callable[[], Sequence[Tensor]]
+    ) -> None:
+        self.optimizer, self.owner = optimizer, watcher
+        self._watcher, self._parameters = watcher, parameters
+        self._part: Part | None = None
+        self._read_at = 0
+        self.scale: Tensor | None = None
+        self._taken = False
+        self._in_scaler = False
+        self._stepped = False
+        self.clipped: Tensor | float | None = None
+        self._moved = Moved(optimizer) if optimizer is not None else None
+        self._sampled = Sampled()
+        self.provenance = Provenance(parameters, self._backward_ended)
+        self._handles: list[Any] = []
+        if optimizer is not None:
+            self._handles = [
+                optimizer.register_step_pre_hook(self._pre),
+                optimizer.register_step_post_hook(self._post),
+            ]
+            scaling.add(optimizer, self)
+
+    def remove(self) -> None:
+        """Leave the optimizer and its parameters as they were."""
+        self.provenance.remove()
+        for handle in self._handles:
+            handle.remove()
+        if self.optimizer is not None:
+            scaling.remove(self.optimizer)
+
+    @property
+    def exact(self) -> bool:
+        """The size of its updates is known in closed form."""
+        return self._moved is not None and self._moved.known
+
+    # What the training loop does, in the order in which it happens.
+
+    def _backward_ended(self) -> None:
+        def act() -> None:
+            self._watcher.began(self)
+            if self.provenance.early and not self._taken:  # a closure may run its backward many times
+                self._read()
+
+        self._watcher.guarded(act)
+
+    def unscaling(self) -> None:
+        self._watcher.guarded(self.take if self.provenance.touched else lambda: None)
+
+    def unscaled(self, scale: Tensor | None) -> None:
+        def act() -> None:
+            self.scale = None if scale is None else scale.clone()  # the scaler updates it in place
+            if self._part is not None and self._part.scale is None:
+                self._part.scale = self.scale
+            self.provenance.settle()
+
+        self._watcher.guarded(act)
+
+    def scaler_stepping(self, scale: Tensor | None) -> None:
+        self._in_scaler, self._stepped = True, False
+
+    def scaler_stepped(self) -> None:
+        self._in_scaler = False
+        if not self._stepped:
+            self._watcher.guarded(lambda: self.finish("overflow: the optimizer did not step"))
+
+    def _pre(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
+        if torch.compiler.is_compiling() or capturing():
+            return None
+        closure = kwargs.get("closure") or next((a for a in args if callable(a)), None)
+        if closure is None:
+            self._watcher.guarded(self._before_step)
+            return None
+        wrapped = Closure(closure, lambda: self._watcher.guarded(self._before_step))
+        if "closure" in kwargs:
+            return args, {**kwargs, "closure": wrapped}
+        return tuple(wrapped if a is closure else a for a in args), kwargs
+
+    def _before_step(self) -> None:
+        part = self.take()
+        if part.full and self._moved is not None and not self._moved.known:
+            self._sampled.before(part.parameters)
+
+    def _post(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling() or capturing():
+            return
+        self._stepped = True
+        self._watcher.guarded(self.finish)
+
+    # Reading.
+
+    def take(self) -> Part:
+        """The raw gradients of this step: read now, or kept from the end of the backward."""
+        provenance = self.provenance
+        self._watcher.began(self)
+        fused = getattr(self.optimizer, "grad_scale", None)  # a fused optimizer unscales as it steps
+        touched = provenance.touched and not self._in_scaler
+        if self._part is not None and self._read_at == provenance.backwards:
+            part = self._part
+            if fused is not None and part.scale is None:
+                part.scale = fused.clone()
+        else:
+            part = self._read()
+            if fused is not None:
+                part.scale = fused.clone()
+            if touched:
+                part.notes.append(
+                    "clipped before they were read: gradients were written to after the backward; from the next step on they are read before"
+                )
+        self._taken = True
+        if touched:
+            provenance.read_early = True
+            if part.full and self.clipped is None:
+                self.clipped = self._norm_now()
+        provenance.settle()
+        return part
+
+    def _norm_now(self) -> Tensor | None:
+        part = self._part
+        if part is None or not part.buckets:
+            return None
+        with torch.no_grad():
+            return torch.stack([torch.stack(norms(b.gradients)).norm() for b in part.buckets]).norm()
+
+    def _read(self) -> Part:
+        self._part = read(self._parameters(), self._watcher.full())
+        self._part.scale = None
+        self._read_at = self.provenance.backwards
+        return self._part
+
+    def finish(self, note: str = "") -> None:
+        """The step has ended: add what it did to the weights, and hand over."""
+        part = self._part if self._part is not None else self.take()
+        if note:
+            part.notes.append(note)
+        if self._moved is not None:
+            self._moved.taken += not note
+        if part.full:
+            with torch.no_grad():
+                for bucket in part.buckets:
+                    bucket.rows["weight_norm"] = norms(bucket.weights)
+                    if self._moved is not None:
+                        moved = self._moved.norms if self._moved.known else self._sampled.norms
+                        bucket.rows["update_norm"] = moved(bucket.parameters)
+        self._watcher.ended(self, part)
+        self._part, self.scale, self.clipped, self._taken = None, None, None, False
+        self.provenance.stepped()
+
+
+def capturing() -> bool:
+    """A CUDA graph is being captured: Python does not run when it is replayed."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -1,0 +1,128 @@
+"""What a watched step shows, against statistics taken by hand in the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+
+import isograd
+from isograd.monitor import Reading
+
+
+def net(width: int = 16) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(8, width), nn.Tanh(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 4)
+    )
+
+
+def batches(count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(count):
+        yield torch.randn(12, 8, generator=generator), torch.randint(4, (12,), generator=generator)
+
+
+def by_hand(model: nn.Module, *, scale: float = 1.0) -> dict[str, Tensor]:
+    """What should be read of the gradients as they are now."""
+    grads = [p.grad.double() / scale for p in model.parameters() if p.grad is not None]
+    return {
+        "grad_norm": torch.stack([g.norm() for g in grads]),
+        "grad_max": torch.stack([g.abs().max() for g in grads]),
+        "zeros": torch.stack([(g == 0).sum() for g in grads]),
+        "nonfinite": torch.stack([(~g.isfinite()).sum() for g in grads]),
+    }
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same(reading: Reading, expected: dict[str, Tensor], rtol: float = 1e-6) -> None:
+    for name, column in expected.items():
+        torch.testing.assert_close(reading.columns[name].double(), column.double(), rtol=rtol, atol=1e-12)
+
+
+OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
+    "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=0.1),
+    "SGD decay": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, weight_decay=0.1),
+    "SGD momentum": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1),
+    "SGD dampening": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, dampening=0.5),
+    "SGD Nesterov": lambda m: torch.optim.SGD(
+        m.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1
+    ),
+    "SGD maximize": lambda m: torch.optim.SGD(
+        m.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=0.1, maximize=True
+    ),
+    "SGD groups": lambda m: torch.optim.SGD(
+        [
+            {"params": list(m.parameters())[:2], "momentum": 0.9},
+            {"params": list(m.parameters())[2:4], "weight_decay": 0.1},
+            {"params": list(m.parameters())[4:], "momentum": 0.8, "nesterov": True},
+        ],
+        lr=0.1,
+    ),
+    "Adam": lambda m: torch.optim.Adam(m.parameters(), weight_decay=0.1),
+    "Adam amsgrad": lambda m: torch.optim.Adam(m.parameters(), amsgrad=True, maximize=True),
+    "Adam fused": lambda m: torch.optim.Adam(m.parameters(), fused=True),
+    "AdamW": lambda m: torch.optim.AdamW(m.parameters(), weight_decay=0.1),
+    "AdamW groups": lambda m: torch.optim.AdamW(
+        [
+            {"params": [p for p in m.parameters() if p.dim() > 1]},
+            {"params": [p for p in m.parameters() if p.dim() < 2], "weight_decay": 0.0, "lr": 0.01},
+        ]
+    ),
+    "AdamW tensor rate": lambda m: torch.optim.AdamW(m.parameters(), lr=torch.tensor(0.01)),
+    "RMSprop": lambda m: torch.optim.RMSprop(m.parameters()),
+    "NAdam": lambda m: torch.optim.NAdam(m.parameters()),
+}
+
+
+@pytest.mark.parametrize("rule", OPTIMIZERS)
+def test_every_column_of_every_step(rule: str) -> None:
+    model = net()
+    optimizer = OPTIMIZERS[rule](model)
+    with isograd.watch(model, optimizer) as monitor:
+        for step, (x, y) in enumerate(batches(6)):
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model(x), y)
+            loss.backward()
+            expected, before = by_hand(model), weights(model)
+            optimizer.step()
+            monitor.log(loss=loss)
+            reading = monitor.latest()
+            assert reading.step == step
+            assert reading.sites == tuple(dict(model.named_parameters()))
+            assert reading.scalars["loss"] == pytest.approx(float(loss))
+            assert reading.scalars["grad_norm"] == pytest.approx(float(expected["grad_norm"].norm()))
+            same(reading, expected)
+            after = weights(model)
+            same(reading, {"weight_norm": torch.stack([w.norm() for w in after])})
+            moved = torch.stack([(a.double() - b).norm() for a, b in zip(after, before, strict=True)])
+            same(reading, {"update_norm": moved}, rtol=2e-4)  # the weights are rounded to float32
+
+
+def test_muon_is_known_too() -> None:
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Tanh(), nn.Linear(16, 4, bias=False))
+    optimizer = torch.optim.Muon(model.parameters(), lr=0.02)
+    with isograd.watch(model, optimizer) as monitor:
+        for x, y in batches(4):
+            functional.cross_entropy(model(x), y).backward()
+            before = weights(model)
+            optimizer.step()
+            optimizer.zero_grad()
+            moved = torch.stack([(a - b).norm() for a, b in zip(weights(model), before, strict=True)])
+            same(monitor.latest(), {"update_norm": moved}, rtol=1e-5)
+
+
+def test_latest_before_any_step_says_what_to_do() -> None:
+    model = net()
+    with (
+        isograd.watch(model, torch.optim.SGD(model.parameters())) as monitor,
+        pytest.raises(RuntimeError, match=r"call latest\(\) after optimizer\.step\(\)"),
+    ):
+        monitor.latest()
