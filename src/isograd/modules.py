@@ -8,6 +8,7 @@ values, and everything here depends on torch and on other names of this file onl
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -388,9 +389,51 @@ class StableLog(TorchFunctionMode):
         return out
 
 
-class StableLogs(Around):
-    """`inner` with every log of a softmax or sigmoid computed in log space."""
+class Under:
+    """A forward that runs under a mode; it has the signature of the forward that it holds."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        with StableLog():
-            return self.inner(*args, **kwargs)
+    def __init__(
+        self, forward: Callable[..., Any], mode: Callable[..., TorchFunctionMode], *options: Any
+    ) -> None:
+        self.__wrapped__, self.mode, self.options = forward, mode, options
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with self.mode(*self.options):
+            return self.__wrapped__(*args, **kwargs)
+
+
+def log_in_log_space(module: nn.Module) -> None:
+    """Let `module.forward` compute every log of a softmax or sigmoid in log space."""
+    module.forward = Under(module.forward, StableLog)
+
+
+# -- skip connections in functional code -----------------------------------------------------------
+
+
+class SkipCalls(TorchFunctionMode):
+    """h + scale * phi(layer(h)) wherever a call of `activation` follows a layer that keeps the shape of its input."""
+
+    def __init__(self, activation: str, scale: float) -> None:
+        super().__init__()
+        self.activation, self.scale = activation, scale
+        self.entered: dict[int, tuple[Tensor, Tensor]] = {}
+        """Input of the layer that a tensor came from, by the tensor's id; the tensor is held with it."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "").strip("_")
+        if not args or not isinstance(out, Tensor) or not isinstance(args[0], Tensor):
+            return out
+        came_from = self.entered.get(id(args[0]))
+        if name in ("linear", "conv1d", "conv2d", "conv3d"):
+            self.entered[id(out)] = (args[0], out)
+        elif came_from is not None and name == self.activation and came_from[0].shape == out.shape:
+            return came_from[0] + self.scale * out
+        elif came_from is not None and (name.endswith("norm") or name.startswith("dropout")):
+            self.entered[id(out)] = (came_from[0], out)
+        return out
+
+
+def skip_calls(module: nn.Module, activation: str, scale: float) -> None:
+    """Let `module.forward` add the input of each layer that keeps its width to what its activation returns."""
+    module.forward = Under(module.forward, SkipCalls, activation, scale)

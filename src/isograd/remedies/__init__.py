@@ -13,11 +13,30 @@ from typing import Protocol, cast
 from isograd.prescription import Patient, Prescription
 
 NAMES = (
+    "classic_initialisation",
+    "constrain_recurrence",
+    "critical_initialisation",
+    "delta_orthogonal",
+    "exchange_activation",
+    "forget_bias",
+    "gate_recurrence",
     "insert_normalisation",
     "insert_residual",
+    "leaky_activation",
+    "lsuv",
+    "orthogonal_initialisation",
+    "pass_logits",
     "pre_norm",
     "query_key_norm",
+    "recurrent_initialisation",
+    "reset_norm_epsilon",
     "reset_norm_gain",
+    "safe_loss",
+    "scale_embeddings",
+    "scale_residual_branches",
+    "standardise_input",
+    "standardise_weights",
+    "zero_biases",
 )
 
 

@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from isograd import theory
 from isograd.anatomy import Part, expected, in_words, parts
 from isograd.operations import ACTIVATIONS
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.prescription import Edit, Patient, Prescription, Reach, Value, not_applicable
 
 SLUG = "insert-residual"
 TREATS = ("missing-residual", "batchnorm-without-skips", "VG101", "EG201")
@@ -41,17 +41,7 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     found = [part for part in parts(flow, model) if not _input_layer(part, patient)]
     outside = [part for part in found if _flattened_outside(part)]
     if outside:
-        layer = outside[0].layers[-1]
-        site = next(s for s in layer.between if s.kind == "activation")
-        yield not_applicable(
-            SLUG,
-            f"{layer.activation} follows {layer.place} outside of any module, so that a skip could only be put before it",
-            *(
-                f"{s.source}: write h = h + {s.operation}({part.layers[-1].place}(h)) for the assignment there"
-                for part in outside[:1]
-                for s in (site,)
-            ),
-        )
+        yield _in_calls(outside)
         return
     if flow.splits and len(found) < 2:
         yield not_applicable(SLUG, "the backbone has residual connections wherever it keeps its width")
@@ -81,6 +71,23 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         advice=tuple(
             f"{part.place}: no skip, {part.entered} -> {part.left} is no projection" for part in skipped
         ),
+    )
+
+
+def _in_calls(found: list[Part]) -> Prescription:
+    """For activations called as functions: the calls are watched, and the line for the user's own hand is told."""
+    layer, scale = found[0].layers[-1], len(found) ** -0.5
+    site = next(s for s in layer.between if s.kind == "activation")
+    options: dict[str, Value] = {"activation": site.operation, "scale": scale}
+    return Prescription(
+        SLUG,
+        f"skip connections around {len(found)} layers and the {site.operation} called behind them",
+        (Edit(site.module, "alter", "modules.skip_calls", options, source=site.source),),
+        reach=Reach.RESIDUAL,
+        treats=TREATS,
+        expected=f"a gain of sqrt(1 + chi / {len(found)}) a layer",
+        references=("He et al. 2016, arXiv:1512.03385",),
+        advice=(f"by hand, {site.source}: h = h + {scale:.3g} * {site.operation}({layer.place}(h))",),
     )
 
 
