@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from importlib import import_module
@@ -74,7 +74,7 @@ class Edit:
     verb: Verb
     of: str = ""
     """Dotted name under torch, nn, surgery or modules: 'nn.init.orthogonal_', 'nn.ReLU', 'surgery.Scaled'."""
-    arguments: dict[str, Value] = field(default_factory=dict[str, Value])
+    arguments: Mapping[str, Value] = field(default_factory=dict[str, Value])
     rows: tuple[int, int] | None = None
     """Only these rows of the tensor, from and to: one gate of a bias, the values of a joint projection."""
     before: str = ""
@@ -160,6 +160,8 @@ class Patient:
     diagnosis: Diagnosis
     loss: Loss | None = None
     """For remedies that need data; without it they say so."""
+    exchanged: dict[str, str] = field(default_factory=dict[str, str])
+    """Activation functions that another prescription exchanges: weights are drawn for what takes their place."""
 
     @property
     def flow(self) -> Flow:

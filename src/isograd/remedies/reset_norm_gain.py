@@ -25,6 +25,7 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from isograd.layers import norms, rms
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
 
 SLUG = "reset-norm-gain"
@@ -35,20 +36,20 @@ NEAR = (0.3, 3.0)
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
     """Ones and zeros for every normalisation layer whose gain is far off."""
-    off = {name: (module, rms) for name, module, rms in _gains(patient.model) if not _fine(rms)}
+    off = {name: (module, size) for name, module, size in _gains(patient.model) if not _fine(size)}
     if not off:
         yield not_applicable(SLUG, "no normalisation layer has a gain far from 1")
         return
     edits = [
-        Edit(f"{name}.weight", "fill", "nn.init.ones_", before=f"rms {rms:.3g}")
-        for name, (_, rms) in off.items()
+        Edit(f"{name}.weight", "fill", "nn.init.ones_", before=f"rms {size:.3g}")
+        for name, (_, size) in off.items()
     ]
     edits += [
-        Edit(f"{name}.bias", "fill", "nn.init.zeros_", before=f"rms {_rms(module.bias):.3g}")
+        Edit(f"{name}.bias", "fill", "nn.init.zeros_", before=f"rms {rms(shift):.3g}")
         for name, (module, _) in off.items()
-        if isinstance(module.bias, Tensor)
+        if isinstance(shift := getattr(module, "bias", None), Tensor)
     ]
-    gained = sum(-math.log10(rms) for _, rms in off.values())
+    gained = sum(-math.log10(size) for _, size in off.values())
     yield Prescription(
         SLUG,
         f"gain 1 for {len(off)} normalisation layers",
@@ -61,16 +62,11 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
 
 
 def _gains(model: nn.Module) -> Iterator[tuple[str, nn.Module, float]]:
-    for name, module in model.named_modules():
+    for name, module in norms(model):
         gain = getattr(module, "weight", None)
-        leaf = next(module.children(), None) is None
-        if "norm" in type(module).__name__.lower() and leaf and isinstance(gain, Tensor) and gain.ndim == 1:
-            yield name, module, _rms(gain)
+        if isinstance(gain, Tensor) and gain.ndim == 1 and gain.requires_grad:
+            yield name, module, rms(gain)
 
 
-def _rms(tensor: Tensor) -> float:
-    return float(tensor.detach().float().square().mean().sqrt())
-
-
-def _fine(rms: float) -> bool:
-    return rms == 0 or NEAR[0] < rms < NEAR[1]
+def _fine(size: float) -> bool:
+    return size == 0 or NEAR[0] < size < NEAR[1]

@@ -1,0 +1,150 @@
+"""The layers of a model as a flow saw them: which weights multiply, with what fan-in, and what acts after them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from isograd.flow import Flow
+from isograd.operations import ACTIVATIONS, WEIGHTED
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A weight that the signal is multiplied by. Frozen ones are not among the layers: they are not ours to draw."""
+
+    weight: str
+    """Parameter name."""
+    biases: tuple[str, ...]
+    """Parameters of its module that are added."""
+    module: str
+    shape: tuple[int, ...]
+    fan_in: int
+    sigma_w: float
+    """Root mean square of the weights times sqrt(fan_in): theory's sigma_w."""
+    activation: str
+    """Function that the output goes through before the next layer; 'linear': none."""
+    calls: int
+    """Times that it acts along the backbone: several in a recurrence or a shared layer, 0 beside it."""
+    head: bool
+    """The last layer before the loss."""
+    convolution: bool = False
+
+    @property
+    def fan_out(self) -> int:
+        return max(math.prod(self.shape) // self.fan_in, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    kind: str
+    operation: str
+    module: str
+
+
+def layers(flow: Flow, model: nn.Module, exchanged: Mapping[str, str] | None = None) -> list[Layer]:
+    """The trainable layers in the order of their parameters.
+
+    Args:
+        flow: measured on `model`.
+        model: looked at only.
+        exchanged: activation functions that are to be another: {'sigmoid': 'tanh'}.
+    """
+    line = list(_line(flow))
+    after, calls = _after(line), Counter(p.module for p in line if p.kind in ("linear", "convolution"))
+    convolutions = {p.module for p in line if p.kind == "convolution"}
+    common = common_activation(flow)
+    plain = not flow.splits and sum(p.kind == "activation" for p in line) > 0
+    parameters = dict(model.named_parameters())
+    depths = {p.name: p.depth for p in flow.parameters if p.fan_in and p.state != "frozen"}
+    deepest = max((d for d in depths.values() if not math.isnan(d)), default=math.nan)
+    last = next((p.module for p in reversed(line) if p.kind in WEIGHTED), "")
+    of_head = {id(p) for p in model.get_submodule(last).parameters(recurse=False)} if last else set[int]()
+    found: list[Layer] = []
+    for known in flow.parameters:
+        if not known.fan_in or known.state == "frozen" or known.name not in parameters:
+            continue
+        module = known.name.rpartition(".")[0]
+        head = id(parameters[known.name]) in of_head if last else known.depth == deepest
+        activation = "linear" if head else after.get(module, common if plain else "linear")
+        tensor = parameters[known.name]
+        found.append(
+            Layer(
+                known.name,
+                tuple(
+                    b.name
+                    for b in flow.parameters
+                    if _bias_of(b.name, module) and b.bias and b.state != "frozen"
+                ),
+                module,
+                known.shape,
+                known.fan_in,
+                rms(tensor) * math.sqrt(known.fan_in),
+                (exchanged or {}).get(activation, activation),
+                calls[module],
+                head,
+                module in convolutions or (not module and tensor.ndim > 2),
+            )
+        )
+    return found
+
+
+def recurrent(found: list[Layer]) -> list[Layer]:
+    """Layers that the signal goes through again and again, as the state of a recurrence does."""
+    return [layer for layer in found if layer.calls > 2 and layer.fan_in == layer.fan_out]
+
+
+def norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Normalisation layers, of torch or of anybody: known by their name, as all of them are called."""
+    for name, module in model.named_modules():
+        if "norm" in type(module).__name__.lower() and next(module.children(), None) is None:
+            yield name, module
+
+
+def rms(tensor: Tensor) -> float:
+    """Root mean square of the elements."""
+    return float(tensor.detach().float().square().mean().sqrt()) if tensor.numel() else math.nan
+
+
+def common_activation(flow: Flow) -> str:
+    """The activation function that most of the hidden signal goes through; 'linear' without one."""
+    hidden = set(flow.sites[flow.hidden])
+    seen = Counter(
+        a.function for a in flow.activations if a.bottleneck and (a.site.depth < 0 or a.site in hidden)
+    )
+    return seen.most_common(1)[0][0] if seen else "linear"
+
+
+def _line(flow: Flow) -> Iterator[_Place]:
+    """Everything that the signal goes through, input first: the backbone with the inside of its segments."""
+    for site in flow.sites:
+        for step in reversed(flow.ledgers.get(site.depth, ())):
+            yield _Place(step.site.kind, step.site.operation, step.site.module)
+        yield _Place(site.kind, site.operation, site.module)
+
+
+def _after(line: list[_Place]) -> dict[str, str]:
+    """The activation between each layer's module and the next layer, where there is one."""
+    found: dict[str, str] = {}
+    module = ""
+    for place in line:
+        if place.kind in WEIGHTED:
+            if module and module not in found:
+                found[module] = "linear"
+            module = place.module
+        elif place.kind in ("residual add", "attention", "loss"):
+            if module:
+                found.setdefault(module, "linear")
+            module = ""
+        elif place.operation in ACTIVATIONS and module:
+            found[module] = place.operation
+            module = ""
+    return found
+
+
+def _bias_of(name: str, module: str) -> bool:
+    return bool(module) and name.rpartition(".")[0] == module

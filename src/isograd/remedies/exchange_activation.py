@@ -1,0 +1,202 @@
+"""exchange-activation: another activation in place of one that takes too much of the gradient.
+
+What it does
+    Puts tanh, SELU, ReLU, GELU, SiLU, ELU or leaky ReLU in the place of every sigmoid, tanh, softplus … that the
+    whole hidden signal goes through. Modules are replaced; where `forward` calls torch.sigmoid itself, that
+    call at that line gives the other function's result, and the line to edit by hand is shown.
+
+When it helps
+    The derivative of a sigmoid is at most 1/4, so that no weights in reach make its layers pass the gradient
+    on: 20 layers cost a dozen decades. tanh's is 1 at zero, ReLU's is 1 wherever a unit is on. A sigmoid that
+    gates a product (LSTM, GLU, squeeze-and-excitation) or is the model's output stays: there it is meant.
+
+Expected effect
+    The gain per layer that theory gives for the new function at the present weights. It reaches 1 only with
+    weights drawn for the new function: see `critical-initialisation`.
+
+Safety
+    Unsafe: the model computes another function.
+
+References
+    Glorot and Bengio 2010; Nair and Hinton 2010; Clevert et al. 2016 (ELU); Klambauer et al. 2017 (SELU, with
+    LeCun's weights); Hendrycks and Gimpel 2016 (GELU); Ramachandran et al. 2017 (SiLU).
+"""
+
+from __future__ import annotations
+
+import linecache
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from torch import nn
+
+from isograd.flow import Activation, Flow
+from isograd.layers import Layer, layers
+from isograd.operations import ACTIVATIONS
+from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.remedies.critical_initialisation import biases, gain, weight
+
+SLUG = "exchange-activation"
+TREATS = ("activation", "SA301", "VG101", "EG202")
+SELF_GATED = {"relu", "leaky_relu", "gelu", "elu", "silu", "selu", "celu", "mish", "hardswish", "relu6"}
+"""Functions that pass about half of their input unchanged."""
+TARGETS = {
+    "tanh": ("nn.Tanh", "tanh"),
+    "selu": ("nn.SELU", "SELU"),
+    "relu": ("nn.ReLU", "ReLU"),
+    "gelu": ("nn.GELU", "GELU"),
+    "silu": ("nn.SiLU", "SiLU"),
+    "elu": ("nn.ELU", "ELU"),
+    "leaky_relu": ("nn.LeakyReLU", "leaky ReLU"),
+}
+"""Function -> its module and what it is called."""
+ODD = {"sigmoid", "tanh", "hardtanh", "hardsigmoid", "softsign"}
+"""S-shaped: tanh is the nearest relative. The rest is one-sided, with ELU the nearest."""
+
+
+def prescribe(patient: Patient) -> Iterator[Prescription]:
+    """One prescription a target, the nearest relative of what is exchanged first."""
+    flat = sorted(set(functions(patient.flow)) - SELF_GATED)
+    if not flat:
+        yield not_applicable(SLUG, "no saturating activation lies on the way of the hidden signal")
+        return
+    odd = set(flat) <= ODD
+    order = ["tanh", "selu", "relu", "gelu", "silu", "elu", "leaky_relu"]
+    if not odd:
+        order = ["elu", "relu", "selu", "gelu", "silu", "leaky_relu", "tanh"]
+    for target in order:
+        if [target] != flat:
+            yield exchange(patient, [name for name in flat if name != target], target)
+
+
+def functions(flow: Flow) -> list[str]:
+    """Activation functions that the hidden signal cannot get round, once each, in the order of the forward."""
+    return list(dict.fromkeys(a.function for a in _hidden(flow)))
+
+
+def exchange(
+    patient: Patient, names: Sequence[str], target: str, *arguments: float, slug: str = SLUG
+) -> Prescription:
+    """`target` in place of the named functions; `not_applicable` where nothing of them can be exchanged."""
+    edits, by_hand = exchanges(patient, names, target, *arguments)
+    called, old = TARGETS[target][1], ", ".join(names)
+    if not edits:
+        why = f"the call of {old} cannot be told from a gate or the output on the same line"
+        return not_applicable(slug, why, *by_hand)
+    found = layers(patient.flow, patient.model, dict.fromkeys(names, target))
+    title, drawn = f"{called} in place of {old} ({len(edits)})", ()
+    if target == "selu":  # without these weights it does not normalise itself
+        title += " with LeCun's weights"
+        drawn = (
+            *(weight(la, "nn.init.normal_", {"std": float(f"{la.fan_in**-0.5:.6g}")}) for la in found),
+            *biases(found, zero=True),
+        )
+        found = [_lecun(layer) for layer in found]
+    per_layer = {layer.activation for layer in found if not layer.head}
+    return Prescription(
+        slug,
+        title,
+        (*edits, *drawn),
+        reach=Reach.ACTIVATION,
+        treats=TREATS,
+        expected=f"{_gains(found)} at these weights" if per_layer else "",
+        decades=chain(found),
+        references=("Glorot and Bengio 2010",),
+        advice=tuple(by_hand),
+    )
+
+
+def exchanges(
+    patient: Patient, names: Sequence[str], target: str, *arguments: float
+) -> tuple[list[Edit], list[str]]:
+    """The edits that put `target` in place of the named functions, and the lines to change by hand."""
+    edits: dict[str, Edit] = {}
+    by_hand: list[str] = []
+    calls: dict[tuple[str, str], list[str]] = {}
+    hidden = _hidden(patient.flow)
+    elsewhere = {
+        (a.site.module, a.function, a.site.source) for a in patient.flow.activations if a not in hidden
+    }
+    for a in hidden:
+        path, function = a.site.module, a.function
+        if function not in names:
+            continue
+        module = patient.model.get_submodule(path)
+        attribute = _attribute(module, function)
+        if path and _is_activation(module):
+            kept = {"negative_slope": arguments[0]} if target == "leaky_relu" and arguments else {}
+            edits[path] = Edit(path, "replace", TARGETS[target][0], {**kept}, before=repr(module))
+        elif attribute and not arguments:
+            place = f"{path}.{attribute}".lstrip(".")
+            of = f"nn.functional.{target}"
+            edits[place] = Edit(place, "set", of, before=function, source=a.site.source)
+        elif (path, function, a.site.source) in elsewhere:
+            by_hand.append(_by_hand(a.site.source, function, target, "a call here gates or is the output: "))
+        else:
+            calls.setdefault((path, function), []).append(a.site.source)
+    for (path, function), sources in calls.items():
+        lines = tuple(sorted({_line(source) for source in sources}))
+        for source in dict.fromkeys(sources):
+            by_hand.append(_by_hand(source, function, target))
+        given = {"of": function, "to": target, "lines": lines, **({"extra": arguments} if arguments else {})}
+        before, source = f"{function}(…)", sources[0]
+        edits[f"{path}:{function}"] = Edit(
+            path, "alter", "surgery.exchange_calls", given, None, before, source
+        )
+    return list(edits.values()), list(dict.fromkeys(by_hand))
+
+
+def chain(found: list[Layer]) -> float:
+    """Decades that theory expects of a plain chain at the weights that it has; NaN where it is none."""
+    hidden = [layer for layer in found if layer.calls == 1 and not layer.head]
+    if len(hidden) < 2 or any(layer.calls > 1 for layer in found):
+        return math.nan
+    total = 0.0
+    for layer in hidden:
+        factor = gain(layer.activation, float(f"{layer.sigma_w:.2g}")) if layer.sigma_w > 0 else 0.0
+        total += math.log10(factor) if factor > 0 else -math.inf
+    return total
+
+
+def _gains(found: list[Layer]) -> str:
+    hidden = [layer for layer in found if not layer.head]
+    typical = sorted(hidden, key=lambda layer: layer.sigma_w)[len(hidden) // 2]
+    factor = gain(typical.activation, float(f"{typical.sigma_w:.2g}")) if typical.sigma_w > 0 else 0.0
+    return f"gain {factor:.3g} per layer"
+
+
+def _lecun(layer: Layer) -> Layer:
+    return replace(layer, sigma_w=1.0)
+
+
+def _hidden(flow: Flow) -> list[Activation]:
+    inside = set(flow.sites[flow.hidden])
+    return [a for a in flow.activations if a.bottleneck and (a.site.depth < 0 or a.site in inside)]
+
+
+def _is_activation(module: nn.Module) -> bool:
+    """A module that does nothing else."""
+    leaf = next(module.children(), None) is None and next(module.parameters(), None) is None
+    return leaf and not isinstance(module, nn.RNNBase)
+
+
+def _attribute(module: nn.Module, function: str) -> str:
+    """Attribute of the module that holds the function: `activation` of nn.TransformerEncoderLayer."""
+    for name, value in vars(module).items():
+        if not name.startswith("_") and callable(value) and getattr(value, "__name__", "") == function:
+            return name
+    return ""
+
+
+def _line(source: str) -> str:
+    """`net.py:17`: the same from wherever the script is started."""
+    return source.replace("\\", "/").rpartition("/")[2]
+
+
+def _by_hand(source: str, function: str, target: str, why: str = "") -> str:
+    file, _, number = source.rpartition(":")
+    text = linecache.getline(file, int(number)).strip() if number.isdigit() else ""
+    new = f"torch.{target}" if target in ("tanh", "relu", "selu") else f"torch.nn.functional.{target}"
+    said = f"{text}: " if text and function in ACTIVATIONS else ""
+    return f"{source}: {why}{said}{new} in place of {function}"

@@ -1,0 +1,97 @@
+"""lsuv: orthogonal weights, scaled so that each layer's output has variance 1 on the user's own data.
+
+What it does
+    Draws orthogonal weights, then runs the batch through the model layer by layer and divides each layer's
+    weights by the standard deviation of its output (layer-sequential unit variance). Biases start at zero.
+
+When it helps
+    Where theory has no answer: odd activations, poolings, concatenations, weights of very unequal fan-in, data that
+    is not standardised. It looks at the forward only: a sigmoid's small derivative remains.
+
+Expected effect
+    Outputs of variance 1 in every layer, to a hundredth.
+
+Safety
+    Unsafe: trained weights are lost. Frozen parameters are left alone.
+
+References
+    Mishkin and Matas 2016, All you need is a good init, arXiv:1511.06422.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isograd import surgery
+from isograd.layers import Layer, layers
+from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable, perform
+from isograd.preserve import preserved
+from isograd.remedies.critical_initialisation import weight
+
+SLUG = "lsuv"
+TREATS = ("initialisation", "VG101", "EG201", "EG202")
+
+
+def prescribe(patient: Patient) -> Iterator[Prescription]:
+    """Factors found on a copy, with one forward of the user's own batch."""
+    if patient.loss is None:
+        yield not_applicable(SLUG, "it needs data: prescribe(diagnosis, model, loss)")
+        return
+    found = [la for la in layers(patient.flow, patient.model) if la.module and la.calls == 1 and not la.head]
+    if not found:
+        yield not_applicable(SLUG, "no trainable layer is a module that acts once")
+        return
+    drawn = [weight(layer, "nn.init.orthogonal_", {"gain": 1.0}) for layer in found]
+    drawn += [Edit(bias, "fill", "nn.init.zeros_") for layer in found for bias in layer.biases]
+    try:
+        factors = _factors(patient, found, drawn)
+    except Exception as error:
+        yield not_applicable(SLUG, f"the model cannot be run on a copy: {error}")
+        return
+    scaled = [
+        Edit(layer.weight, "fill", ".mul_", {"other": float(f"{factors[layer.module]:.6g}")})
+        for layer in found
+        if 0 < factors[layer.module] < float("inf")
+    ]
+    yield Prescription(
+        SLUG,
+        f"{len(scaled)} layers orthogonal, with unit variance on this batch",
+        (*drawn, *scaled),
+        reach=Reach.INITIALISATION,
+        treats=TREATS,
+        expected="output variance 1 in every layer",
+        references=("Mishkin and Matas 2016, arXiv:1511.06422",),
+    )
+
+
+def _factors(patient: Patient, found: list[Layer], drawn: list[Edit]) -> dict[str, float]:
+    assert patient.loss is not None
+    copied = copy.deepcopy(patient.model)
+    factors = {layer.module: 1.0 for layer in found}
+
+    def rescale(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> Any:
+            if not isinstance(output, Tensor):
+                return output
+            deviation = float(output.detach().float().std())
+            if not 0 < deviation < float("inf"):
+                return output
+            factors[name] /= deviation
+            return output / deviation  # biases are zero: what comes after sees unit variance already
+
+        return hook
+
+    with preserved(copied), surgery.drawing(copied, seed=0):
+        for edit in drawn:
+            perform(copied, edit)
+        hooks = [copied.get_submodule(name).register_forward_hook(rescale(name)) for name in factors]
+        with torch.no_grad():
+            patient.loss(copied)
+        for hook in hooks:
+            hook.remove()
+    return factors

@@ -1,0 +1,178 @@
+"""recurrent-initialisation: recurrent weights that carry the state for as many steps as there are.
+
+What it does
+    Either makes the state's weights orthogonal and the input's so small that tanh stays near its origin for all
+    steps; or makes them the identity with ReLU in place of tanh (IRNN).
+
+When it helps
+    A recurrence multiplies by the same matrix at every step: a gain of 0.95 leaves 0.00004 of the gradient after 200.
+    Drawn as a layer's, with sigma_w = 1 and inputs of their own, tanh units saturate and lose a third per step.
+
+Expected effect
+    Orthogonal and small: 1 decade over the whole sequence, by the choice of the input's scale. Identity: none
+    through units that stay positive.
+
+Safety
+    Unsafe: the model computes another function; IRNN exchanges its activation.
+
+References
+    Le, Jaitly and Hinton 2015, arXiv:1504.00941; Saxe et al. 2014, arXiv:1312.6120; Henaff et al. 2016.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import cache
+
+from torch import nn
+
+from isograd import theory
+from isograd.layers import Layer, layers, recurrent
+from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.remedies.exchange_activation import exchanges
+
+SLUG = "recurrent-initialisation"
+TREATS = ("initialisation", "VG101", "EG201", "EG202", "RN601", "RN602")
+STEPS = 100
+"""Steps where the flow does not tell how many there are."""
+
+
+def prescribe(patient: Patient) -> Iterator[Prescription]:
+    """For recurrences written out step by step, and for nn.RNN and nn.RNNCell."""
+    fused = list(_fused(patient.model))
+    found = layers(patient.flow, patient.model, patient.exchanged)
+    states = [layer for layer in recurrent(found) if layer.activation != "linear" and not patient.flow.splits]
+    if states:
+        yield from _written_out(patient, found, states)
+    elif fused:
+        yield _small(_fused_edits(fused, _length(patient, fused)), _length(patient, fused))
+        yield _identity(_irnn(fused), len(fused))
+    else:
+        yield not_applicable(
+            SLUG, "no plain recurrence was seen: no weight acts on the state again and again"
+        )
+
+
+def _written_out(patient: Patient, found: list[Layer], states: list[Layer]) -> Iterator[Prescription]:
+    widths = {layer.fan_out for layer in states}
+    inputs = [la for la in found if la.calls == 0 and not la.head and la.fan_out in widths]
+    steps = max(layer.calls for layer in states)
+    size = max((seen.rms for seen in patient.flow.inputs.values()), default=1.0) or 1.0
+    before = {layer.weight: f"sigma_w {layer.sigma_w:.3g}" for layer in found}
+    zero = [Edit(bias, "fill", "nn.init.zeros_") for layer in (*states, *inputs) for bias in layer.biases]
+    if {layer.activation for layer in states} <= {"tanh", "hardtanh", "softsign"}:
+        edits = [Edit(la.weight, "fill", "nn.init.orthogonal_", before=before[la.weight]) for la in states]
+        for la in inputs:
+            std = float(f"{input_scale(steps) / math.sqrt(la.fan_in) / size:.6g}")
+            edits.append(Edit(la.weight, "fill", "nn.init.normal_", {"std": std}, before=before[la.weight]))
+        yield _small([*edits, *zero], steps)
+    edits = [Edit(la.weight, "fill", "nn.init.eye_", before=before[la.weight]) for la in states]
+    for la in inputs:
+        std = float(f"{1 / math.sqrt(steps * la.fan_in) / size:.6g}")
+        edits.append(Edit(la.weight, "fill", "nn.init.normal_", {"std": std}, before=before[la.weight]))
+    flat = sorted({la.activation for la in states} - {"relu"})
+    changed, by_hand = exchanges(patient, flat, "relu") if flat else ([], [])
+    if changed or not flat:
+        yield _identity([*changed, *edits, *zero], len(states), *by_hand)
+
+
+def _small(edits: list[Edit], steps: int) -> Prescription:
+    return Prescription(
+        SLUG,
+        f"orthogonal state, inputs small enough for {steps} steps",
+        tuple(edits),
+        reach=Reach.INITIALISATION,
+        treats=TREATS,
+        expected=f"1 decade lost over {steps} steps",
+        decades=-1.0,
+        references=("Saxe et al. 2014, arXiv:1312.6120", "Henaff et al. 2016"),
+    )
+
+
+def _identity(edits: list[Edit], count: int, *by_hand: str) -> Prescription:
+    return Prescription(
+        SLUG,
+        f"IRNN: the identity and ReLU for {count} recurrence{'s' * (count > 1)}",
+        tuple(edits),
+        reach=Reach.ACTIVATION,
+        treats=TREATS,
+        expected="gain 1 per step through units that stay positive",
+        decades=0.0,
+        references=("Le et al. 2015, arXiv:1504.00941",),
+        advice=by_hand,
+    )
+
+
+@cache
+def input_scale(steps: int) -> float:
+    """Standard deviation that the inputs may add to the pre-activation: one decade is lost over all the steps.
+
+    With an orthogonal matrix the state's variance is q = E tanh(x)^2 + sigma^2 over x ~ N(0, q), and the gain per
+    step sqrt(E tanh'(x)^2).
+    """
+    wanted = 10 ** (-2 / steps)
+    low, high = math.log(1e-8), math.log(10.0)
+    for _ in range(24):
+        middle = (low + high) / 2
+        if theory.moments("tanh", math.exp(middle)).slope_square > wanted:
+            low = middle
+        else:
+            high = middle
+    q = math.exp(low)
+    return math.sqrt(max(q - theory.moments("tanh", q).square, 0.0))
+
+
+def _fused(model: nn.Module) -> Iterator[tuple[str, nn.RNN | nn.RNNCell]]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.RNN | nn.RNNCell):
+            yield name, module
+
+
+def _length(patient: Patient, fused: list[tuple[str, nn.RNN | nn.RNNCell]]) -> int:
+    """Time steps, from the shape of a fused layer's output, or from how often a cell was called."""
+    known = dict(fused)
+    calls = [site for site in patient.flow.sites if site.module in known and site.kind == "recurrent"]
+    for site in calls:
+        module = known[site.module]
+        if isinstance(module, nn.RNN) and len(site.shape) == 3:
+            return site.shape[1 if module.batch_first else 0]
+    return len(calls) if len(calls) > 1 else STEPS
+
+
+def _weights(module: nn.Module, kind: str) -> Iterator[tuple[str, nn.Parameter]]:
+    for name, parameter in module.named_parameters(recurse=False):
+        if name.startswith(kind) and parameter.requires_grad:
+            yield name, parameter
+
+
+def _fused_edits(fused: list[tuple[str, nn.RNN | nn.RNNCell]], steps: int) -> list[Edit]:
+    edits: list[Edit] = []
+    for path, module in fused:
+        for name, _ in _weights(module, "weight_hh"):
+            edits.append(Edit(f"{path}.{name}".lstrip("."), "fill", "nn.init.orthogonal_"))
+        for name, p in _weights(module, "weight_ih"):
+            std = float(f"{input_scale(steps) / math.sqrt(p.shape[1]):.6g}")
+            edits.append(Edit(f"{path}.{name}".lstrip("."), "fill", "nn.init.normal_", {"std": std}))
+        edits += [
+            Edit(f"{path}.{n}".lstrip("."), "fill", "nn.init.zeros_") for n, _ in _weights(module, "bias")
+        ]
+    return edits
+
+
+def _irnn(fused: list[tuple[str, nn.RNN | nn.RNNCell]]) -> list[Edit]:
+    edits: list[Edit] = []
+    for path, module in fused:
+        place = f"{path}.nonlinearity".lstrip(".")
+        edits.append(Edit(place, "set", arguments={"value": "relu"}, before=module.nonlinearity))
+        if isinstance(module, nn.RNN):
+            edits.append(
+                Edit(f"{path}.mode".lstrip("."), "set", arguments={"value": "RNN_RELU"}, before=module.mode)
+            )
+        edits += [
+            Edit(f"{path}.{n}".lstrip("."), "fill", "nn.init.eye_") for n, _ in _weights(module, "weight_hh")
+        ]
+        edits += [
+            Edit(f"{path}.{n}".lstrip("."), "fill", "nn.init.zeros_") for n, _ in _weights(module, "bias")
+        ]
+    return edits

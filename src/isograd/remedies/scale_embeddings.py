@@ -1,0 +1,63 @@
+"""scale-embeddings: embeddings at the size that the stream expects.
+
+What it does
+    Draws embedding tables from N(0, 1 / width), so that a token's vector has norm 1, where their root mean square
+    lies above 3 or below 1e-3; the rows of padding tokens stay zero.
+
+When it helps
+    Embeddings are the beginning of the residual stream. Far too large, they drown every branch in a pre-norm
+    transformer and saturate what follows in any other; near zero, the first normalisation divides by almost
+    nothing and the gradient of the embedding explodes. nn.Embedding's own N(0, 1) is large for a wide table
+    whose weights are also the head's.
+
+Expected effect
+    The first normalisation multiplies the gradient by sqrt(width) at most.
+
+Safety
+    Unsafe: trained embeddings are lost. Frozen ones are left alone; tied ones change with the head.
+
+References
+    Radford et al. 2019 (GPT-2: N(0, 0.02)); Huang et al. 2020, T-Fixup; Takase et al. 2023, arXiv:2312.16903.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import nn
+
+from isograd.layers import rms
+from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+
+SLUG = "scale-embeddings"
+TREATS = ("embedding", "EG201", "EG202")
+FAR = (1e-3, 3.0)
+"""Published models start between 0.006 and 1."""
+
+
+def prescribe(patient: Patient) -> Iterator[Prescription]:
+    """Tables whose root mean square is far off."""
+    edits: list[Edit] = []
+    for name, module in patient.model.named_modules():
+        if not isinstance(module, nn.Embedding) or not module.weight.requires_grad:
+            continue
+        size = rms(module.weight)
+        if not FAR[0] < size < FAR[1]:
+            std = float(f"{module.embedding_dim**-0.5:.6g}")
+            place = f"{name}.weight".lstrip(".")
+            edits.append(Edit(place, "fill", "nn.init.normal_", {"std": std}, before=f"rms {size:.3g}"))
+            if module.padding_idx is not None:
+                row = module.padding_idx
+                edits.append(Edit(place, "fill", ".zero_", rows=(row, row + 1)))
+    if not edits:
+        yield not_applicable(SLUG, "no trainable embedding has a root mean square below 1e-3 or above 3")
+        return
+    yield Prescription(
+        SLUG,
+        f"{sum(e.rows is None for e in edits)} embedding tables drawn at norm 1",
+        tuple(edits),
+        reach=Reach.INITIALISATION,
+        treats=TREATS,
+        expected="token vectors of norm 1",
+        references=("Takase et al. 2023, arXiv:2312.16903",),
+    )

@@ -1,0 +1,353 @@
+"""Remedies that redraw weights and exchange activations: contracts over all of them, and what each one does."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from isograd.diagnosis import Diagnosis, diagnose
+from isograd.measure import measure
+from isograd.pages import SYMPTOMS
+from isograd.prescription import Patient, Prescription, apply
+from isograd.remedies import (
+    NAMES,
+    critical_initialisation,
+    delta_orthogonal,
+    exchange_activation,
+    forget_bias,
+    leaky_activation,
+    lsuv,
+    orthogonal_initialisation,
+    recurrent_initialisation,
+    reset_norm_epsilon,
+    scale_embeddings,
+    scale_residual_branches,
+    zero_biases,
+)
+from tests.models import Built, Residual, Tied, classified, mlp
+
+HEADINGS = ("What it does", "When it helps", "Expected effect", "Safety", "References")
+
+
+class Functional(nn.Module):
+    """Calls its activation itself; its output goes through one too, and one gates a product."""
+
+    def __init__(self, layers: int = 6, width: int = 16) -> None:
+        super().__init__()
+        self.body = nn.ModuleList(nn.Linear(width, width) for _ in range(layers))
+        self.gate, self.head = nn.Linear(width, width), nn.Linear(width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.body:
+            x = torch.sigmoid(layer(x))
+        x = x * torch.sigmoid(self.gate(x))
+        return torch.sigmoid(self.head(x))
+
+
+def functional_net() -> Built:
+    x, y = torch.randn(32, 16), torch.rand(32, 1)
+    return Functional(), lambda m: functional.binary_cross_entropy(m(x), y)
+
+
+class Loop(nn.Module):
+    """A tanh recurrence written out, with the loss at its end."""
+
+    def __init__(self, width: int = 32) -> None:
+        super().__init__()
+        self.wx, self.wh, self.head = nn.Linear(4, width), nn.Linear(width, width), nn.Linear(width, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.new_zeros(x.shape[0], self.wh.in_features)
+        for t in range(x.shape[1]):
+            h = torch.tanh(self.wx(x[:, t]) + self.wh(h))
+        return self.head(h)
+
+
+def loop(steps: int = 40) -> Built:
+    x, y = torch.randn(8, steps, 4), torch.randint(3, (8,))
+    return Loop(), lambda m: functional.cross_entropy(m(x), y)
+
+
+class Read(nn.Module):
+    def __init__(self, core: nn.RNNBase) -> None:
+        super().__init__()
+        self.core, self.head = core, nn.Linear(core.hidden_size, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.core(x)[0][:, -1])
+
+
+def fused(core: Callable[..., nn.RNNBase]) -> Built:
+    x, y = torch.randn(8, 20, 4), torch.randint(3, (8,))
+    return Read(core(4, 16, batch_first=True)), lambda m: functional.cross_entropy(m(x), y)
+
+
+def convolutions() -> Built:
+    body: list[nn.Module] = []
+    for i in range(5):
+        body += [nn.Conv2d(3 if i == 0 else 8, 8, 3, padding=1), nn.Tanh()]
+    model = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
+    x, y = torch.randn(6, 3, 8, 8), torch.randint(4, (6,))
+    return model, lambda m: functional.cross_entropy(m(x), y)
+
+
+def residual() -> Built:
+    blocks = [Residual(mlp(nn.ReLU, 1, 1.4, width=32, inputs=32, classes=32)) for _ in range(10)]
+    return classified(nn.Sequential(nn.Linear(64, 32), *blocks, nn.Linear(32, 10)))
+
+
+def tied() -> Built:
+    model, tokens = Tied(), torch.randint(11, (4, 7))
+    nn.init.normal_(model.token.weight, 0.0, 4.0)
+    return model, lambda m: functional.cross_entropy(m(tokens).flatten(0, 1), tokens.flatten())
+
+
+def half_frozen() -> Built:
+    model, loss = classified(mlp(nn.Sigmoid, 8, 1.0))
+    for parameter in model[0].parameters():  # pyright: ignore[reportIndexIssue]
+        parameter.requires_grad_(False)
+    return model, loss
+
+
+def post_norm() -> Built:
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    x = torch.randn(4, 6, 16)
+    model = nn.Sequential(nn.TransformerEncoder(layer, 3, enable_nested_tensor=False), nn.Linear(16, 2))
+    return model, lambda m: m(x).square().mean()
+
+
+MODELS: dict[str, Callable[[], Built]] = {
+    "sigmoid MLP": lambda: classified(mlp(nn.Sigmoid, 8, 1.0)),
+    "softplus MLP": lambda: classified(mlp(nn.Softplus, 8, 1.0)),
+    "dead ReLU MLP": lambda: classified(dead()),
+    "functional sigmoids": functional_net,
+    "tanh recurrence": loop,
+    "fused RNN": lambda: fused(nn.RNN),
+    "LSTM": lambda: fused(nn.LSTM),
+    "GRU": lambda: fused(nn.GRU),
+    "convolutions": convolutions,
+    "residual": residual,
+    "tied": tied,
+    "half frozen": half_frozen,
+    "post-norm": post_norm,
+    "eps 10": lambda: classified(normed()),
+}
+
+
+def dead() -> nn.Sequential:
+    model = mlp(nn.ReLU, 6, 1.4)
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            nn.init.constant_(layer.bias, -3.0)
+    return model
+
+
+def normed() -> nn.Sequential:
+    body = [part for _ in range(6) for part in (nn.Linear(64, 64), nn.LayerNorm(64, eps=10.0), nn.ReLU())]
+    return nn.Sequential(*body, nn.Linear(64, 10))
+
+
+def patient(built: Built) -> Patient:
+    model, loss = built
+    return Patient(model, diagnose(measure(model, loss)), loss)
+
+
+def seen(build: Callable[[], Built]) -> Patient:
+    torch.manual_seed(0)
+    return patient(build())
+
+
+def first(remedy: Any, build: Callable[[], Built], index: int = 0) -> tuple[Patient, Prescription]:
+    known = seen(build)
+    return known, list(remedy.prescribe(known))[index]
+
+
+REMEDIES = (
+    critical_initialisation, orthogonal_initialisation, delta_orthogonal, exchange_activation, leaky_activation, lsuv,
+    scale_residual_branches, recurrent_initialisation, forget_bias, reset_norm_epsilon, scale_embeddings, zero_biases,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_remedy_applies_or_says_why_not(model: str) -> None:
+    """Code and `apply` agree bit by bit; the original and the random numbers are not touched; the copy trains."""
+    known = seen(MODELS[model])
+    assert known.loss is not None
+    before = copy.deepcopy(known.model.state_dict())
+    frozen = {name for name, p in known.model.named_parameters() if not p.requires_grad}
+    applied = 0
+    for remedy in REMEDIES:
+        state = torch.get_rng_state()
+        variants = list(remedy.prescribe(known))
+        assert torch.equal(state, torch.get_rng_state())
+        assert variants, "silence is not an answer"
+        for rx in variants:
+            assert rx.remedy == remedy.SLUG
+            if not rx.applicable:
+                assert rx.why_not
+                continue
+            applied += 1
+            changed = apply(known.model, rx)
+            names: dict[str, Any] = {}
+            exec(rx.to_code(), names)
+            coded = names["repair"](copy.deepcopy(known.model))
+            assert changed.state_dict().keys() == before.keys()
+            for key, value in changed.state_dict().items():
+                assert torch.equal(value, coded.state_dict()[key]), (rx.title, key)
+                assert key not in frozen or torch.equal(value, before[key])
+                assert value.isfinite().all()
+            value = known.loss(changed)
+            assert torch.equal(value, known.loss(coded))
+            value.backward()
+            assert torch.equal(known.loss(copy.deepcopy(changed)), value)
+    assert applied >= 2
+    assert all(torch.equal(before[k], v) for k, v in known.model.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_remedy_is_a_page(name: str) -> None:
+    text = (SYMPTOMS.parent / "remedies" / f"{name}.py").read_text(encoding="utf-8")
+    positions = [text.index(f"\n{heading}\n") for heading in HEADINGS]
+    assert positions == sorted(positions)
+
+
+# -- what each one does ----------------------------------------------------------------------------
+
+
+def decades(known: Patient, rx: Prescription) -> float:
+    assert known.loss is not None
+    return measure(apply(known.model, rx), known.loss).lost
+
+
+def test_the_critical_gain_is_what_theory_says() -> None:
+    known, rx = first(critical_initialisation, lambda: classified(mlp(nn.GELU, 8, 1.0)))
+    assert rx.edits[0].arguments["std"] == pytest.approx(1.408211 / 8, rel=1e-4)
+    assert rx.edits[-1].arguments == {} or rx.edits[-1].of == "nn.init.zeros_"  # the head's bias
+    assert any(
+        e.of == "nn.init.normal_" and e.arguments["std"] == pytest.approx(0.41584, rel=1e-3) for e in rx.edits
+    )
+    assert abs(decades(known, rx)) < 0.7
+
+
+def test_theory_expects_what_is_measured() -> None:
+    known, rx = first(exchange_activation, lambda: classified(mlp(nn.Sigmoid, 20, 1.0, width=128)), index=2)
+    assert "ReLU in place of sigmoid (20)" in rx.title
+    assert rx.decades == pytest.approx(20 * math.log10(0.70711), rel=0.05)
+    assert decades(known, rx) == pytest.approx(rx.decades, abs=0.8)
+
+
+def test_together_they_cure_what_neither_does_alone() -> None:
+    torch.manual_seed(0)
+    built = classified(mlp(nn.Sigmoid, 20))
+    known = patient(built)
+    exchange = next(iter(exchange_activation.prescribe(known)))
+    alone = next(iter(orthogonal_initialisation.prescribe(known)))
+    drawn = next(iter(orthogonal_initialisation.prescribe(replace(known, exchanged={"sigmoid": "tanh"}))))
+    both = exchange + drawn
+    assert decades(known, exchange) < -3
+    assert decades(known, alone) < -3
+    assert abs(decades(known, both)) < 1
+
+
+def test_orthogonal_layers_are_orthogonal_at_the_gain() -> None:
+    known, rx = first(orthogonal_initialisation, lambda: classified(mlp(nn.ReLU, 4, 1.0)))
+    weight = dict(apply(known.model, rx).named_parameters())["2.weight"]
+    torch.testing.assert_close(weight @ weight.T, 2 * torch.eye(64), atol=1e-4, rtol=1e-4)
+
+
+def test_a_gate_and_the_output_keep_their_sigmoid() -> None:
+    known, rx = first(exchange_activation, functional_net)
+    (edit,) = rx.edits
+    assert edit.verb == "alter"
+    assert len(edit.arguments["lines"]) == 1  # pyright: ignore[reportArgumentType]
+    assert rx.advice[0].startswith(edit.source)
+    assert "x = torch.sigmoid(layer(x))" in rx.advice[0]
+    changed = apply(known.model, rx)
+    assert known.loss is not None
+    found = measure(changed, known.loss)
+    assert [a.function for a in found.activations] == ["tanh"] * 6 + ["sigmoid"] * 2
+
+
+def test_an_activation_held_as_an_attribute_is_set() -> None:
+    class Held(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.act = nn.ModuleList(nn.Linear(8, 8) for _ in range(4)), torch.tanh
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.body:
+                x = self.act(layer(x))
+            return x
+
+    x = torch.randn(16, 8)
+    known, rx = first(exchange_activation, lambda: (Held(), lambda m: m(x).sum()), index=1)
+    assert rx.edits[0].place == "act"
+    assert apply(known.model, rx).act is functional.relu
+
+
+def test_a_delta_kernel_is_zero_but_at_its_centre() -> None:
+    known, rx = first(delta_orthogonal, convolutions)
+    kernel = dict(apply(known.model, rx).named_parameters())["2.weight"].detach()
+    centre = kernel[:, :, 1, 1].clone()
+    kernel[:, :, 1, 1] = 0
+    assert (kernel == 0).all()
+    torch.testing.assert_close(centre @ centre.T, torch.eye(8), atol=1e-5, rtol=1e-5)
+
+
+def test_lsuv_gives_unit_variance() -> None:
+    known, rx = first(lsuv, lambda: classified(mlp(nn.Softplus, 6, 0.3)))
+    changed = apply(known.model, rx)
+    deviations: list[float] = []
+    for layer in list(changed.children())[:-1]:
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_hook(lambda _m, _a, out: deviations.append(float(out.detach().std())))
+    assert known.loss is not None
+    known.loss(changed)
+    assert deviations == pytest.approx([1.0] * 6, abs=1e-3)
+
+
+def test_scaled_branches_cure_an_exploding_residual_net() -> None:
+    known, rx = first(scale_residual_branches, residual)
+    assert known.flow.growth > 1
+    assert known.loss is not None
+    assert measure(apply(known.model, rx), known.loss).growth < 0.3
+    assert {e.place.split(".")[-2] for e in rx.edits} == {"2"}  # the last layer of each branch
+
+
+def test_a_recurrence_carries_its_gradient() -> None:
+    known = seen(lambda: loop(100))
+    small, identity = recurrent_initialisation.prescribe(known)
+    assert decades(known, small) == pytest.approx(-1, abs=0.5)
+    assert decades(known, identity) > -1.5
+    assert decades(known, next(iter(orthogonal_initialisation.prescribe(known)))) < -5
+
+
+def test_the_forget_gate_has_one_bias_of_1_though_torch_has_two() -> None:
+    known, rx = first(forget_bias, lambda: fused(nn.LSTM))
+    core = apply(known.model, rx).get_submodule("core")
+    assert isinstance(core, nn.LSTM)
+    assert (core.bias_ih_l0[16:32] + core.bias_hh_l0[16:32] == 1).all()
+    chrono = apply(known.model, list(forget_bias.prescribe(known))[1]).get_submodule("core")
+    assert isinstance(chrono, nn.LSTM)
+    forget = chrono.bias_ih_l0[16:32] + chrono.bias_hh_l0[16:32]
+    assert (forget >= 0).all()
+    assert (forget <= math.log(19)).all()
+    assert torch.equal(chrono.bias_ih_l0[:16], -chrono.bias_ih_l0[16:32])
+
+
+def test_embeddings_of_a_sane_size_are_left_alone() -> None:
+    known, rx = first(scale_embeddings, tied)
+    assert rx.applicable
+    changed = apply(known.model, rx)
+    assert isinstance(changed, Tied)
+    assert changed.head.weight is changed.token.weight
+    healthy = Patient(changed, Diagnosis(known.flow))
+    assert not next(iter(scale_embeddings.prescribe(healthy))).applicable
