@@ -57,6 +57,7 @@ class Provenance:
     def listen(self, parameters: Sequence[Tensor]) -> None:
         """Hear of the backward from these parameters only."""
         self.remove()
+        self._counts.clear()  # with reentrant checkpoints fewer parameters hear of fewer backwards
         self._listened = [p for p in parameters if p.requires_grad]
         hook = self._hook()
         self._hooks = [p.register_post_accumulate_grad_hook(hook) for p in self._listened]

@@ -21,7 +21,7 @@ class Scaled(Protocol):
 
     def unscaling(self) -> None: ...
     def unscaled(self, scale: Tensor | None) -> None: ...
-    def scaler_stepping(self, scale: Tensor | None) -> None: ...
+    def scaler_stepping(self) -> None: ...
     def scaler_stepped(self) -> None: ...
 
 
@@ -71,7 +71,7 @@ def _step(original: Callable[..., Any]) -> Callable[..., Any]:
         watcher = _find(optimizer) if self.is_enabled() else None
         if watcher is None:
             return original(self, optimizer, *args, **kwargs)
-        watcher.scaler_stepping(self._scale)
+        watcher.scaler_stepping()
         result = original(self, optimizer, *args, **kwargs)
         watcher.scaler_stepped()
         return result

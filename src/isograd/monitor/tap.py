@@ -12,8 +12,14 @@ from torch.optim import Optimizer
 from isograd.monitor import scaling
 from isograd.monitor.parts import Part, read
 from isograd.monitor.provenance import Closure, Provenance
+from isograd.monitor.sharding import local
 from isograd.monitor.statistics import norms
 from isograd.monitor.updates import Moved, Sampled
+
+CLIPPED = (
+    "clipped before they were read: something wrote to the gradients after the backward; from the next step "
+    "on they are read before that"
+)
 
 
 class Watcher(Protocol):
@@ -101,7 +107,9 @@ class Tap:
 
         self._watcher.guarded(act)
 
-    def scaler_stepping(self, scale: Tensor | None) -> None:
+    def scaler_stepping(self) -> None:
+        if self.provenance.touched:
+            self._watcher.guarded(self.take)
         self._in_scaler, self._stepped = True, False
 
     def scaler_stepped(self) -> None:
@@ -136,40 +144,31 @@ class Tap:
 
     def take(self) -> Part:
         """The raw gradients of this step: read now, or kept from the end of the backward."""
+        part = self._part if self._taken and self._part is not None else self._take()
+        fused = getattr(self.optimizer, "grad_scale", None)  # a fused optimizer unscales as it steps
+        if fused is not None and part.scale is None:
+            part.scale = self.scale = fused.clone()
+        return part
+
+    def _take(self) -> Part:
         provenance = self.provenance
         self._watcher.began(self)
-        fused = getattr(self.optimizer, "grad_scale", None)  # a fused optimizer unscales as it steps
         touched = provenance.touched and not self._in_scaler
-        if self._part is not None and self._read_at == provenance.backwards:
-            part = self._part
-            if fused is not None and part.scale is None:
-                part.scale = fused.clone()
-        else:
+        part = self._part
+        if part is None or self._read_at != provenance.backwards:
             part = self._read()
-            if fused is not None:
-                part.scale = fused.clone()
             if touched:
-                part.notes.append(
-                    "clipped before they were read: gradients were written to after the backward; from the next step on they are read before"
-                )
-        self._taken = True
+                part.notes.append(CLIPPED)
         if touched:
             provenance.read_early = True
             if part.full and self.clipped is None:
-                self.clipped = self._norm_now()
+                self.clipped = _norm(part)
         provenance.settle()
+        self._taken = True
         return part
-
-    def _norm_now(self) -> Tensor | None:
-        part = self._part
-        if part is None or not part.buckets:
-            return None
-        with torch.no_grad():
-            return torch.stack([torch.stack(norms(b.gradients)).norm() for b in part.buckets]).norm()
 
     def _read(self) -> Part:
         self._part = read(self._parameters(), self._watcher.full())
-        self._part.scale = None
         self._read_at = self.provenance.backwards
         return self._part
 
@@ -190,6 +189,15 @@ class Tap:
         self._watcher.ended(self, part)
         self._part, self.scale, self.clipped, self._taken = None, None, None, False
         self.provenance.stepped()
+
+
+def _norm(part: Part) -> Tensor | None:
+    """Norm of the gradients as they are now; None across devices, where it would have to be waited for."""
+    if len({bucket.gradients[0].device for bucket in part.buckets}) != 1:
+        return None
+    with torch.no_grad():
+        now = [[local(p.grad) for p in b.parameters if p.grad is not None] for b in part.buckets]
+        return torch.stack([torch.stack(norms(gradients)).norm() for gradients in now]).norm()
 
 
 def capturing() -> bool:

@@ -1,0 +1,389 @@
+"""Raw gradients in the training loops people write: accumulated, unscaled, unclipped, none lost."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from test_monitor import batches, by_hand, net, same, weights
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+import isograd
+
+
+def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    return functional.cross_entropy(model(batch[0]), batch[1])
+
+
+def clip_norm(model: nn.Module) -> None:
+    nn.utils.clip_grad_norm_(model.parameters(), 1e-3)
+
+
+def clip_value(model: nn.Module) -> None:
+    nn.utils.clip_grad_value_(model.parameters(), 1e-4)
+
+
+def clip_in_place(model: nn.Module) -> None:
+    for p in model.parameters():
+        assert p.grad is not None
+        p.grad.mul_(1e-3)
+
+
+def clip_by_assignment(model: nn.Module) -> None:
+    for p in model.parameters():
+        assert p.grad is not None
+        p.grad = p.grad * 1e-3
+
+
+CLIPS: list[Callable[[nn.Module], None]] = [clip_norm, clip_value, clip_in_place, clip_by_assignment]
+
+
+@pytest.mark.parametrize("clip", CLIPS)
+@pytest.mark.parametrize("micro", [1, 3])
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_clipped_gradients_are_read_before(
+    clip: Callable[[nn.Module], None], micro: int, set_to_none: bool
+) -> None:
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with isograd.watch(model, optimizer) as monitor:
+        for _ in range(6):
+            for batch in batches(micro):
+                (loss_of(model, batch) / micro).backward()
+            expected = by_hand(model)
+            clip(model)
+            clipped = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=set_to_none)
+            reading = monitor.latest()
+            same(reading, expected)
+            assert reading.notes == ()
+            assert reading.scalars["clipped_norm"] == pytest.approx(float(clipped))
+
+
+def test_clipping_that_starts_later_is_told_once_and_read_before_from_then_on() -> None:
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    notes: list[tuple[str, ...]] = []
+    with isograd.watch(model, optimizer) as monitor:
+        for step, batch in enumerate(batches(9)):
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            expected = by_hand(model)
+            if step > 4:
+                clip_norm(model)
+            optimizer.step()
+            reading = monitor.latest()
+            notes.append(reading.notes)
+            if step != 5:
+                same(reading, expected)
+    assert [bool(n) for n in notes] == [False] * 5 + [True] + [False] * 3
+    assert notes[5][0].startswith("clipped before they were read")
+
+
+@pytest.mark.parametrize("clip", [None, clip_norm])
+def test_accumulation_that_ends_early(clip: Callable[[nn.Module], None] | None) -> None:
+    """The last step of an epoch has fewer batches."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with isograd.watch(model, optimizer) as monitor:
+        for micro in (4, 4, 4, 4, 2, 4, 2):
+            for batch in batches(micro):
+                loss_of(model, batch).backward()
+            expected = by_hand(model)
+            if clip is not None:
+                clip(model)
+            optimizer.step()
+            optimizer.zero_grad()
+            reading = monitor.latest()
+            if not reading.notes:
+                same(reading, expected)
+            else:  # only where it is clipped, and only the first time
+                assert clip is not None
+                assert reading.step == 4
+
+
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_step_that_overflows_under_a_scaler_is_read(clip: bool, fused: bool) -> None:
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with isograd.watch(model, optimizer) as monitor:
+        for step, batch in enumerate(batches(9)):
+            optimizer.zero_grad()
+            loss = loss_of(model, batch)
+            scale = scaler.get_scale()
+            scaler.scale(loss * (torch.inf if step in (2, 6) else 1.0)).backward()
+            expected = by_hand(model, scale=scale)
+            if clip:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 1e-2)
+            before = weights(model)
+            scaler.step(optimizer)
+            scaler.update()
+            reading = monitor.latest()
+            assert reading.step == step
+            assert torch.equal(reading.columns["nonfinite"].double(), expected["nonfinite"].double())
+            if step in (2, 6):
+                assert all(torch.equal(a, b) for a, b in zip(before, weights(model), strict=True))
+                assert float(reading.columns["nonfinite"].sum()) > 0
+                assert fused or reading.notes == ("overflow: the optimizer did not step",)
+            else:
+                same(reading, expected)
+                if clip or not fused:
+                    assert reading.scalars["scale"] == scale
+
+
+def test_several_optimizers_in_one_step_and_out_of_step() -> None:
+    model = net()
+    parameters = list(model.parameters())
+    first = torch.optim.SGD(parameters[:2], lr=0.1)
+    second = torch.optim.Adam(parameters[2:])
+    with isograd.watch(model, [first, second]) as monitor:
+        for batch in batches(3):
+            model.zero_grad()
+            loss_of(model, batch).backward()
+            expected = by_hand(model)
+            first.step()
+            second.step()
+            same(monitor.latest(), expected)
+        steps = []
+        for step, batch in enumerate(batches(4)):  # as with a critic that learns more often
+            model.zero_grad()
+            loss_of(model, batch).backward()
+            expected = by_hand(model)
+            first.step()
+            if step % 2:
+                second.step()
+            reading = monitor.latest()
+            steps.append(reading.step)
+            column = reading.columns["grad_norm"]
+            assert torch.allclose(column[:2].double(), expected["grad_norm"][:2], rtol=1e-6)
+            assert bool(column[2:].isnan().all()) == (step % 2 == 0)
+    assert steps == sorted(steps)
+
+
+def test_a_closure_is_read_at_its_first_evaluation() -> None:
+    model = net()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4)
+    with isograd.watch(model, optimizer) as monitor:
+        for batch in batches(5):
+            seen: list[dict[str, Tensor]] = []
+
+            def closure(batch: tuple[Tensor, Tensor] = batch, seen: list[dict[str, Tensor]] = seen) -> Tensor:
+                optimizer.zero_grad()
+                loss = loss_of(model, batch)
+                loss.backward()
+                seen.append(by_hand(model))
+                return loss
+
+            before = weights(model)
+            optimizer.step(closure)
+            assert len(seen) > 1
+            reading = monitor.latest()
+            same(reading, seen[0])
+            moved = [(a - b).norm() for a, b in zip(weights(model), before, strict=True)]
+            same(reading, {"update_norm": torch.stack(moved)}, rtol=1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing(reentrant: bool) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with isograd.watch(model, optimizer) as monitor:
+        for x, y in batches(5):
+            optimizer.zero_grad()
+            hidden = checkpoint(model[:3], x.requires_grad_(), use_reentrant=reentrant)
+            functional.cross_entropy(model[3:](hidden), y).backward()
+            expected = by_hand(model)
+            clip_norm(model)
+            optimizer.step()
+            same(monitor.latest(), expected)
+
+
+def test_parameters_frozen_thawed_and_added() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with isograd.watch(model, optimizer) as monitor:
+        for step, batch in enumerate(batches(12)):
+            model[0].requires_grad_(not 3 <= step < 6)
+            if step == 8:
+                model.append(nn.Linear(4, 4))
+                optimizer.add_param_group({"params": list(model[5].parameters())})
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            norms = [torch.nan if p.grad is None else float(p.grad.norm()) for p in model.parameters()]
+            optimizer.step()
+            reading = monitor.latest()
+            assert reading.sites == tuple(dict(model.named_parameters()))
+            torch.testing.assert_close(
+                reading.columns["grad_norm"], torch.tensor(norms), equal_nan=True, rtol=1e-5, atol=0
+            )
+
+
+def test_zero_is_no_gradient_and_no_gradient_is_not_zero() -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(8, 4))
+    optimizer = torch.optim.SGD(model.parameters())
+    with isograd.watch(model, optimizer) as monitor:
+        (model[0](torch.randn(3, 8)) * 0).sum().backward()
+        optimizer.step()
+        column = monitor.latest().columns["grad_norm"]
+    assert column[:2].tolist() == [0, 0]
+    assert column[2:].isnan().all()
+
+
+@pytest.mark.parametrize("factor", [1e-35, 1e-28, 1e25, 1e32])
+def test_norms_whose_squares_leave_float32(factor: float) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with isograd.watch(model, optimizer) as monitor:
+        (loss_of(model, next(batches(1))) * factor).backward()
+        expected = by_hand(model)
+        optimizer.step()
+        same(monitor.latest(), expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_precisions(dtype: torch.dtype) -> None:
+    model = net(64).to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with isograd.watch(model, optimizer) as monitor:
+        loss = model(torch.randn(5, 8, dtype=dtype)).float().square().mean()
+        (loss + 200 * model[0].bias.float().sum()).backward()  # the squares are beyond float16
+        expected = by_hand(model)
+        optimizer.step()
+        same(monitor.latest(), expected, rtol=1e-5)
+
+
+def test_sparse_gradients() -> None:
+    model = nn.Sequential(nn.Embedding(50, 4, sparse=True))
+    optimizer = torch.optim.SparseAdam(model.parameters())
+    with isograd.watch(model, optimizer) as monitor:
+        model(torch.tensor([3, 3, 7])).square().sum().backward()
+        dense = model[0].weight.grad.to_dense()  # type: ignore[union-attr]
+        before = weights(model)
+        optimizer.step()
+        reading = monitor.latest()
+        assert reading.columns["grad_norm"].item() == pytest.approx(float(dense.norm()))
+        assert reading.columns["zeros"].item() == int((dense == 0).sum())
+        moved = (weights(model)[0] - before[0]).norm()
+        assert reading.columns["update_norm"].item() == pytest.approx(float(moved), rel=1e-5)
+
+
+def test_tied_weights_are_counted_once() -> None:
+    model = net()
+    model[2].weight = nn.Parameter(torch.randn(16, 16))
+    model.append(nn.Linear(4, 4))
+    model[5].weight = model[4].weight  # type: ignore[assignment]
+    model[4].weight = nn.Parameter(torch.randn(4, 16))
+    model[5].weight = nn.Parameter(torch.randn(4, 4))
+    model.append(nn.Linear(4, 4))
+    model[6].weight = model[5].weight
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with isograd.watch(model, optimizer) as monitor:
+        loss_of(model, next(batches(1))).backward()
+        expected = by_hand(model)
+        optimizer.step()
+        assert monitor.latest().sites.count("5.weight") == 1
+        assert "6.weight" not in monitor.latest().sites
+        same(monitor.latest(), expected)
+
+
+def test_a_backward_that_raised_is_forgotten() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def fail(grad: Tensor) -> Tensor:
+        raise ArithmeticError
+
+    with isograd.watch(model, optimizer) as monitor:
+        for step, batch in enumerate(batches(4)):
+            optimizer.zero_grad()
+            if step == 1:
+                x = batch[0].clone().requires_grad_()
+                x.register_hook(fail)
+                with pytest.raises(ArithmeticError):
+                    loss_of(model, (x, batch[1])).backward()
+                optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            expected = by_hand(model)
+            clip_norm(model)
+            optimizer.step()
+            same(monitor.latest(), expected)
+
+
+def test_what_is_watched_is_left_as_it_was() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    step, unscale = torch.amp.GradScaler.step, torch.amp.GradScaler.unscale_
+    monitor = isograd.watch(model, optimizer)
+    monitor.close()
+    monitor.close()
+    assert not optimizer._optimizer_step_pre_hooks
+    assert not optimizer._optimizer_step_post_hooks
+    assert all(not p._post_accumulate_grad_hooks for p in model.parameters())
+    assert (torch.amp.GradScaler.step, torch.amp.GradScaler.unscale_) == (step, unscale)
+
+
+def test_a_notebook_cell_run_twice_watches_once() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    steps: list[int] = []
+    first = isograd.watch(model, optimizer, sinks=[lambda scalars, step: steps.append(step)])
+    second = isograd.watch(model, optimizer, sinks=[lambda scalars, step: steps.append(step)])
+    for batch in batches(2):
+        loss_of(model, batch).backward()
+        optimizer.step()
+    second.close()
+    first.close()
+    assert steps == [0, 1]
+
+
+def test_nothing_of_a_watched_model_is_kept_alive() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    monitor = isograd.watch(model, optimizer)
+    loss_of(model, next(batches(1))).backward()
+    optimizer.step()
+    gone = weakref.ref(model)
+    del model, optimizer, monitor
+    gc.collect()
+    assert gone() is None
+
+
+def test_an_error_inside_is_one_warning_and_the_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with isograd.watch(model, optimizer), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        monkeypatch.setattr(torch, "_foreach_norm", lambda *_, **__: 1 / 0)
+        before = weights(model)
+        for batch in batches(3):
+            loss_of(model, batch).backward()
+            optimizer.step()
+    assert not torch.equal(before[0], weights(model)[0])
+    assert [str(w.message).startswith("isograd.watch failed") for w in told] == [True]
+
+
+def test_a_sink_that_fails_is_one_warning() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def sink(scalars: dict[str, float], step: int) -> None:
+        raise OSError("no network")
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        with isograd.watch(model, optimizer, sinks=[sink]):
+            for batch in batches(3):
+                loss_of(model, batch).backward()
+                optimizer.step()
+    assert len(told) == 1
+    assert "no network" in str(told[0].message)
