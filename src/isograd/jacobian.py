@@ -1,4 +1,4 @@
-"""The Jacobian between two places of an autograd graph, as an operator, and its singular values.
+"""The Jacobian between two places of an autograd graph, as an operator.
 
 Nothing is assembled that need not be: one backward gives a product with the transpose, and
 differentiating that backward gives a product with the Jacobian itself, so a block of a million
@@ -8,21 +8,12 @@ not see each other is a block-diagonal operator, and its blocks are iterated on 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
-
-LARGEST_DENSE = 512
-"""Outputs of one block up to which the Jacobian is assembled: one backward each."""
-LARGEST_ASSEMBLED = 2**25
-"""Elements of all assembled blocks together: 256 MB in float64."""
-MOST_STEPS = 100
-MOST_PROBES = 64
-FEWEST_PROBES = 8
 
 
 @dataclass(frozen=True)
@@ -45,14 +36,15 @@ class Place:
         return max(torch.finfo(t.dtype).eps for t in self.like)
 
     def pack(self, tensors: Sequence[Tensor], blocks: int) -> Tensor:
-        """All elements as float64 of shape (block, dimension)."""
-        return torch.cat([t.detach().reshape(blocks, -1).double() for t in tensors], 1)
+        """All elements as float64 of shape (…, block, dimension); … are dimensions before those of `like`."""
+        batch = tensors[0].shape[: tensors[0].ndim - self.like[0].ndim]
+        return torch.cat([t.detach().reshape(*batch, blocks, -1).double() for t in tensors], -1)
 
     def unpack(self, vector: Tensor) -> list[Tensor]:
         """The inverse of `pack`."""
-        sizes = [t.numel() // vector.shape[0] for t in self.like]
-        parts = vector.split(sizes, 1)
-        return [part.reshape(t.shape).to(t.dtype) for part, t in zip(parts, self.like, strict=True)]
+        *batch, blocks, _ = vector.shape
+        parts = vector.split([t.numel() // blocks for t in self.like], -1)
+        return [part.reshape(*batch, *t.shape).to(t.dtype) for part, t in zip(parts, self.like, strict=True)]
 
     def random(self, blocks: int, generator: torch.Generator) -> Tensor:
         """A vector of independent signs: unbiased in Hutchinson's estimate, with the least variance."""
@@ -73,13 +65,20 @@ class Jacobian:
         self._cotangent: list[Tensor] = []
         self._pulled: list[Tensor] = []
 
-    def vjp(self, cotangent: Sequence[Tensor]) -> list[Tensor]:
-        """J'u by one backward."""
-        scaled = [u * 10**-self.log10 for u in cotangent]
+    def vjp(self, cotangent: Sequence[Tensor], *, batched: bool = False) -> list[Tensor]:
+        """J'u by one backward; of many u at once along a first dimension."""
         found = torch.autograd.grad(
-            self.output.edges, self.input.edges, scaled, retain_graph=True, allow_unused=True
+            self.output.edges,
+            self.input.edges,
+            [u * 10**-self.log10 for u in cotangent],
+            retain_graph=True,
+            allow_unused=True,
+            is_grads_batched=batched,
         )
-        return _filled(found, self.input.like)
+        like = (
+            [t.expand(len(cotangent[0]), *t.shape) for t in self.input.like] if batched else self.input.like
+        )
+        return _filled(found, like)
 
     def jvp(self, tangent: Sequence[Tensor]) -> list[Tensor]:
         """Jv by differentiating the backward, which is linear in its cotangent."""
@@ -109,6 +108,7 @@ class Product:
         self.log10 = sum(factor.log10 for factor in factors)
         self.eps = max(self.output.eps, self.input.eps)
         """Spacing of the coarser end's numbers around 1: a float32 head on a bfloat16 body is no finer."""
+        self._batches = True
         self.blocks = 1
         if self.output.rows == self.input.rows > 1 and not self._coupled():
             self.blocks = self.output.rows
@@ -129,6 +129,18 @@ class Product:
         for factor in self.factors:
             found = factor.vjp(found)
         return self.input.pack(found, self.blocks)
+
+    def vjps(self, cotangents: Tensor) -> Tensor:
+        """(probe, block, output) -> (probe, block, input), at once where every operation allows it."""
+        if self._batches:
+            try:
+                found = self.output.unpack(cotangents)
+                for factor in self.factors:
+                    found = factor.vjp(found, batched=True)
+                return self.input.pack(found, self.blocks)
+            except RuntimeError:  # some operation's backward has no batching rule
+                self._batches = False
+        return torch.stack([self.vjp(cotangent) for cotangent in cotangents])
 
     def jvp(self, tangent: Tensor) -> Tensor:
         """(block, input) -> (block, output)."""
@@ -170,149 +182,3 @@ def _masked(tensor: Tensor, kept: Tensor) -> Tensor:
 
 def _filled(found: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
     return [torch.zeros_like(t) if g is None else g for g, t in zip(found, like, strict=True)]
-
-
-@dataclass(frozen=True, slots=True)
-class Estimate:
-    """Singular values of a packed operator, without its factor 10**log10."""
-
-    method: str
-    """'diagonal', 'dense' or 'golub-kahan'."""
-    largest: float
-    rms: float
-    smallest: float | None = None
-    error: float = 0.0
-    """Relative residual of the largest value."""
-    rms_error: float = 0.0
-    """Relative standard error of the RMS."""
-    condition: float | None = None
-    """Largest over smallest of the worst block."""
-
-
-def diagonal(product: Product, generator: torch.Generator) -> Estimate | None:
-    """All singular values of an elementwise map from one backward; None where it is none.
-
-    A cotangent of ones gives the diagonal, and random signs, which any other element would disturb,
-    tell whether that is all.
-    """
-    if [t.shape for t in product.output.like] != [t.shape for t in product.input.like]:
-        return None
-    signs = product.output.random(product.blocks, generator)
-    values = product.vjp(torch.ones_like(signs))
-    if not torch.allclose(product.vjp(signs), signs * values, rtol=4 * product.eps, atol=0.0):
-        return None
-    values = values.abs()
-    return _all(values.amax(1), values.amin(1), values.square().mean(), "diagonal")
-
-
-def dense(product: Product) -> Estimate:
-    """All singular values of the assembled matrix: one backward per output."""
-    rows: list[Tensor] = []
-    for j in range(product.outputs):
-        unit = torch.zeros(product.blocks, product.outputs, dtype=torch.float64)
-        unit[:, j] = 1
-        rows.append(product.vjp(unit.to(product.output.like[0].device)))
-    values = torch.linalg.svdvals(torch.stack(rows, 1))
-    mean_square = values.square().sum() / (product.blocks * product.outputs)
-    # The threshold of a numerical rank: what lies below is rounding in the backward.
-    rounding = values[:, 0] * max(product.outputs, product.inputs) * product.eps
-    smallest = torch.where(values[:, -1] > rounding, values[:, -1], 0.0)
-    return _all(values[:, 0], smallest, mean_square, "dense")
-
-
-def _all(largest: Tensor, smallest: Tensor, mean_square: Tensor, method: str) -> Estimate:
-    """All singular values are known: extremes of each block."""
-    condition = float((largest / smallest).nan_to_num(nan=math.inf, posinf=math.inf).max())
-    return Estimate(
-        method, float(largest.max()), float(mean_square.sqrt()), float(smallest.min()), condition=condition
-    )
-
-
-def fits_dense(product: Product) -> bool:
-    """Is assembling the matrix affordable in time and memory?"""
-    size = product.blocks * product.outputs * product.inputs
-    return product.outputs <= LARGEST_DENSE and size <= LARGEST_ASSEMBLED
-
-
-def hutchinson(product: Product, tolerance: float, generator: torch.Generator) -> tuple[float, float]:
-    """RMS singular value, ||J||_F / sqrt(outputs), and its relative standard error.
-
-    The mean of ||J'u||^2 over random signs u is ||J||_F^2 (Hutchinson, 1990).
-    """
-    found: list[float] = []
-    mean = error = math.nan
-    while len(found) < MOST_PROBES:
-        u = product.output.random(product.blocks, generator)
-        found.append(float(product.vjp(u).square().sum() / u.numel()))
-        if len(found) < FEWEST_PROBES:
-            continue
-        seen = torch.tensor(found, dtype=torch.float64)
-        mean = float(seen.mean())
-        error = float(seen.std()) / len(found) ** 0.5 / (2 * mean) if mean else 0.0
-        if not error > tolerance:
-            break
-    return math.sqrt(mean), error
-
-
-def golub_kahan(product: Product, tolerance: float, generator: torch.Generator) -> tuple[float, float]:
-    """Largest singular value and its relative residual, by bidiagonalisation (Golub and Kahan, 1965).
-
-    All blocks at once, every vector orthogonalised twice against all before it. The value approaches the
-    true one from below; it stops when its residual is within `tolerance` of it. The smallest values of
-    the bidiagonal matrix are no estimate of the operator's, and are not returned.
-    """
-    u = _normalised(product.output.random(product.blocks, generator))
-    left, right = [u], list[Tensor]()
-    alphas, betas = list[Tensor](), list[Tensor]()
-    value = residual = 0.0
-    for _ in range(min(MOST_STEPS, product.outputs, product.inputs)):
-        v = _orthogonal(product.vjp(left[-1]), right)
-        alphas.append(v.norm(dim=1))
-        right.append(_normalised(v))
-        u = _orthogonal(product.jvp(right[-1]), left)
-        betas.append(u.norm(dim=1))
-        # What is left of an exhausted Krylov space is rounding: no direction to go on in.
-        exhausted = betas[-1] <= product.eps * torch.stack(alphas).amax(0)
-        left.append(torch.where(exhausted[:, None], 0.0, _normalised(u)))
-        bidiagonal = torch.diag_embed(torch.stack(alphas, 1))
-        if len(alphas) > 1:
-            bidiagonal += torch.diag_embed(torch.stack(betas[:-1], 1), -1)
-        _, values, vh = torch.linalg.svd(bidiagonal)
-        largest, last = values[:, 0], vh[:, 0, -1]
-        value = float(largest.max())
-        # Left singular vectors pair with the next output-side vector: J v = s u + beta (e_k' y) u_(k+1).
-        residual = float((betas[-1] * last.abs()).max()) / value if value else 0.0
-        if len(alphas) > 2 and residual <= tolerance:
-            break
-    return value, residual
-
-
-def _orthogonal(vector: Tensor, basis: Sequence[Tensor]) -> Tensor:
-    for _ in range(2):
-        for other in basis:
-            vector = vector - (vector * other).sum(1, keepdim=True) * other
-    return vector
-
-
-def _normalised(vector: Tensor) -> Tensor:
-    length = vector.norm(dim=1, keepdim=True)
-    return torch.where(length > 0, vector / length, 0.0)
-
-
-def estimate(product: Product, tolerance: float, seed: int) -> tuple[Estimate, str]:
-    """The singular values by the cheapest method that is exact enough, and why the largest is missing, if so."""
-    generator = torch.Generator().manual_seed(seed)
-    found = diagonal(product, generator) or (dense(product) if fits_dense(product) else None)
-    if found is not None:
-        return found, ""
-    rms, rms_error = hutchinson(product, tolerance, generator)
-    largest, error, why = math.nan, math.nan, ""
-    try:
-        mismatch = product.adjoint_error(generator)
-        if mismatch <= 1000 * product.eps:
-            largest, error = golub_kahan(product, tolerance, generator)
-        else:
-            why = f"its backward cannot be differentiated: <u, Jv> and <J'u, v> differ by {mismatch:.0e}"
-    except RuntimeError as raised:
-        why = f"its backward cannot be differentiated: {str(raised).splitlines()[0]}"
-    return Estimate("golub-kahan", largest, rms, None, error, rms_error), why

@@ -7,30 +7,36 @@ and RMS agree; training aligns the gradient with the large directions, and their
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-import msgspec
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 
 from isograd.backbone import Graph
+from isograd.distribution import Distribution
 from isograd.flow import Site
-from isograd.jacobian import Jacobian, Place, Product, estimate
-from isograd.traced import Loss, Traced, traced
+from isograd.jacobian import Jacobian, Place, Product
+from isograd.readings import log10
+from isograd.singular import estimate
+from isograd.traced import Loss, Traced, traced, unwrapped
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.console import RenderableType
 
-SCHEMA = 1
 SAFE_DECADES = 10.0
 """Segments are multiplied in one backward while their gains together stay within this."""
+HALVES = (torch.bfloat16, torch.float16)
 MATH_BACKEND = "attention ran on its MATH backend, the only one that can be differentiated twice"
+FIXED_MASK = "dropout kept the mask of this one forward: the Jacobian is that of the thinned network"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +64,10 @@ class SingularValues:
     """Relative standard error of sigma_rms; 0: exact up to rounding."""
     log10_gain: float
     """What this loss's own gradient was multiplied by."""
+    distribution: Distribution | None = None
+    """Mean of the logarithms, quantiles and share of zeros; None where only the RMS could be measured."""
     unexamined: str = ""
-    """Why sigma_max is missing, where it is."""
+    """Why all but the RMS is missing, where it is."""
 
     @property
     def sigma_max(self) -> float:
@@ -70,6 +78,11 @@ class SingularValues:
     def sigma_rms(self) -> float:
         """Root mean square of the singular values; 0 or inf where a float cannot hold it."""
         return _power(self.log10_sigma_rms)
+
+    @property
+    def log10_sigma_mean(self) -> float:
+        """Mean of log10 over the singular values that are not zero; NaN where it is not known."""
+        return math.nan if self.distribution is None else self.distribution.log10_mean
 
     @property
     def gain(self) -> float:
@@ -92,48 +105,45 @@ class Spectrum:
     tolerance: float
     notes: tuple[str, ...] = ()
     target: str = ""
+    whole: str = "end to end"
+    """What `end_to_end` goes over, where only a range of the backbone was asked for."""
 
     def __repr__(self) -> str:
-        from rich.console import Console
+        from isograd.render.spectrum import text
 
-        console = Console(width=110, no_color=True, force_terminal=False)
-        with console.capture() as captured:
-            console.print(self.__rich__())
-        return "\n".join(line.rstrip() for line in captured.get().splitlines())
+        return text(self)
 
-    def __rich__(self) -> Table:
-        from rich.table import Table
-        from rich.text import Text
+    def __rich__(self) -> RenderableType:
+        from isograd.render.spectrum import table
 
-        title = Text(f"singular values  {self.target}".rstrip())
-        table = Table(box=None, title=title, title_justify="left", caption_justify="left", pad_edge=False)
-        table.add_column("segment", overflow="fold")
-        for name in ("max", "rms", "min", "condition", "gain", "gain/rms"):
-            table.add_column(name, justify="right")
-        table.add_column("method")
-        for found in self.segments:
-            table.add_row(Text(found.site.place), *_cells(found), found.method)
-        if self.end_to_end is not None:
-            table.add_section()
-            table.add_row("end to end", *_cells(self.end_to_end), self.end_to_end.method)
-        said = [*self.notes, *(f"{s.site.name}: {s.unexamined}" for s in self._all() if s.unexamined)]
-        table.caption = Text("\n".join(said)) if said else None
-        return table
+        return table(self)
 
-    def _all(self) -> tuple[SingularValues, ...]:
+    @property
+    def examined(self) -> tuple[SingularValues, ...]:
+        """The segments, and all of them together last."""
         return self.segments if self.end_to_end is None else (*self.segments, self.end_to_end)
 
     def to_json(self) -> str:
         """Strict JSON as docs/spectrum.md describes it, with null where nothing finite was measured."""
-        report = {
-            "schema": SCHEMA,
-            "target": self.target,
-            "tolerance": self.tolerance,
-            "segments": [_report(found) for found in self.segments],
-            "end_to_end": None if self.end_to_end is None else _report(self.end_to_end),
-            "notes": self.notes,
-        }
-        return msgspec.json.format(msgspec.json.encode(report)).decode() + "\n"
+        from isograd.render.spectrum import to_json
+
+        return to_json(self)
+
+    def to_svg(self) -> str:
+        """Singular values along the depth and how they are distributed, one self-contained SVG.
+
+        Raises:
+            ValueError: matplotlib is not installed.
+        """
+        from isograd.render.spectrum import svg
+
+        return svg(self)
+
+    def to_html(self) -> str:
+        """The pictures and the table as an HTML fragment that needs no other file."""
+        from isograd.render.spectrum import html
+
+        return html(self)
 
 
 def spectrum(
@@ -141,9 +151,11 @@ def spectrum(
     loss: Loss,
     *,
     sites: Sequence[str] | None = None,
+    start: str | None = None,
+    end: str | None = None,
     tolerance: float = 1e-2,
     seed: int = 0,
-    each: Callable[[SingularValues], None] | None = None,
+    each: Callable[[SingularValues, int], None] | None = None,
 ) -> Spectrum:
     """Singular values of the Jacobian of every backbone segment of `model`, and of all of them together.
 
@@ -151,12 +163,15 @@ def spectrum(
     iterated on without a matrix. The model is left as it was.
 
     Args:
-        model: any module, as for `measure`.
+        model: any module, as for `measure`. One in half precision is measured in float32 on a copy.
         loss: `loss(model)` returns a tensor with one element; its gradient gives `gain`.
         sites: only segments whose site or module matches one of these names or patterns (`h.*`).
+        start: begin with the first segment that has this name or pattern, instead of at the input.
+        end: stop after the last segment that has it, instead of at the output. `end_to_end` is then the
+            product from `start` to `end`.
         tolerance: relative residual of the largest value, and standard error of the RMS, to stop at.
         seed: of the random probes.
-        each: called with every segment's result when it is there.
+        each: called with every segment's result when it is there, and how many there will be.
 
     Raises:
         TypeError: the model is no module, or the loss returns no tensor.
@@ -165,24 +180,80 @@ def spectrum(
     """
     if not tolerance > 0:
         raise ValueError(f"the tolerance is {tolerance:g}; it must be positive, for example 0.01")
-    with sdpa_kernel(SDPBackend.MATH), traced(model, loss) as run:
-        notes = [*run.notes]
+    with _prepared(model, loss) as (run, notes):
         chain = _Chain(run)
-        chosen = [i for i, site in enumerate(chain.sites) if _meant(site, sites)]
+        first, last = chain.span(start, end)
+        chosen = [i for i in range(first, last) if sites is None or chain.meant(i, sites)]
         if sites is not None and not chosen:
-            known = ", ".join(repr(site.name) for site in chain.sites[:8])
-            raise ValueError(f"no site is called {' or '.join(map(repr, sites))}; the first are {known}")
+            raise chain.unknown(sites)
         found: list[SingularValues] = []
         for i in chosen:
             found.append(chain.singular_values(i, i + 1, tolerance, seed))
             if each is not None:
-                each(found[-1])
-        whole = chain.singular_values(0, len(chain.sites), tolerance, seed) if chain.sites else None
-    if any(made.call.kind == "attention" for made in run.trace.made.values()):
-        notes.append(MATH_BACKEND)
-    coarse = {str(t.dtype).removeprefix("torch.") for p in chain.places for t in p.like if p.eps > 1e-6}
-    notes += [f"computed in {name}: digits beyond its precision are rounding" for name in sorted(coarse)]
-    return Spectrum(tuple(found), whole, tolerance, tuple(notes))
+                each(found[-1], len(chosen))
+        whole = chain.singular_values(first, last, tolerance, seed) if first < last else None
+        coarse = {str(t.dtype).removeprefix("torch.") for p in chain.places for t in p.like if p.eps > 1e-6}
+        notes += [f"computed in {name}: digits beyond its precision are rounding" for name in sorted(coarse)]
+    span = f"{start or 'input'} to {end or 'output'}"
+    return Spectrum(
+        tuple(found), whole, tolerance, tuple(notes), whole="end to end" if start is end is None else span
+    )
+
+
+@contextmanager
+def _prepared(model: nn.Module, loss: Loss) -> Iterator[tuple[Traced, list[str]]]:
+    """A forward whose backward can be differentiated, in no less than single precision, and what to say of it."""
+    inner, notes = unwrapped(model)
+    with ExitStack() as stack:
+        stack.enter_context(_differentiable_twice(inner))
+        halves = {str(p.dtype).removeprefix("torch.") for p in inner.parameters() if p.dtype in HALVES}
+        run = None
+        if halves:
+            run = _upcast(inner, loss, stack)
+            how = "computed in float32, on a copy" if run else "could not be computed in float32"
+            notes.append(f"the model's {' and '.join(sorted(halves))} was {how}")
+        run = run or stack.enter_context(traced(inner, loss))
+        kinds = {made.call.kind for made in run.trace.made.values()}
+        notes += [MATH_BACKEND] * ("attention" in kinds) + [FIXED_MASK] * ("dropout" in kinds)
+        yield run, notes
+
+
+@contextmanager
+def _differentiable_twice(model: nn.Module) -> Iterator[None]:
+    """Fused attention and cuDNN's recurrences have a backward that cannot be differentiated."""
+    fused = torch.backends.cudnn.enabled
+    with sdpa_kernel(SDPBackend.MATH):
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            torch.backends.cudnn.enabled = False
+        try:
+            yield
+        finally:
+            torch.backends.cudnn.enabled = fused
+
+
+def _upcast(model: nn.Module, loss: Loss, stack: ExitStack) -> Traced | None:
+    """The same loss of a float32 copy; None where it does not run in that or does not use what it is given."""
+    precise = copy.deepcopy(model)._apply(_single)
+    own = {id(p) for p in precise.parameters()}
+    precise.register_forward_pre_hook(lambda _, args, kwargs: _cast((args, kwargs)), with_kwargs=True)
+    attempt = ExitStack()
+    try:
+        run = attempt.enter_context(traced(precise, loss))
+        if any(id(getattr(node, "variable", None)) in own for node in run.graph.order):
+            stack.push(attempt.pop_all())
+            return run
+    except Exception:  # as it is, the model then runs or shows the user's own error
+        pass
+    attempt.close()
+    return None
+
+
+def _single(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in HALVES else tensor
+
+
+def _cast(arguments: Any) -> Any:
+    return pytree.tree_map_only(Tensor, _single, arguments)
 
 
 class _Chain:
@@ -204,24 +275,51 @@ class _Chain:
             unit = above.unpack(above.pack(gradient, 1) / length) if length > 0 else gradient
             gradient = Jacobian(above, below).vjp(unit)
             after = float(below.pack(gradient, 1).norm())
-            gains.append(_log10(after) if length > 0 else math.nan)
+            gains.append(log10(after) if length > 0 else math.nan)
         return gains[::-1]
+
+    def meant(self, i: int, patterns: Sequence[str]) -> bool:
+        """Does segment i end at a site, or in a module, of one of these names?"""
+        site = self.sites[i]
+        return any(fnmatchcase(name, pattern) for pattern in patterns for name in (site.name, site.module))
+
+    def span(self, start: str | None, end: str | None) -> tuple[int, int]:
+        """Segments from the first of name `start` to the last of name `end`: a half-open range."""
+        bounds = [0, len(self.sites)]
+        for which, name in enumerate((start, end)):
+            if name is not None:
+                found = [i for i in range(len(self.sites)) if self.meant(i, [name])]
+                if not found:
+                    raise self.unknown([name])
+                bounds[which] = found[-1] + 1 if which else found[0]
+        if bounds[0] >= bounds[1] and self.sites:
+            raise ValueError(f"{start!r} comes after {end!r} in the forward pass: exchange the two")
+        return bounds[0], bounds[1]
+
+    def unknown(self, names: Sequence[str]) -> ValueError:
+        """Nothing is called so, and what there is."""
+        known = ", ".join(repr(site.name) for site in self.sites[:8])
+        more = f" and {len(self.sites) - 8} more" if len(self.sites) > 8 else ""
+        return ValueError(
+            f"no site is called {' or '.join(map(repr, names))}; there are, from the input, {known}{more}"
+        )
 
     def singular_values(self, start: int, end: int, tolerance: float, seed: int) -> SingularValues:
         """Of the Jacobian from place `start` to place `end`, counted from the input."""
         product = Product(self._factors(start, end))
-        found, why = estimate(product, tolerance, seed)
+        found = estimate(product, tolerance, seed)
         return SingularValues(
             site=self.sites[end - 1],
             method=found.method,
-            log10_sigma_max=_log10(found.largest) + product.log10,
-            log10_sigma_rms=_log10(found.rms) + product.log10,
-            sigma_min=None if found.smallest is None else _power(_log10(found.smallest) + product.log10),
+            log10_sigma_max=log10(found.largest) + product.log10,
+            log10_sigma_rms=log10(found.rms) + product.log10,
+            sigma_min=None if found.smallest is None else _power(log10(found.smallest) + product.log10),
             condition=found.condition,
             error=found.error,
             rms_error=found.rms_error,
             log10_gain=sum(self.log10_gains[start:end]),
-            unexamined=why,
+            distribution=found.distribution and found.distribution.shifted(product.log10),
+            unexamined=found.unexamined,
         )
 
     def _factors(self, start: int, end: int) -> list[Jacobian]:
@@ -255,41 +353,5 @@ def _places(graph: Graph, tops: Sequence[Node], value: Tensor) -> list[Place]:
     return places
 
 
-def _meant(site: Site, patterns: Sequence[str] | None) -> bool:
-    return patterns is None or any(
-        fnmatchcase(name, pattern) for pattern in patterns for name in (site.name, site.module)
-    )
-
-
-def _log10(value: float) -> float:
-    return math.log10(value) if value > 0 else (-math.inf if value == 0 else math.nan)
-
-
 def _power(log10: float) -> float:
     return math.inf if log10 > 308 else 10**log10
-
-
-def _cells(found: SingularValues) -> list[str]:
-    largest, rms = _number(found.log10_sigma_max), _number(found.log10_sigma_rms)
-    return [
-        largest + (f" ±{found.error:.0%}" if found.error >= 0.005 else ""),
-        rms + (f" ±{found.rms_error:.0%}" if found.rms_error >= 0.005 else ""),
-        "" if found.sigma_min is None else f"{found.sigma_min:.3g}",
-        "" if found.condition is None else f"{found.condition:.3g}",
-        _number(found.log10_gain),
-        _number(found.log10_gain - found.log10_sigma_rms),
-    ]
-
-
-def _number(log10: float) -> str:
-    """A power of ten where a float would be 0 or inf: `1e-250.4`."""
-    if math.isnan(log10):
-        return ""
-    return f"1e{log10:.1f}" if 300 < abs(log10) < math.inf else f"{_power(log10):.3g}"
-
-
-def _report(found: SingularValues) -> dict[str, object]:
-    site = asdict(found.site)
-    numbers = ("sigma_max", "sigma_rms", "gain", "alignment")
-    rest = {name: value for name, value in asdict(found).items() if name != "site"}
-    return {"site": site.pop("name"), **site, **rest, **{name: getattr(found, name) for name in numbers}}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from isograd.spectrum import SingularValues, Spectrum
 
 INTERRUPTED = 130
+Format = Literal["text", "json", "svg", "html"]
 
 
 @click.command()
@@ -29,6 +31,8 @@ INTERRUPTED = 130
     help="Data for a bare module: 32,64 or ids=2,128:int64:500 (shape, dtype, upper bound). Repeatable.",
 )
 @click.option("--sites", metavar="NAMES", help="Only segments of these sites or modules: fc1,h.*")
+@click.option("--from", "start", metavar="NAME", help="Begin with this site or module, not at the input.")
+@click.option("--to", "end", metavar="NAME", help="Stop after this site or module, not at the output.")
 @click.option(
     "--tolerance",
     type=click.FloatRange(min=0, min_open=True),
@@ -36,7 +40,9 @@ INTERRUPTED = 130
     show_default=True,
     help="Relative accuracy at which an iteration stops.",
 )
-@click.option("--format", "form", type=click.Choice(["text", "json"]), default="text", show_default=True)
+@click.option(
+    "--format", "form", type=click.Choice(["text", "json", "svg", "html"]), default="text", show_default=True
+)
 @click.option(
     "-o",
     "--output",
@@ -52,28 +58,38 @@ def spectrum(
     target: str,
     inputs: tuple[InputSpec, ...],
     sites: str | None,
+    start: str | None,
+    end: str | None,
     tolerance: float,
-    form: Literal["text", "json"],
+    form: Format,
     output: Path | None,
     seed: int,
 ) -> None:
     """Singular values of the Jacobian of TARGET, for every segment of its backbone and end to end.
 
     The largest value bounds what a segment can do to a gradient, the RMS is what it does to a random one,
-    the gain what it does to the gradient of this loss. TARGET is as for `isograd check`.
+    the gain what it does to the gradient of this loss. TARGET is as for `isograd check`. Ctrl-C prints the
+    segments that are done.
 
     \b
     isograd spectrum net.py:build
     isograd spectrum net.py:Net --input 32,64 --sites 'h.*' --tolerance 0.001
+    isograd spectrum gpt.py:build --from h.2 --to h.5
+    isograd spectrum net.py:build --format svg -o spectrum.svg
     """
     names = None if sites is None else [name.strip() for name in sites.split(",") if name.strip()]
-    found, whole = _spectrum(target, inputs, names, tolerance, seed)
+    found, whole = _spectrum(target, inputs, names, (start, end), tolerance, seed)
     _print(found, form, output)
     ctx.exit(0 if whole else INTERRUPTED)
 
 
 def _spectrum(
-    text: str, inputs: tuple[InputSpec, ...], sites: list[str] | None, tolerance: float, seed: int
+    text: str,
+    inputs: tuple[InputSpec, ...],
+    sites: list[str] | None,
+    span: tuple[str | None, str | None],
+    tolerance: float,
+    seed: int,
 ) -> tuple[Spectrum, bool]:
     """What was measured, and whether that is all: an interrupt keeps the segments that are done."""
     done: list[SingularValues] = []
@@ -83,9 +99,10 @@ def _spectrum(
         import isograd
         from isograd.cli.target import load
 
-        def each(values: SingularValues) -> None:
+        def each(values: SingularValues, of: int) -> None:
             done.append(values)
-            say(f"singular values of {text}: {values.site.name} done, {len(done)} so far")
+            left = "end to end is left" if len(done) == of else f"{len(done)} of {of} segments done"
+            say(f"singular values of {text}: {left}")
 
         say(f"importing {text}")
         torch.manual_seed(seed)
@@ -93,7 +110,14 @@ def _spectrum(
         say(f"singular values of {text}")
         try:
             found = isograd.spectrum(
-                target.model, target.loss, sites=sites, tolerance=tolerance, seed=seed, each=each
+                target.model,
+                target.loss,
+                sites=sites,
+                start=span[0],
+                end=span[1],
+                tolerance=tolerance,
+                seed=seed,
+                each=each,
             )
         except (TypeError, ValueError) as error:  # what cannot be measured, in the user's words
             raise TargetError(f"{text}: {error}") from error
@@ -105,10 +129,25 @@ def _spectrum(
     return dataclasses.replace(found, target=text), True
 
 
-def _print(found: Spectrum, form: Literal["text", "json"], output: Path | None) -> None:
-    report = found.to_json() if form == "json" else f"{found}\n"
+def _print(found: Spectrum, form: Format, output: Path | None) -> None:
+    match form:
+        case "text":
+            report = f"{found}\n"
+        case "json":
+            report = found.to_json()
+        case "svg" | "html":
+            try:
+                report = found.to_svg() if form == "svg" else _page(found)
+            except ValueError as error:  # no matplotlib
+                raise click.UsageError(str(error)) from error
     if output is not None:
         output.write_text(report, encoding="utf-8")
         click.echo(f"singular values of {found.target}: written to {output}", err=True)
     else:
         click.echo(report, nl=False)
+
+
+def _page(found: Spectrum) -> str:
+    """A fragment as a file that opens in a browser."""
+    title = escape(f"singular values of {found.target}")
+    return f'<!DOCTYPE html>\n<meta charset="utf-8">\n<title>{title}</title>\n{found.to_html()}'
