@@ -22,7 +22,11 @@ import isograd
 SOURCE = Path(isograd.__file__).parent
 EDGES = ("cli", "render", "sinks", "integrations", "pytest_plugin")
 # A diagnosis prints itself: it asks the renderer when it is printed, and not before.
-GRANTED = {("diagnosis.py", "isograd.render"), ("prescription.py", "isograd.render")}
+GRANTED = {
+    ("diagnosis.py", "isograd.render"),
+    ("prescription.py", "isograd.render"),
+    ("horizon.py", "isograd.render"),
+}
 HARD_DEPENDENCIES = {"torch", "click", "rich", "msgspec", "cloudpickle"}
 WITHOUT_TORCH = ["--help", "--version", "check --help", "explain", "explain VG101"]
 

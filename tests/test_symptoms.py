@@ -6,6 +6,7 @@ import ast
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,7 @@ from torch.nn import functional
 from torch.optim import SGD, AdamW, Optimizer
 
 from isograd import diagnose, measure
+from isograd.check import along_time
 from isograd.diagnosis import Diagnosis, Finding, Severity
 from isograd.flow import (
     Activation,
@@ -51,7 +53,8 @@ MODULES: dict[str, ModuleType] = {name: import_module(f"isograd.symptoms.{name}"
 
 def diagnosed(built: Built, optimizer: Callable[[nn.Module], Optimizer] | None = None) -> Diagnosis:
     model, loss = built
-    return diagnose(measure(model, loss, optimizer=optimizer(model) if optimizer is not None else None))
+    flow = measure(model, loss, optimizer=optimizer(model) if optimizer is not None else None)
+    return diagnose(along_time(flow, model, loss))
 
 
 # -- what triggers each, and its healthy twin ------------------------------------------------------
@@ -127,6 +130,35 @@ class Spare(nn.Module):
         return x + self.spare(x) if self.used else x
 
 
+class LastStep(nn.Module):
+    """What a recurrent layer makes of a sequence, read at its end."""
+
+    def __init__(self, kernel: nn.Module) -> None:
+        super().__init__()
+        self.kernel, self.head = kernel, nn.Linear(32, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.kernel(x.unflatten(1, (64, 1)).expand(-1, -1, 8))[0][:, -1])
+
+
+def recurrent(kind: Callable[..., nn.Module], **parameters: float) -> Callable[[], Built]:
+    """Reads 64 steps, with parameters of the recurrence filled or, where it is a matrix, made orthogonal."""
+
+    def build() -> Built:
+        kernel = kind(8, 32, batch_first=True)
+        for name, value in parameters.items():
+            parameter = kernel.get_parameter(name)
+            if parameter.ndim == 2:
+                nn.init.orthogonal_(parameter, value)
+            else:
+                nn.init.constant_(parameter[32:64], value)
+        return classified(LastStep(kernel))
+
+    return build
+
+
+relu_recurrence = partial(nn.RNN, nonlinearity="relu")
+
 PAIRS: dict[str, Pair] = {
     "failed_backward": Pair(behind(Raising.apply), behind(torch.clone)),
     "nonfinite_forward": Pair(behind(lambda x: torch.log(x - x)), behind(lambda x: torch.log(x - x + 1) + x)),
@@ -158,6 +190,11 @@ PAIRS: dict[str, Pair] = {
         lambda m: SGD(m.parameters(), lr=0.1),
         lambda m: SGD(m.parameters(), lr=0.1),
     ),
+    "short_horizon": Pair(recurrent(nn.RNN, weight_hh_l0=0.3), recurrent(nn.LSTM, bias_ih_l0=4.0)),
+    "exploding_recurrence": Pair(
+        recurrent(relu_recurrence, weight_hh_l0=2.0), recurrent(relu_recurrence, weight_hh_l0=1.4)
+    ),
+    "closed_forget_gates": Pair(recurrent(nn.LSTM), recurrent(nn.LSTM, bias_ih_l0=4.0), Severity.WARNING),
 }
 
 

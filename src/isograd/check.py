@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import nn
 
 from isograd.causes import explained
 from isograd.diagnosis import Diagnosis, diagnose
+from isograd.flow import Flow
+from isograd.horizon import horizon_of_loss
 from isograd.measure import measure
 from isograd.traced import Loss, unwrapped
 
@@ -23,7 +26,8 @@ def check(
 ) -> Diagnosis:
     """Diagnose a model from one batch.
 
-    One forward and one backward measure the gradient along the backbone. For each error found, the
+    One forward and one backward measure the gradient along the backbone; where something recurs in the
+    model, one more of each, in which it runs step by step, measure it along time. For each error found, the
     candidate causes are then tried on a copy of the model, one forward and one backward each, and the
     decades that each gives back are reported.
 
@@ -42,6 +46,21 @@ def check(
         >>> diagnosis.verdict
         'vanishing'
     """
-    flow = measure(model, loss, optimizer=optimizer)
+    flow = along_time(measure(model, loss, optimizer=optimizer), model, loss)
     diagnosis = diagnose(flow).narrowed(select, ignore)
     return explained(diagnosis, unwrapped(model)[0], loss)
+
+
+def along_time(flow: Flow, model: nn.Module, loss: Loss) -> Flow:
+    """The flow with a horizon, where something recurs in the model and time can be told."""
+    if not flow.loops or flow.failure is not None or flow.nonfinite is not None:
+        return flow
+    try:
+        found = horizon_of_loss(model, loss, probes=1)
+    except (TypeError, ValueError) as error:
+        fused = "time" in flow.unexamined
+        return replace(flow, unexamined=flow.unexamined | {"time": str(error)}) if fused else flow
+    if not found.recurrences:  # a line of code that runs once for every layer
+        return flow
+    rest = {subject: why for subject, why in flow.unexamined.items() if subject != "time"}
+    return replace(flow, horizon=found, unexamined=rest)

@@ -85,7 +85,7 @@ class Diagnosis:
         codes = [finding.code for finding in self.errors]
         if any(code.startswith("NF4") or code == "VG102" for code in codes):
             return "broken"
-        if any(code.startswith("EG2") for code in codes):
+        if any(code.startswith("EG2") or code == "RN602" for code in codes):
             return "exploding"
         return "vanishing" if codes else "healthy"
 

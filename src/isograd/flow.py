@@ -7,10 +7,15 @@ stored, compared and diagnosed after the model is gone.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from isograd.horizon import Horizon
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,6 +237,15 @@ class Flow:
     """Things said about the measurement: 'unwrapped from torch.compile'."""
     unexamined: dict[str, str] = field(default_factory=dict[str, str])
     """What could not be measured, and why."""
+    horizon: Horizon | None = None
+    """The gradient along time, where something recurs in the model; None: not measured."""
+
+    @property
+    def loops(self) -> bool:
+        """Does one line of code run again and again, or a recurrent kernel? Then time may run along it."""
+        sites = [*self.sites, *(step.site for steps in self.ledgers.values() for step in steps)]
+        lines = Counter((site.module, site.operation, site.source) for site in sites)
+        return any(site.kind == "recurrent" for site in sites) or max(lines.values(), default=0) >= 8
 
     def column(self, name: str) -> Tensor:
         """A column, or NaN at every site when it was not measured."""

@@ -15,6 +15,7 @@ import isograd
 from isograd.cli.check import check
 from isograd.cli.demo import demo
 from isograd.cli.explain import explain
+from isograd.cli.horizon import horizon
 from isograd.cli.spectrum import spectrum
 
 USAGE_ERROR = 2
@@ -35,7 +36,7 @@ def cli() -> None:
     """
 
 
-for command in (check, explain, demo, spectrum):
+for command in (check, explain, demo, spectrum, horizon):
     cli.add_command(command)
 
 

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 WORDS = {
+    "attend-over-time": "read all steps at the output, by attention or pooling over time, not the last alone",
     "avoid-in-place": "replace the in-place operation by its plain form: x = x + y for x += y",
     "bfloat16": "train in bfloat16, which has the range of float32",
+    "chrono-initialisation": "spread the gates over time scales up to T: b_f = log(uniform(1, T - 1)), "
+    "b_i = -b_f, bias_hh at 0",
     "clip-gradients": "clip the gradient norm: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)",
     "critical-initialisation": "draw the weights at the critical gain of the activation: "
     "nn.init.orthogonal_(layer.weight, gain)",
     "exchange-activation": "put ReLU, GELU or SiLU in place of the saturating activation",
+    "forget-bias": "start the forget gates open: 1 in the second quarter of bias_ih_l0, 0 in that of bias_hh_l0",
+    "gated-recurrence": "put nn.LSTM or nn.GRU in place of the plain recurrence",
     "insert-normalisation": "put nn.LayerNorm (or nn.BatchNorm2d after convolutions) before each activation",
     "insert-residual": "add skip connections: x + f(x) around layers that keep their width",
     "leaky-activation": "put nn.LeakyReLU or nn.GELU in place of ReLU: no unit is then off for good",
     "loss-scale": "scale the loss in half precision: torch.amp.GradScaler",
     "lower-learning-rate": "lower the learning rate",
+    "orthogonal-recurrence": "draw the recurrent matrix orthogonal: nn.init.orthogonal_(rnn.weight_hh_l0)",
     "pre-norm": "normalise the input of each branch, x + f(norm(x)), instead of the sum",
     "reset-norm-epsilon": "set the normalisation's eps back to its default, 1e-5",
     "reset-norm-gain": "start the normalisation's weights at 1: nn.init.ones_(norm.weight)",

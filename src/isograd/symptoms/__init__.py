@@ -44,6 +44,9 @@ NAMES = (
     "parameter_without_gradient",
     "first_update_too_large",
     "first_update_too_small",
+    "short_horizon",
+    "exploding_recurrence",
+    "closed_forget_gates",
 )
 
 
@@ -52,3 +55,10 @@ def symptoms() -> Iterator[tuple[str, Callable[[Flow], Iterator[Outcome]]]]:
     for name in NAMES:
         module = import_module(f"isograd.symptoms.{name}")
         yield module.CODE, module.examine
+
+
+def unmeasured_in_time(flow: Flow) -> Outcome:
+    """What is to be said of time where no horizon was measured."""
+    if any(site.kind == "recurrent" for site in flow.sites):
+        return Unexamined(flow.unexamined.get("time") or "measured by `check` and by `isograd horizon`")
+    return Healthy("nothing recurs along time")

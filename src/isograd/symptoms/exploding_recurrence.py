@@ -1,0 +1,79 @@
+"""RN602 exploding-recurrence: the gradient grows from step to step on its way back in time.
+
+What it means
+    The gradient of the weights is a sum over time, and the earliest steps, amplified step by step, are all
+    of it. Its size changes from batch to batch by orders of magnitude: the loss spikes, then comes NaN.
+
+Why it happens
+    The recurrent matrix has eigenvalues outside of the unit circle, and no saturation or gate holds them:
+    weights drawn too large, or an RNN with ReLU whose matrix is not orthogonal. A recurrence that grows so
+    is chaotic too: a change of the last digit at the first step changes all of the output.
+
+Evidence
+    The gradient of the last output step at the input of every step before, from a backward that does not
+    overflow. The growth has to be exponential: factor per step, to the power of the steps, makes more than
+    the same 2.7 decades that stop a deep network (EG201).
+
+What helps
+    An orthogonal recurrent matrix, or one of spectral radius 1; gates; gradient clipping as a stopgap; a
+    shorter stretch of truncated backpropagation.
+
+References
+    Pascanu et al. 2013, On the difficulty of training recurrent neural networks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from isograd.diagnosis import Finding, Severity
+from isograd.flow import Flow
+from isograd.horizon import Horizon
+from isograd.symptoms import Healthy, Outcome, Unexamined, unmeasured_in_time
+
+CODE = "RN602"
+NAME = "exploding-recurrence"
+
+ERROR = 2.7
+"""Decades of growth over the sequence, the same as along depth: 109 networks, `python -m gallery.border`."""
+
+
+def examine(flow: Flow) -> Iterator[Outcome]:
+    """The growth along time, where something recurs in the model."""
+    if flow.horizon is not None:
+        yield from judge(flow.horizon)
+    else:
+        yield unmeasured_in_time(flow)
+
+
+def judge(found: Horizon) -> Iterator[Outcome]:
+    """What the factor per step makes of the gradient over the sequence."""
+    if math.isnan(found.factor):
+        yield Unexamined("no gradient at two steps or more")
+        return
+    grown = math.log10(found.factor) * found.at if found.factor > 0 else -math.inf
+    said = f"{found.factor:.3g} per step, {grown:+.1f} decades over {found.at} steps"
+    # The curve itself has to end high: a bump in the middle of a short one is no growth.
+    if min(grown, float(found.curve.max()) - found.reference) < ERROR:
+        yield Healthy(f"{said} (an error from {ERROR:+.1f})")
+        return
+    yield Finding(
+        CODE,
+        NAME,
+        Severity.ERROR,
+        f"the gradient grows by {said}",
+        sites=tuple(
+            f"{r.name} (spectral radius {r.radius:.3g}, norm {r.norm:.3g})" for r in found.recurrences
+        )
+        or (found.source,),
+        evidence={
+            "factor": found.factor,
+            "factor_error": found.factor_error,
+            "decades": grown,
+            "length": found.at + 1,
+            "threshold": ERROR,
+            "probes": found.probes,
+        },
+        remedies=("orthogonal-recurrence", "gated-recurrence", "clip-gradients"),
+    )

@@ -1,0 +1,107 @@
+"""RN601 short-horizon: the gradient reaches less far back in time than the sequence is long.
+
+What it means
+    What happened earlier than the horizon receives less than 1% of the gradient of the last step. The
+    model cannot learn from it, however long it trains; whether it has to is known to the task alone.
+
+Why it happens
+    A recurrence multiplies the same Jacobian once a step, so that the gradient falls like factor**lag. At
+    PyTorch's default initialisation an RNN of 128 units keeps a factor of 0.50 a step, a GRU and an LSTM
+    0.62: 1% is left after 6, 9 and 9 steps, a thousandth after 10, 14 and 14. A convolution ends at
+    its receptive field, where the gradient is exactly zero.
+
+Evidence
+    The gradient of the last output step at the input of every step before (`isograd horizon`), from a
+    backward in which no lag underflows. Told as a warning where it covers less than a quarter of the
+    sequence. An error only where the loss reads no step but the last, so that all other steps depend on the
+    memory, and the horizon covers less than a tenth of them.
+
+What helps
+    Gates that start open; an orthogonal recurrent matrix; an LSTM or GRU in place of an RNN; attention or
+    pooling over all steps, which lead to each of them directly.
+
+References
+    Hochreiter 1991; Bengio et al. 1994, Learning long-term dependencies with gradient descent is difficult.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from isograd.diagnosis import Finding, Severity
+from isograd.flow import Flow
+from isograd.horizon import Horizon
+from isograd.symptoms import Healthy, Outcome, Unexamined, unmeasured_in_time
+
+CODE = "RN601"
+NAME = "short-horizon"
+
+WARNING = 0.25
+"""Share of the sequence: a horizon that covers more leaves tasks a way by repetition and context."""
+ERROR = 0.1
+"""Share below which, with the loss at the last step alone, nine tenths of the data do not take part."""
+
+
+def examine(flow: Flow) -> Iterator[Outcome]:
+    """The horizon of the model, where something recurs in it."""
+    if flow.horizon is not None:
+        yield from judge(flow.horizon)
+    else:
+        yield unmeasured_in_time(flow)
+
+
+def judge(found: Horizon) -> Iterator[Outcome]:
+    """How much of the sequence the horizon covers."""
+    if math.isnan(found.factor) or found.reference == -math.inf:
+        yield Unexamined("no gradient at two steps or more")
+        return
+    covered = found.steps / (found.at + 1)
+    if math.isinf(covered):
+        yield Healthy(
+            f"{10**found.decades:.2g} of the gradient is left after {found.at} steps (1% is the horizon)"
+        )
+        return
+    said = f"1% of the gradient is left after {found.steps:.0f} steps, {found.factor:.3g} per step"
+    if covered >= WARNING:
+        yield Healthy(f"{said}: {covered:.0%} of the {found.at + 1} steps (a warning below {WARNING:.0%})")
+        return
+    severe = found.at_end and covered < ERROR
+    yield Finding(
+        CODE,
+        NAME,
+        Severity.ERROR if severe else Severity.WARNING,
+        f"{said}, and the sequence has {found.at + 1}: {_rest(found)}",
+        cause="the loss reads the last step alone, so that all others depend on this memory"
+        if severe
+        else "",
+        sites=tuple(r.name for r in found.recurrences) or (found.source,),
+        evidence={
+            "horizon": found.steps,
+            "length": found.at + 1,
+            "factor": found.factor,
+            "factor_error": found.factor_error,
+            "decades": found.decades,
+            "threshold": (ERROR if severe else WARNING) * (found.at + 1),
+            "probes": found.probes,
+        },
+        remedies=_helping({r.kind for r in found.recurrences}),
+    )
+
+
+def _rest(found: Horizon) -> str:
+    if found.reach < found.at:
+        return f"exactly nothing reaches further back than {found.reach}"
+    return f"the first step receives 10^{found.decades:.0f} of it"
+
+
+def _helping(kinds: set[str]) -> tuple[str, ...]:
+    """Remedies for these kinds of recurrence; what reads all steps helps every one."""
+    found: list[str] = []
+    if "LSTM" in kinds:
+        found.append("forget-bias")
+    if kinds & {"LSTM", "GRU"}:
+        found.append("chrono-initialisation")
+    if kinds & {"RNN", "loop"}:
+        found += ["orthogonal-recurrence", "gated-recurrence"]
+    return (*found, "attend-over-time")
