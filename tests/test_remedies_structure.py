@@ -16,7 +16,7 @@ from isograd.remedies import Remedy
 from tests.families import FAMILIES
 
 STRUCTURAL = (
-    "constrain_recurrence", "gate_recurrence", "insert_normalisation", "insert_residual", "pass_logits", "pre_norm",
+    "orthogonal_recurrence", "gated_recurrence", "insert_normalisation", "insert_residual", "pass_logits", "pre_norm",
     "query_key_norm", "safe_loss", "standardise_input", "standardise_weights",
 )  # fmt: skip
 

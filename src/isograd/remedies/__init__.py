@@ -13,18 +13,23 @@ from typing import Protocol, cast
 from isograd.prescription import Patient, Prescription
 
 NAMES = (
+    "adam_epsilon",
+    "chrono_initialisation",
     "classic_initialisation",
-    "constrain_recurrence",
+    "clip_gradients",
     "critical_initialisation",
     "delta_orthogonal",
     "exchange_activation",
     "forget_bias",
-    "gate_recurrence",
+    "gated_recurrence",
     "insert_normalisation",
     "insert_residual",
     "leaky_activation",
+    "loss_scale",
+    "lower_learning_rate",
     "lsuv",
     "orthogonal_initialisation",
+    "orthogonal_recurrence",
     "pass_logits",
     "pre_norm",
     "query_key_norm",
@@ -36,6 +41,8 @@ NAMES = (
     "scale_residual_branches",
     "standardise_input",
     "standardise_weights",
+    "truncate_backpropagation",
+    "warm_up",
     "zero_biases",
 )
 

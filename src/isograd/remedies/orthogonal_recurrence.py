@@ -1,4 +1,4 @@
-"""constrain-recurrence: the recurrent matrix of an RNN is held orthogonal, or at spectral norm 1.
+"""orthogonal-recurrence: the recurrent matrix of an RNN is held orthogonal, or at spectral norm 1.
 
 What it does
     Parametrizes `weight_hh` of every `nn.RNN` and `nn.RNNCell`: orthogonal, starting at the orthogonal matrix nearest to
@@ -29,8 +29,8 @@ from torch.nn.utils import parametrize
 
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
 
-SLUG = "constrain-recurrence"
-TREATS = ("ungated-recurrence", "VG101", "EG201", "RN601")
+SLUG = "orthogonal-recurrence"
+TREATS = ("ungated-recurrence", "RN601", "RN602", "VG101", "EG201")
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:

@@ -1,4 +1,4 @@
-"""gate-recurrence: a GRU or LSTM in the place of a plain RNN, with the same interface.
+"""gated-recurrence: a GRU or LSTM in the place of a plain RNN, with the same interface.
 
 What it does
     Exchanges `nn.RNN` for `nn.GRU`, or for an LSTM that is called like an RNN, and `nn.RNNCell` for `nn.GRUCell`, of the
@@ -29,8 +29,8 @@ from torch import nn
 from isograd.flow import Flow
 from isograd.prescription import Edit, Patient, Prescription, Reach, Value, not_applicable
 
-SLUG = "gate-recurrence"
-TREATS = ("ungated-recurrence", "VG101", "EG201", "RN601")
+SLUG = "gated-recurrence"
+TREATS = ("ungated-recurrence", "RN601", "RN602", "VG101", "EG201")
 DECADES = -0.71
 """log10 of sqrt(E f^2T) for f = u / (1 + u), u uniform in [1, T - 1], as T grows: the integral of exp(-2/x) over [0, 1]."""
 UNKNOWN = 100
