@@ -658,7 +658,7 @@ SICK: tuple[Watched, ...] = (
     _sick("sigmoid", VANISHING, lambda: mlp(8, activation=nn.Sigmoid), sgd(0.05)),
     _sick("sigmoid adam", VANISHING, lambda: mlp(10, activation=nn.Sigmoid), adam(1e-3)),
     _sick("small tanh", VANISHING, lambda: mlp(10, activation=nn.Tanh, gain=0.2), sgd(0.05)),
-    _sick("softplus-like small", VANISHING, lambda: mlp(8, activation=nn.Tanhshrink), sgd(0.05)),
+    _sick("tanhshrink", VANISHING | DEAD, lambda: mlp(8, activation=nn.Tanhshrink), sgd(0.05)),
     _sick("large relu", BROKEN, lambda: mlp(8, gain=3.0), sgd(0.05)),
     _sick("large deep relu", BROKEN, lambda: mlp(12, gain=2.5), sgd(0.01)),
     _sick("large tanh", BROKEN | VANISHING, lambda: mlp(12, activation=nn.Tanh, gain=4.0), sgd(0.05)),

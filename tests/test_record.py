@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import multiprocessing
+import os
 import random
 import signal
 import sqlite3
@@ -12,6 +16,7 @@ import time
 import warnings
 from collections.abc import Iterable
 from itertools import pairwise
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -169,54 +174,56 @@ def test_a_second_process_gets_a_run_of_its_own(tmp_path: Path) -> None:
         Run.create(tmp_path / "run").close()
 
 
-WRITER = """
-import sys, torch
-from isograd.record import Run
-from tests.test_record import Counting, reading
-run = Run.create(sys.argv[1], detectors=(memory := Counting()))
-print(run.last, len(memory.seen), flush=True)
-step = run.last + 1
-while True:
-    made = reading(step, deep=step % 7 == 0)
-    run.append(made, memory.observe(made))
-    print(step, flush=True)  # this step is committed
-    step += 1
-"""
+def write(path: Path, said: Connection) -> None:
+    """A training that records until it is killed, and says each step when it is committed."""
+    run = Run.create(path, detectors=(memory := Counting()))
+    said.send((run.last, len(memory.seen)))
+    for step in itertools.count(run.last + 1):
+        made = reading(step, deep=step % 7 == 0)
+        run.append(made, memory.observe(made))
+        said.send(step)
 
 
 def killed(path: Path, times: int) -> None:
     """Kill the writer at random moments; each time everything it had committed is there, and whole."""
     chance = random.Random(0)
+    fork = multiprocessing.get_context("fork")
     committed = -1
     for _ in range(times):
-        command = [sys.executable, "-c", WRITER, str(path)]
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[1]
-        ) as writer:
-            assert writer.stdout is not None
-            last, seen = map(int, writer.stdout.readline().split())
-            assert last >= committed
-            assert seen == last + 1, "the detectors go on from where the record ends"
-            time.sleep(chance.uniform(0.0, 0.05))
-            writer.send_signal(signal.SIGKILL)
-            said = writer.stdout.read().split("\n")[:-1]  # the last line may be cut
-        committed = int(said[-1]) if said else last
-        db = sqlite3.connect(path / database.FILE)
-        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-        db.close()
-        read = Run.open(path)
-        assert not read.progress().writing
-        assert not read.progress().ended
-        assert read.last >= committed
-        found = list(read.readings(max(0, last - 20)))
-        assert all(same(one, reading(one.step, deep=one.step % 7 == 0)) for one in found)
-        assert [one.step for one in found] == list(range(max(0, last - 20), read.last + 1))
-        assert [told.step for told in read.told()] == list(range(99, read.last + 1, 100))
-        read.close()
+        hear, say = fork.Pipe(duplex=False)
+        writer = fork.Process(target=write, args=(path, say))
+        writer.start()
+        say.close()
+        last, seen = hear.recv()
+        assert last >= committed
+        assert seen == last + 1, "the detectors go on from where the record ends"
+        time.sleep(chance.uniform(0.0, 0.05))
+        os.kill(writer.pid or 0, signal.SIGKILL)
+        writer.join()
+        committed = last
+        with contextlib.suppress(EOFError, OSError):
+            while True:
+                committed = hear.recv()
+        check_whole(path, since=max(0, last - 20), committed=committed)
+
+
+def check_whole(path: Path, *, since: int, committed: int) -> None:
+    db = sqlite3.connect(path / database.FILE)
+    assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+    db.close()
+    read = Run.open(path)
+    assert not read.progress().writing
+    assert not read.progress().ended
+    assert read.last >= committed
+    found = list(read.readings(since))
+    assert all(same(one, reading(one.step, deep=one.step % 7 == 0)) for one in found)
+    assert [one.step for one in found] == list(range(since, read.last + 1))
+    assert [told.step for told in read.told()] == list(range(99, read.last + 1, 100))
+    read.close()
 
 
 def test_every_committed_step_is_whole_after_a_kill(tmp_path: Path) -> None:
-    killed(tmp_path / "run", 8)
+    killed(tmp_path / "run", 20)
 
 
 @pytest.mark.slow

@@ -49,6 +49,22 @@ NAMES = (
     "closed_forget_gates",
 )
 
+STREAMED = (
+    "nonfinite_step",
+    "fading_gradient",
+    "dying_units",
+    "steps_too_large",
+    "growing_gradient",
+    "diverging",
+    "loss_spike",
+    "norm_drift",
+    "growing_weights",
+    "early_layers_not_moving",
+    "steps_too_small",
+    "plateau",
+)
+"""Those that show in a run: each page has a `Detector` that is fed with every step."""
+
 
 def symptoms() -> Iterator[tuple[str, Callable[[Flow], Iterator[Outcome]]]]:
     """Code and `examine` of every symptom, in the order in which they are told."""

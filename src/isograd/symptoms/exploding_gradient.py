@@ -33,7 +33,7 @@ from collections.abc import Iterator
 from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow, per_layer
 from isograd.symptoms import Healthy, Outcome, Unexamined
-from isograd.symptoms.vanishing_gradient import LUCK
+from isograd.symptoms.vanishing_gradient import LUCK, expected
 
 CODE = "EG201"
 NAME = "exploding-gradient"
@@ -88,6 +88,7 @@ def _along(flow: Flow) -> Iterator[Outcome]:
             "threshold": limit,
             "typical": flow.typical,
             "finite_width_spread": flow.spread,
+            **expected(flow),
         },
         remedies=("critical-initialisation", "scale-residual-branches", "insert-residual", "clip-gradients"),
     )

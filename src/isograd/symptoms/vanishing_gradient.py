@@ -95,6 +95,7 @@ def _along(flow: Flow) -> Iterator[Outcome]:
             "sigma": _sigma(flow),
             "threshold": -limit,
             "finite_width_spread": flow.spread,
+            **expected(flow),
             "from_to": where,
         },
         remedies=(
@@ -104,6 +105,14 @@ def _along(flow: Flow) -> Iterator[Outcome]:
             "insert-residual",
         ),
     )
+
+
+def expected(flow: Flow) -> dict[str, float]:
+    """Evidence: what theory expects of random weights of these sizes, where it applies to every layer counted."""
+    part = flow.expected.over(flow.lost_part)
+    if part is None or not part.whole:
+        return {}
+    return {"expected": part.decades, "expected_spread": part.spread}
 
 
 def _starved(flow: Flow, limit: float) -> bool:

@@ -1,0 +1,82 @@
+"""All detectors together: readings in, findings out, with a state that is plain data."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from isograd.diagnosis import Finding
+from isograd.monitor.history import Detector, History
+from isograd.monitor.reading import Reading
+from isograd.monitor.seen import nonfinite, seen
+from isograd.symptoms import STREAMED
+from isograd.symptoms.nonfinite_step import NonFinite
+
+
+class Detectors:
+    """Watch a training. Feed every reading, in order; not for several threads at once.
+
+    Example:
+        >>> detectors = Detectors()
+        >>> for reading in run.readings():
+        ...     for finding in detectors.observe(reading):
+        ...         print(reading.step, finding.message)
+    """
+
+    def __init__(self) -> None:
+        self.history = History()
+        self.by_code = {module.CODE: _made(module) for module in map(_module, STREAMED)}
+
+    def observe(self, reading: Reading) -> tuple[Finding, ...]:
+        """What is new with this step. Values that are not finite reach one detector only, and no baseline."""
+        counts = nonfinite(reading)
+        if counts is not None:
+            broken = self._nonfinite
+            found = broken.broken(reading, counts, self.history)
+            return () if found is None else tuple(broken.tell(found))
+        self.history.add(seen(reading))
+        return tuple(
+            finding for detector in self.by_code.values() for finding in detector.observe(self.history)
+        )
+
+    def outcomes(self) -> tuple[dict[str, str], dict[str, str]]:
+        """By code: with what evidence all is well now, and what could not be examined, and why."""
+        healthy: dict[str, str] = {}
+        unexamined: dict[str, str] = {}
+        for code, detector in self.by_code.items():
+            said = detector.outcome(self.history)
+            if said is None:
+                unexamined[code] = detector.unexamined
+            else:
+                healthy[code] = said
+        return healthy, unexamined
+
+    @property
+    def _nonfinite(self) -> NonFinite:
+        return next(detector for detector in self.by_code.values() if isinstance(detector, NonFinite))
+
+    def state(self) -> dict[str, Any]:
+        """All that is remembered, as JSON can hold it."""
+        detectors = {code: detector.state() for code, detector in self.by_code.items()}
+        return {"history": self.history.state(), "detectors": detectors}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state()`. A detector that the state does not know starts afresh."""
+        self.history.restore(state["history"])
+        for code, saved in state["detectors"].items():
+            if code in self.by_code:
+                self.by_code[code].restore(saved)
+
+
+def _module(name: str) -> Any:
+    return import_module(f"isograd.symptoms.{name}")
+
+
+def _made(module: Any) -> Detector:
+    """The one detector that a page defines."""
+    (kind,) = (
+        value
+        for value in vars(module).values()
+        if isinstance(value, type) and issubclass(value, Detector) and value.__module__ == module.__name__
+    )
+    return kind()

@@ -1,0 +1,217 @@
+"""The short memory that all detectors share, and the form of a detector."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from statistics import median
+from typing import Any
+
+from isograd.diagnosis import Finding
+from isograd.monitor.seen import Seen, finite, spread
+
+WINDOW = 64
+"""Readings that a baseline is taken from: its median and MAD hold against a third of outliers."""
+RECENT = 16
+"""Readings whose median stands for now where a single batch must not decide."""
+START = 5
+"""Readings whose median is the level that the training started from."""
+AGAIN = 64
+"""Readings of quiet after which the same is told again: an episode is told once."""
+MOST = 20
+"""Times that one thing is told in a run."""
+
+
+class History:
+    """The last readings and the first, all plain numbers; only finite readings come in here.
+
+    Norms are log10. A baseline leaves out what is recent, so that what rises does not raise it.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        """Finite readings so far."""
+        self.step = -1
+        self.names: list[str] = []
+        self.losses: list[float] = []
+        """The last 4 x WINDOW."""
+        self.norms: list[float] = []
+        """Global gradient norm, the last 4 x WINDOW."""
+        self.grads: list[list[float]] = []
+        """By matrix, the last 2 x WINDOW."""
+        self.updates: list[list[float]] = []
+        """Update over weight by matrix, the last RECENT."""
+        self.weights: list[list[float]] = []
+        """By matrix, the last WINDOW + 1."""
+        self.early_grads: list[float] = []
+        """Median over the first quarter of the matrices, the last RECENT; the others likewise."""
+        self.late_grads: list[float] = []
+        """Median over their second half."""
+        self.early_updates: list[float] = []
+        self.late_updates: list[float] = []
+        self.typical_updates: list[float] = []
+        """Update over weight of the median matrix."""
+        self.scales: list[list[float]] = []
+        """Scale of the layers' inputs, the last RECENT."""
+        self.first_losses: list[float] = []
+        """The first START."""
+        self.first: dict[str, list[float]] = {}
+        """elasticity, update, scale, weight of the first reading."""
+        self.best = math.inf
+        """Smallest median of RECENT losses."""
+        self.pace = -math.inf
+        """Largest typical update: how fast the training once went."""
+        self.moving = 0
+        """Readings whose update was at least a third of the largest: warm-up and annealing do not count."""
+        self.now: Seen | None = None
+
+    def add(self, seen: Seen) -> None:
+        names = list(seen.names)
+        if names != self.names:  # parameters came or went: what was known by matrix is void
+            self.names = names
+            self.grads, self.updates, self.weights, self.scales = [], [], [], []
+            self.early_grads, self.late_grads, self.early_updates, self.late_updates = [], [], [], []
+        self.count, self.step, self.now = self.count + 1, seen.step, seen
+        if not self.first:
+            self.first = {
+                "elasticity": seen.elasticity.tolist(),
+                "update": seen.update.tolist(),
+                "scale": seen.scale.tolist(),
+                "weight": seen.weight.tolist(),
+            }
+        grad, update = seen.grad.tolist(), seen.update.tolist()
+        _push(self.grads, grad, 2 * WINDOW)
+        _push(self.early_grads, early(grad), RECENT)
+        _push(self.late_grads, late(grad), RECENT)
+        known = finite(update)
+        if known:  # a step that was sampled out has no update and no weight norm
+            _push(self.updates, update, RECENT)
+            _push(self.early_updates, early(update), RECENT)
+            _push(self.late_updates, late(update), RECENT)
+            _push(self.typical_updates, median(known), RECENT)
+        weights = seen.weight.tolist()
+        if finite(weights):
+            _push(self.weights, weights, WINDOW + 1)
+        _push(self.scales, seen.scale.tolist(), RECENT)
+        if not math.isnan(seen.grad_norm):
+            _push(self.norms, seen.grad_norm, 4 * WINDOW)
+        if not math.isnan(seen.loss):
+            if len(self.first_losses) < START:
+                self.first_losses.append(seen.loss)
+            _push(self.losses, seen.loss, 4 * WINDOW)
+            if len(self.losses) >= RECENT:
+                self.best = min(self.best, median(self.losses[-RECENT:]))
+        if known:
+            self.pace = max(self.pace, self.typical_update)
+            self.moving += self.typical_update >= self.pace - 0.5
+
+    def state(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "now"}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+    @property
+    def first_loss(self) -> float:
+        """The level that the training started from; nan: no loss was logged."""
+        return median(self.first_losses) if self.first_losses else math.nan
+
+    @property
+    def typical_update(self) -> float:
+        """log10 update over weight of the median matrix, now; nan: not known."""
+        return self.typical_updates[-1] if self.typical_updates else math.nan
+
+
+def early(of: Sequence[float]) -> float:
+    """Median over the first quarter of the matrices; nan: none is known."""
+    known = [value for value in of if value == value]
+    return median(known[: max(1, len(known) // 4)]) if known else math.nan
+
+
+def late(of: Sequence[float]) -> float:
+    """Median over the second half of the matrices; nan: none is known."""
+    known = [value for value in of if value == value]
+    return median(known[len(known) // 2 :]) if known else math.nan
+
+
+class Baseline:
+    """Median and spread of what came before the last `recent` values, and the median of those."""
+
+    def __init__(self, values: Sequence[float], recent: int, window: int = WINDOW) -> None:
+        before = values[-window - recent : -recent]
+        self.enough = len(before) >= window // 2
+        self.level = median(before) if self.enough else math.nan
+        self.spread = spread(before) if self.enough else math.nan
+        self.largest = max(before) if self.enough else math.nan
+        self.now = median(values[-recent:]) if self.enough else math.nan
+
+    @property
+    def rise(self) -> float:
+        return self.now - self.level
+
+    @property
+    def deviations(self) -> float:
+        """The rise in units of the spread."""
+        return self.rise / self.spread if self.spread > 0 else math.copysign(math.inf, self.rise)
+
+
+class Detector:
+    """Watches for one thing. A subclass says when it holds and what to tell of it; all attributes are plain data.
+
+    `examine` returns a finding while the thing is there and None while it is not. Of an episode only the first
+    is told; the same may be told again after `AGAIN` readings of quiet, `MOST` times in all.
+    """
+
+    def __init__(self) -> None:
+        self.held = 0
+        """Readings in a row for which the condition of the subclass has held."""
+        self.quiet = AGAIN
+        self.told = 0
+
+    def examine(self, history: History) -> Finding | None:
+        raise NotImplementedError
+
+    def outcome(self, history: History) -> str | None:
+        """Evidence that all is well; None: could not be examined, as `unexamined` says."""
+        raise NotImplementedError
+
+    unexamined = "too few steps"
+    """What it takes to be examined."""
+
+    def observe(self, history: History) -> Iterator[Finding]:
+        """What is new."""
+        found = self.examine(history)
+        if found is None:
+            self.quiet += 1
+        else:
+            yield from self.tell(found)
+
+    def tell(self, found: Finding) -> Iterator[Finding]:
+        """Of an episode only the first."""
+        if self.quiet >= AGAIN and self.told < MOST:
+            self.told += 1
+            yield found
+        self.quiet = 0
+
+    def holds(self, condition: bool, times: int) -> bool:
+        """Has the condition held for so many readings in a row, this one included?"""
+        self.held = self.held + 1 if condition else 0
+        return self.held >= times
+
+    def state(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+    def restore(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+
+
+def _push(values: list[Any], value: Any, most: int) -> None:
+    values.append(value)
+    if len(values) > most:
+        del values[0]
+
+
+def worst(names: Iterable[str], values: Iterable[float], count: int = 3) -> tuple[str, ...]:
+    """The names with the largest values."""
+    pairs = [(value, name) for name, value in zip(names, values, strict=True) if not math.isnan(value)]
+    return tuple(name for _, name in sorted(pairs, reverse=True)[:count])

@@ -1,0 +1,164 @@
+"""What the detectors look at: one reading in logarithms, and the short memory that all of them share."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from isograd.monitor.reading import Reading
+
+LARGEST_SCALE = 1e4
+"""Inputs of a layer beyond this are not read off its gradients: before a batch normalisation the gradient of a
+bias is zero up to rounding, and the quotient is noise."""
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One reading. Norms are log10, shape (matrix,); nan: not measured, -inf: exactly zero."""
+
+    step: int
+    loss: float
+    grad_norm: float
+    """log10 of the global norm."""
+    names: tuple[str, ...]
+    """The weight matrices, in the order of the model's parameters: input side first, mostly."""
+    grad: Tensor
+    weight: Tensor
+    update: Tensor
+    """log10 of update norm over weight norm."""
+    scale: Tensor
+    """log10 rms of what the layer multiplies, read off its gradients (see `Plan.scale`)."""
+    dead: dict[str, float]
+    """Share of units without gradient, by the name of the layer's bias, or as a deep reading counted them."""
+    bias: float
+    """log10 of the largest gradient of a parameter that is no matrix."""
+
+    @property
+    def elasticity(self) -> Tensor:
+        """log10 of gradient norm times weight norm: the change of the loss with the relative change of a layer.
+
+        Unchanged where a factor moves from one layer into the next (W c, W'/c through ReLU).
+        """
+        return self.grad + self.weight
+
+
+def seen(reading: Reading) -> Seen:
+    """A reading in logarithms. Only what is finite may come here."""
+    plan = _plan(reading.sites, reading.shapes)
+    missing = torch.full((len(reading.sites),), math.nan, dtype=torch.float64)
+    grad, weight, update = (
+        reading.columns[name].double().log10() if name in reading.columns else missing for name in NORMS
+    )
+    total = reading.scalars.get("grad_norm", math.nan)
+    rest = grad[plan.rest]
+    rest = rest[~rest.isnan()]
+    return Seen(
+        reading.step,
+        reading.scalars.get("loss", math.nan),
+        math.log10(total) if total > 0 else _summed(grad),
+        plan.names,
+        grad[plan.matrices],
+        weight[plan.matrices],
+        (update - weight)[plan.matrices],
+        plan.scale(grad),
+        _dead(reading, plan),
+        float(rest.max()) if len(rest) else math.nan,
+    )
+
+
+NORMS = ("grad_norm", "weight_norm", "update_norm")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where in the columns what is: the same for every step of a run."""
+
+    names: tuple[str, ...]
+    matrices: Tensor
+    """Sites of two dimensions and more; every site where the shapes are not known."""
+    rest: Tensor
+    biases: Tensor
+    """Site of each matrix's bias; -1: it has none."""
+    fan_in: Tensor
+    """log10 of the root of the inputs that each output sums over."""
+    units: tuple[tuple[int, str, int], ...]
+    """Site, name and length of each bias of a matrix."""
+
+    def scale(self, grad: Tensor) -> Tensor:
+        """log10 rms of the inputs of each layer: ||dW|| / (||db|| sqrt(fan-in)); nan without a bias.
+
+        dW is the sum of delta x^T over the samples and db that of delta, so that their quotient is the norm of x
+        where the samples' deltas do not cancel. No activation is read.
+        """
+        values = grad[self.matrices] - grad[self.biases] - self.fan_in
+        kept = (self.biases >= 0) & (values.abs() < math.log10(LARGEST_SCALE))
+        return torch.where(kept, values, math.nan)
+
+
+@lru_cache(maxsize=4)
+def _plan(sites: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> Plan:
+    kept = [i for i in range(len(sites)) if not shapes or len(shapes[i]) > 1]
+    places = {name: i for i, name in enumerate(sites)} if shapes else {}
+    biases = [places.get(_sibling(sites[i]), -1) for i in kept]
+    fan_in = [math.prod(shapes[i][1:]) if shapes else 1 for i in kept]
+    return Plan(
+        tuple(sites[i] for i in kept),
+        torch.tensor(kept, dtype=torch.long),
+        torch.tensor(sorted(set(range(len(sites))) - set(kept)), dtype=torch.long),
+        torch.tensor(biases, dtype=torch.long),
+        torch.tensor(fan_in, dtype=torch.float64).log10() / 2,
+        tuple((i, sites[i], shapes[i][0]) for i in biases if i >= 0 and len(shapes[i]) == 1),
+    )
+
+
+def _sibling(name: str) -> str:
+    head, _, last = name.rpartition(".")
+    return f"{head}.{last.replace('weight', 'bias')}" if "weight" in last else ""
+
+
+def _dead(reading: Reading, plan: Plan) -> dict[str, float]:
+    """A unit is dead where its bias gets a gradient of exactly zero; counted activations are better."""
+    if "dead" in reading.columns:
+        values: list[float] = reading.columns["dead"].tolist()
+        return {
+            name: value for name, value in zip(reading.sites, values, strict=True) if not math.isnan(value)
+        }
+    if "zeros" not in reading.columns:
+        return {}
+    zeros: list[float] = reading.columns["zeros"].tolist()
+    return {name: zeros[i] / units for i, name, units in plan.units if not math.isnan(zeros[i])}
+
+
+def _summed(logs: Tensor) -> float:
+    """log10 of the norm of all, from the log10 of the norm of each."""
+    logs = logs[~logs.isnan()]
+    if not len(logs) or not logs.max().isfinite():
+        return -math.inf if len(logs) else math.nan
+    return float(torch.logsumexp(2 * math.log(10) * logs, 0)) / (2 * math.log(10))
+
+
+def spread(values: Sequence[float]) -> float:
+    """1.4826 times the median absolute deviation: the standard deviation, were they normal."""
+    middle = median(values)
+    return 1.4826 * median(abs(value - middle) for value in values)
+
+
+def finite(values: Iterable[float]) -> list[float]:
+    return [value for value in values if math.isfinite(value)]
+
+
+def nonfinite(reading: Reading) -> Tensor | None:
+    """NaN or Inf elements of each gradient; None where all is finite, the loss too."""
+    counted = reading.columns.get("nonfinite")
+    if counted is not None and bool((counted > 0).any()):
+        return counted.nan_to_num(0.0)
+    values = reading.columns.get("grad_norm")
+    bad = torch.zeros(len(reading.sites)) if values is None else values.isinf().float()
+    loss = reading.scalars.get("loss", 0.0)
+    return bad if bool(bad.any()) or not math.isfinite(loss) else None

@@ -1,0 +1,73 @@
+"""UP505 early-layers-not-moving: the first layers stay where they were drawn, while later ones move.
+
+What it means
+    Measured by their own size, the first weight matrices change by less than three parts in a million a step:
+    30,000 steps would change them by a tenth. Later layers move a hundred times as fast.
+
+Why it happens
+    A gradient that vanishes along depth under SGD, or a learning rate for these layers that is close to zero.
+
+Evidence
+    Update norm over weight norm of each matrix, median of 16 readings: the first quarter of the layers against
+    the second half. Layers that are frozen, or move by exactly zero, do not count.
+
+What helps
+    What lets the gradient through (see VG103), or an optimizer that divides by its size: AdamW.
+
+References
+    Glorot and Bengio 2010; You et al. 2017, Large Batch Training of Convolutional Networks (layer-wise ratios).
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+
+from isograd.diagnosis import Finding, Severity
+from isograd.monitor.history import RECENT, Detector, History
+
+CODE = "UP505"
+NAME = "early-layers-not-moving"
+
+STILL = -5.5
+"""log10 of the relative change a step: 3e-6, a tenth in 30,000 steps even if all went the same way."""
+BEHIND = -2.0
+"""Decades: within a factor of a hundred healthy layers lie (a spread of 38 was measured in one model)."""
+LAYERS = 4
+
+
+class NotMoving(Detector):
+    """Compares how fast the early and the late layers move, relative to their weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early = self.late = math.nan
+
+    unexamined = f"needs update norms of {LAYERS} weight matrices over {RECENT} steps"
+
+    def examine(self, history: History) -> Finding | None:
+        if len(history.early_updates) < RECENT or len(history.names) < LAYERS:
+            return None
+        self.early, self.late = median(history.early_updates), median(history.late_updates)
+        if not (math.isfinite(self.early) and self.early <= STILL and self.early - self.late <= BEHIND):
+            return None
+        return Finding(
+            CODE,
+            NAME,
+            Severity.WARNING,
+            f"the first layers change by {10**self.early:.1g} of themselves a step, the later ones by {10**self.late:.1g}",
+            cause="their gradient is too small for this optimizer and learning rate",
+            sites=tuple(history.names[: max(1, len(history.names) // 4)][:3]),
+            evidence={
+                "early": 10**self.early,
+                "threshold": 10**STILL,
+                "late": 10**self.late,
+                "ratio": 10 ** (self.early - self.late),
+            },
+            remedies=("insert-residual", "insert-normalisation", "critical-initialisation"),
+        )
+
+    def outcome(self, history: History) -> str | None:
+        if math.isnan(self.early):
+            return None
+        return f"the first layers change by {10**self.early:.1g} of themselves a step, the later by {10**self.late:.1g}"

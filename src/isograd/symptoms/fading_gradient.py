@@ -1,0 +1,86 @@
+"""VG103 fading-gradient: during training, early layers get a vanishing share of the gradient.
+
+What it means
+    The first quarter of the layers receives a thousandth of the gradient norm and less. They barely learn, and
+    what the later layers learn is built on features that stay as they were drawn.
+
+Why it happens
+    The product of the layers' Jacobians shrinks towards the input: saturating activations, weights that are
+    too small or have decayed, units that died, an optimizer step that threw a network out of balance.
+
+Evidence
+    The gradient norm of each weight matrix, in the order of the model's parameters, median of 10 readings: the
+    first quarter against the global norm, and against the second half of the layers, so that one large layer
+    does not decide. Only ratios count; the scale of the loss falls out. What happens between the layers,
+    operation by operation, says `isograd check` on the model.
+
+What helps
+    The critical initialisation of the activation, ReLU or GELU for sigmoid, normalisation, residual connections.
+
+References
+    Hochreiter 1991; Glorot and Bengio 2010, Understanding the Difficulty of Training Deep Networks.
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+
+from isograd.diagnosis import Finding, Severity
+from isograd.monitor.history import Detector, History
+
+CODE = "VG103"
+NAME = "fading-gradient"
+
+LOST = -3.0
+"""Decades below the global norm. The loss along depth from which plain SGD trains at no learning rate."""
+SPREAD = -1.5
+"""Decades between the early and the late layers: less is one large layer, and no loss along depth."""
+LAYERS = 4
+"""Matrices from which on one may speak of depth."""
+READINGS = 10
+"""A zero-initialised branch or head lets nothing through at the first step, and gradient at the next."""
+
+
+class Fading(Detector):
+    """Compares the gradient of the early layers with that of all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = math.nan
+
+    unexamined = f"needs {LAYERS} weight matrices and {READINGS} steps"
+
+    def examine(self, history: History) -> Finding | None:
+        if len(history.early_grads) < READINGS or len(history.names) < LAYERS:
+            return None
+        early, late = median(history.early_grads[-READINGS:]), median(history.late_grads[-READINGS:])
+        self.share, between = early - median(history.norms[-READINGS:]), early - late
+        if not (math.isfinite(self.share) and self.share <= LOST and between <= SPREAD):
+            return None
+        return Finding(
+            CODE,
+            NAME,
+            Severity.ERROR,
+            f"the first layers get 10^{self.share:.1f} of the gradient norm, "
+            f"10^{between:.1f} of what the later layers get",
+            cause="the gradient shrinks on its way to the input; which operation costs what says `isograd check`",
+            sites=tuple(history.names[: max(1, len(history.names) // 4)][:3]),
+            evidence={
+                "decades": self.share,
+                "threshold": LOST,
+                "early_over_late": between,
+                "readings": READINGS,
+            },
+            remedies=(
+                "critical-initialisation",
+                "exchange-activation",
+                "insert-normalisation",
+                "insert-residual",
+            ),
+        )
+
+    def outcome(self, history: History) -> str | None:
+        if math.isnan(self.share):
+            return None
+        return f"the first layers get 10^{self.share:.1f} of the gradient norm (an error from 10^{LOST:.0f})"

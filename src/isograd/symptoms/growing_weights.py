@@ -1,0 +1,94 @@
+"""UP508 growing-weights: weights grow exponentially, and do not slow down.
+
+What it means
+    A weight matrix grows by the same factor step after step. Signals and gradients grow with the product of such
+    factors, so that it ends in a spike or in values that are not finite.
+
+Why it happens
+    A feedback between weights and gradients beyond the edge of stability, a learning rate that is too high, no
+    weight decay where a scale is free to grow, decay with the wrong sign.
+
+Evidence
+    The logarithm of each matrix's norm over 64 steps, or over 32 where it goes faster: it has risen by half and
+    more, in the second half of that time as much as in the first. Healthy weights grow too, but ever more slowly.
+
+What helps
+    Weight decay, a lower learning rate, normalisation, gradient clipping.
+
+References
+    Merrill et al. 2021, Effects of Parameter Norm Growth; Wortsman et al. 2023, Small-scale Proxies for Instabilities.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from isograd.diagnosis import Finding, Severity
+from isograd.monitor.history import WINDOW, Detector, History
+
+CODE = "UP508"
+NAME = "growing-weights"
+
+GROWTH = 0.18
+"""Decades within 32 or 64 steps: half as large again."""
+STEADY = 0.85
+"""Growth in the second half over that in the first. Growth by equal amounts has log(1.5/1.25)/log(1.25) = 0.82."""
+EVERY = 4
+"""Steps between two looks: 64 do not change so fast."""
+READINGS = 2
+"""Looks in a row: a single large step grows by leaps."""
+SETTLED = 2 * WINDOW
+"""Steps before anything is said: from a small initialisation weights grow fast at first, while momentum and
+warm-up speed the steps up."""
+
+
+class Growing(Detector):
+    """Looks for exponential growth of the norm of a matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = math.nan
+
+    unexamined = f"needs weight norms over {SETTLED} steps"
+
+    def examine(self, history: History) -> Finding | None:
+        rows = history.weights
+        if history.count <= SETTLED or len(rows) <= WINDOW or history.count % EVERY:
+            return None
+        grown = {
+            name: max(exponential(column, WINDOW // 2), exponential(column, WINDOW))
+            for name, *column in zip(history.names, *rows, strict=True)
+        }
+        name = max(grown, key=lambda name: grown[name], default="")
+        self.largest = grown.get(name, math.nan)
+        if not self.holds(self.largest >= GROWTH, READINGS):
+            return None
+        return Finding(
+            CODE,
+            NAME,
+            Severity.WARNING,
+            f"{name} has grown {10**self.largest:.2g} times within {WINDOW} steps, and does not slow down",
+            cause="weights and gradients drive each other up",
+            sites=tuple(sorted(grown, key=lambda name: -grown[name])[:3]),
+            evidence={"decades": self.largest, "threshold": GROWTH, "steps": WINDOW},
+            remedies=(
+                "lower-learning-rate",
+                "clip-gradients",
+                "add weight decay: weight_decay=0.01 in AdamW",
+            ),
+        )
+
+    def outcome(self, history: History) -> str | None:
+        if math.isnan(self.largest):
+            return None
+        return f"no weight matrix grows exponentially (at most {max(self.largest, 0.0):.2f} decades in {WINDOW} steps)"
+
+
+def exponential(logs: Sequence[float], span: int) -> float:
+    """Decades of growth over the last `span` steps, if each half of them brought as much; else 0."""
+    then, middle, now = logs[-1 - span], logs[-1 - span // 2], logs[-1]
+    if not (math.isfinite(then) and math.isfinite(now)):
+        return 0.0
+    early, late = middle - then, now - middle
+    return now - then if early > 0 and late >= STEADY * early else 0.0

@@ -1,0 +1,93 @@
+"""NF405 non-finite-step: during training, a gradient or the loss became NaN or Inf.
+
+What it means
+    An optimizer that takes this step writes NaN into the weights, and clipping writes it into all of them.
+
+Why it happens
+    A gradient or signal that exploded, a value that overflowed its number format, data that is not finite, an
+    operation whose derivative is infinite.
+
+Evidence
+    NaN and Inf elements of each parameter's gradient, counted before anything clips them, and the loss. A step that
+    a loss scaler skipped for an overflow is routine and counts only when 10 follow each other. What the run did
+    before says whether it exploded or broke at once; the operation that made the first one, with its source
+    line, names `isograd.find_nonfinite(model, loss)`.
+
+What helps
+    Skip the step; a check of the batch; what the cause names.
+
+References
+    Micikevicius et al. 2018, Mixed Precision Training; PyTorch issue 143658 (what anomaly detection does not tell).
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from isograd.diagnosis import Finding, Severity
+from isograd.monitor.history import Detector, History
+from isograd.monitor.origin import origin
+from isograd.monitor.reading import Reading
+
+CODE = "NF405"
+NAME = "non-finite-step"
+
+OVERFLOWS = 10
+"""Skipped steps in a row: a loss scaler halves its scale each time, ten are three decades."""
+EXPLODED = 1.0
+"""Decades by which gradient or loss had risen before: then it exploded."""
+
+
+class NonFinite(Detector):
+    """Told of the readings that no other detector may see."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def broken(self, reading: Reading, counts: Tensor, history: History) -> Finding | None:
+        """What a reading says that is not finite; `counts`: elements that are not, of shape (site,)."""
+        loss = reading.scalars.get("loss", 0.0)
+        skipped = any(note.startswith("overflow") for note in reading.notes) and math.isfinite(loss)
+        if not self.holds(True, OVERFLOWS if skipped else 1):
+            return None
+        self.steps += 1
+        sick = [name for name, count in zip(reading.sites, counts.tolist(), strict=True) if count]
+        what = f"the gradient of {len(sick)} of {len(reading.sites)} parameters" if sick else "the loss"
+        if sick and not math.isfinite(loss):
+            what = f"the loss and {what}"
+        words, slug, remedies = self._cause(history)
+        return Finding(
+            CODE,
+            NAME,
+            Severity.ERROR,
+            f"{what} is not finite ({int(counts.sum())} elements)",
+            cause=words,
+            sites=tuple(sick[:3]),
+            evidence={"elements": int(counts.sum()), "parameters": len(sick), "loss": loss, "cause": slug},
+            remedies=remedies,
+        )
+
+    def _cause(self, history: History) -> tuple[str, str, tuple[str, ...]]:
+        norms, losses = history.norms, history.losses
+        rise = max(norms[-3:]) - norms[max(0, len(norms) - 24)] if norms else 0.0
+        risen = len(losses) > 1 and max(losses[-3:]) > 10 * abs(losses[max(0, len(losses) - 24)])
+        large = math.isfinite(history.typical_update) and history.typical_update > 0
+        if rise >= EXPLODED or risen or large:
+            cause = origin(history)
+            return f"the training exploded before: {cause.words}", cause.slug, cause.remedies
+        return (
+            "it came at once, from a training that was well: look at the batch, and at operations whose derivative is "
+            "infinite",
+            "sudden",
+            ("safe-derivative", "check the data of this step for values that are not finite"),
+        )
+
+    def examine(self, history: History) -> Finding | None:
+        self.held = 0  # a finite reading
+        return None
+
+    def outcome(self, history: History) -> str | None:
+        return f"the gradients of {history.count} steps were finite" if history.count else None

@@ -1,0 +1,91 @@
+"""TR701 plateau: the loss has stopped falling, and the training is not at its end.
+
+What it means
+    Steps are taken at full pace, and the loss stays where it is: near where it started, or back near there after
+    it had been far below. A training that has converged has left its start behind and is no plateau.
+
+Why it happens
+    Gradients that vanish, units that died, a symmetric start, targets that the inputs do not determine, a
+    learning rate that is far too high or too low. What was told beside this says which.
+
+Evidence
+    Over the last 128 losses at full pace (steps of warm-up and annealing do not count) the level does not change
+    beyond its spread, and of the way from the start to zero, less than a tenth was gained, or more than half of
+    what had been gained is lost again. Losses whose noise is as large as their level, or that change sign, are
+    left alone: there a plateau cannot be told from noise.
+
+What helps
+    `isograd check` on the model; the learning rate; the targets.
+
+References
+    Goodfellow et al. 2016, Deep Learning, section 8.2; Prechelt 1998, Early Stopping, But When?
+"""
+
+from __future__ import annotations
+
+import math
+from statistics import median
+
+from isograd.diagnosis import Finding, Severity
+from isograd.monitor.history import WINDOW, Detector, History
+from isograd.monitor.seen import spread
+
+CODE = "TR701"
+NAME = "plateau"
+
+STEPS = 200
+"""Steps at full pace before anything is said."""
+GAINED = 0.1
+"""Share of the first loss that must be gained: a classifier that learned no more than the class frequencies."""
+LOST = 0.5
+"""Share of what was gained that may be lost again."""
+NOISE = 0.25
+"""Spread over level, from which on the level says nothing."""
+
+
+class Plateau(Detector):
+    """Compares two windows of the loss with each other and with the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = math.nan
+
+    unexamined = f"needs a loss (monitor.log(loss=…)) that is positive and no mere noise, over {STEPS} steps"
+
+    def examine(self, history: History) -> Finding | None:
+        losses = history.losses
+        first = history.first_loss
+        if len(losses) < 2 * WINDOW or min(*losses[-2 * WINDOW :], first) <= 0:
+            return None
+        before, now = median(losses[-2 * WINDOW : -WINDOW]), median(losses[-WINDOW:])
+        noise = spread(losses[-WINDOW:])
+        if noise > NOISE * now:
+            return None
+        self.share = (first - now) / first
+        flat = abs(now - before) <= noise
+        stuck = self.share < GAINED
+        fallen_back = now - history.best > LOST * (first - history.best) and first > history.best
+        paced = history.moving if math.isfinite(history.pace) else history.count
+        if paced < STEPS or not flat or not (stuck or fallen_back):
+            return None
+        where = f"back at {now:.3g} after {history.best:.3g}" if fallen_back else f"still at {now:.3g}"
+        return Finding(
+            CODE,
+            NAME,
+            Severity.WARNING,
+            f"the loss is {where} and no longer changes; it started from {first:.3g}",
+            cause="nothing is learned at this pace",
+            evidence={
+                "loss": now,
+                "first": first,
+                "best": history.best,
+                "gained": self.share,
+                "threshold": GAINED,
+            },
+            remedies=("find where the gradient is lost: isograd check on the model",),
+        )
+
+    def outcome(self, history: History) -> str | None:
+        if math.isnan(self.share):
+            return None
+        return f"{self.share:.0%} of the first loss is gained (a plateau is below {GAINED:.0%})"

@@ -1,0 +1,93 @@
+"""UP507 steps-too-small: the weights hardly move, and the loss has far to go.
+
+What it means
+    In hundreds of steps no weight matrix has moved by more than a few thousandths of itself, and the loss falls at
+    the end as slowly and as steadily as at the beginning, or not at all: nothing has been learned yet.
+
+Why it happens
+    A learning rate that is too low, a schedule that never reached it, or an optimizer whose epsilon outweighs
+    its gradients.
+
+Evidence
+    The largest update norm over weight norm of any matrix, median of 16 readings, that the run has ever had, so
+    that annealing does not count; and the medians of the four quarters of the remembered losses, which fall evenly
+    where nothing bends yet. A run whose updates still grow is warming up.
+
+What helps
+    A higher learning rate; a look at epsilon and at the schedule.
+
+References
+    Smith 2017, Cyclical Learning Rates (the range test); Schmidt et al. 2021, Descending through a Crowded Valley.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from statistics import median
+
+from isograd.diagnosis import Finding, Severity
+from isograd.monitor.history import RECENT, WINDOW, Detector, History
+from isograd.monitor.seen import finite, spread
+
+CODE = "UP507"
+NAME = "steps-too-small"
+
+SMALL = -3.7
+"""log10 of the largest relative update: 2e-4, where healthy trainings from scratch reach 1e-3 and more."""
+NONE = -5.5
+"""log10: 3e-6, at which nothing moves, whatever the loss does."""
+EVEN = 0.4
+"""The loss falls in the last quarter by this share of what it fell in the second: it does not bend yet."""
+STEPS = 200
+
+
+class TooSmall(Detector):
+    """Remembers how fast the fastest matrix ever went."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pace = -math.inf
+        self.warming = 0.0
+
+    unexamined = f"needs update norms and {STEPS} steps"
+
+    def examine(self, history: History) -> Finding | None:
+        if len(history.updates) < RECENT or self.pace > SMALL:
+            return None
+        fastest = median(max(finite(row), default=-math.inf) for row in history.updates)
+        if history.count % WINDOW == 0:
+            self.warming = fastest - self.pace
+        self.pace = max(self.pace, fastest)
+        if history.count < STEPS or self.pace > SMALL or self.warming > 0.02:
+            return None
+        if self.pace > NONE and not self._steady(history.losses):
+            return None
+        return Finding(
+            CODE,
+            NAME,
+            Severity.WARNING,
+            f"no weight matrix has moved by more than {10**self.pace:.1g} of itself a step in {history.count} steps, "
+            "and the loss has not bent yet",
+            cause="the learning rate is too low",
+            sites=tuple(history.names[:1]),
+            evidence={"update_ratio": 10**self.pace, "threshold": 10**SMALL, "steps": history.count},
+            remedies=(
+                "raise the learning rate: sweep it upwards by factors of 3 until the loss no longer falls",
+            ),
+        )
+
+    def _steady(self, losses: list[float]) -> bool:
+        """Falling, beyond its noise, and at the end about as fast as before."""
+        size = len(losses) // 4
+        quarters = [median(losses[i * size : (i + 1) * size]) for i in range(4)] if size >= 16 else []
+        if not quarters:
+            return False
+        noise = spread(losses[-size:]) / math.sqrt(size)
+        falls = [a - b for a, b in pairwise(quarters)]
+        return quarters[0] - quarters[3] > 4 * noise and falls[2] > EVEN * falls[0] and min(falls) > 0
+
+    def outcome(self, history: History) -> str | None:
+        if not math.isfinite(self.pace) or history.count < STEPS:
+            return None
+        return f"the fastest weight matrix changed by {10**self.pace:.1g} of itself a step (a warning below {10**SMALL:.0e})"
