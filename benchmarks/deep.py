@@ -43,7 +43,7 @@ class Cost:
     megabytes: float
     """Highest resident memory over that of the model before any step."""
     said: dict[str, Any]
-    """Of a diagnosis: verdict, codes, decades, gains and branch-to-stream ratios of the residual sites."""
+    """Of a diagnosis: verdict, codes, gains and branch-to-stream ratios of the residual sites."""
 
 
 def run(setting: Setting) -> Iterator[str]:
@@ -77,7 +77,7 @@ COSTS = (
     "check MB",
     "measure / step",
 )
-READINGS = ("layers", "verdict", "decades", "gain of a sublayer", "branch / stream", "findings")
+READINGS = ("layers", "verdict", "gain, all sublayers", "gain of one", "branch / stream", "findings")
 
 
 def costs_row(layers: int, step: Cost, measured: Cost, checked: Cost) -> tuple[str, ...]:
@@ -97,11 +97,12 @@ def readings_row(layers: int, said: dict[str, Any]) -> tuple[str, ...]:
     def ends(values: list[float]) -> str:
         return f"{min(values):.3f} … {max(values):.3f}" if values else ""
 
-    decades = said["decades"]
+    gains = said["gains"]
+    decades = sum(math.log10(gain) for gain in gains)
     return (
         f"{layers:,}",
         said["verdict"],
-        "" if decades is None else f"{decades:+.2f}",
+        "" if not gains else f"{10**decades:.2f}" if abs(decades) < 4 else f"10^{decades:.0f}",
         ends(said["gains"]),
         ends(said["ratios"]),
         ", ".join(said["findings"]) or "none",
@@ -156,7 +157,6 @@ def check(model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer) -> dic
     ratios = [flow.splits[depth].forward_ratio for depth in sorted(flow.splits)]
     return {
         "verdict": diagnosis.verdict,
-        "decades": flow.decades if math.isfinite(flow.decades) else None,
         "gains": sublayer_gains(flow),
         "ratios": [ratio for ratio in ratios if math.isfinite(ratio)],
         "findings": [f"{f.code} {f.severity.name.lower()}" for f in diagnosis.findings],

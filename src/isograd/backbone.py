@@ -250,7 +250,10 @@ def _segment(
         kind = kind_of_module(folded[made.call.invocation], kind)
     shape = next((m.shape for m in (*telling, *known) if m.shape is not None), None) or ()
     dtype = next((m.dtype for m in (*telling, *known) if m.dtype), made.dtype)
-    site = Site("", kind, made.call.operation, made.call.module, made.call.source, shape, dtype, 0)
+    call = made.call
+    site = Site(
+        "", kind, call.operation, call.module, call.source, shape, dtype, 0, call.parameters, call.settings
+    )
     segment = Segment(site, nodes, made, inside)
     segment.weighted = any(n in trace.made and trace.made[n].call.weighted for n in (*nodes, *inside))
     if following is not None and inside and kind == "addition":
@@ -345,4 +348,15 @@ def step_site(made: Made) -> Site:
     """The place of one operation inside a segment."""
     call = made.call
     name = f"{call.module} · {call.operation}" if call.module else call.operation
-    return Site(name, call.kind, call.operation, call.module, call.source, made.shape or (), made.dtype, -1)
+    return Site(
+        name,
+        call.kind,
+        call.operation,
+        call.module,
+        call.source,
+        made.shape or (),
+        made.dtype,
+        -1,
+        call.parameters,
+        call.settings,
+    )

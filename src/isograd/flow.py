@@ -9,10 +9,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from isograd.theory.network import Expectation
 
 if TYPE_CHECKING:
     from isograd.horizon import Horizon
@@ -39,6 +43,10 @@ class Site:
     shape: tuple[int, ...]
     dtype: str
     depth: int
+    parameters: tuple[str, ...] = ()
+    """Names of the parameters that it works with; of an attention, those that made its values."""
+    settings: tuple[tuple[str | int, object], ...] = ()
+    """Arguments of its call that are no tensors, by name or position: a slope, a stride, whether it is training."""
 
     @property
     def place(self) -> str:
@@ -237,6 +245,7 @@ class Flow:
     """Things said about the measurement: 'unwrapped from torch.compile'."""
     unexamined: dict[str, str] = field(default_factory=dict[str, str])
     """What could not be measured, and why."""
+
     horizon: Horizon | None = None
     """The gradient along time, where something recurs in the model; None: not measured."""
 
@@ -292,20 +301,22 @@ class Flow:
         The sum over the hidden sites or that over all, whichever is smaller: a head drawn small on purpose
         is no vanishing gradient, nor is a factor moved from one layer into the next.
         """
-        return self._span[0]
+        measured = self._counted(self.lost_part)
+        return float(measured.sum()) if len(measured) else math.nan
 
     @property
     def lost_over(self) -> int:
         """Number of layers that `lost` is summed over."""
-        return self._span[1]
+        whole = self.lost_part != self.hidden
+        return self.layers if whole else int((self.column("weighted")[self.hidden] == 1).sum())
 
     @property
-    def _span(self) -> tuple[float, int]:
-        measured, ends = self._counted(self.hidden), self._counted(slice(1, len(self.sites)))
-        hidden = float(measured.sum()) if len(measured) else math.nan
-        total = float(ends.sum()) if len(ends) else math.nan
-        inner = int((self.column("weighted")[self.hidden] == 1).sum())
-        return (total, self.layers) if abs(total) < abs(hidden) else (hidden, inner)
+    def lost_part(self) -> slice:
+        """The sites that `lost` is summed over."""
+        everything = slice(1, len(self.sites))
+        hidden, ends = self._counted(self.hidden), self._counted(everything)
+        smaller = len(hidden) and len(ends) and abs(float(ends.sum())) < abs(float(hidden.sum()))
+        return everything if smaller else self.hidden
 
     def _counted(self, part: slice) -> Tensor:
         """Decades of a part, without those that are none of depth.
@@ -318,6 +329,13 @@ class Flow:
             [site.kind in ("recurrent", "pooling") for site in self.sites[part]], dtype=torch.bool
         )
         return decades[~decades.isnan() & ~other]
+
+    @cached_property
+    def expected(self) -> Expectation:
+        """What theory expects of random weights of the sizes found, site by site, where it applies."""
+        from isograd.theory.network import expectation  # theory reads flows
+
+        return expectation(self)
 
     @property
     def growth(self) -> float:
@@ -348,8 +366,9 @@ class Flow:
 
     @property
     def spread(self) -> float:
-        """Standard deviation, in decades, that the finite width alone gives the gradient of a critical net.
+        """Standard deviation, in decades, that the finite width alone gives the gradient.
 
+        What theory says of this network, where it applies to all of its depth; at least that of a critical net:
         Var[log ||J^T v||^2] is about c * sum(1/width), with c = 5 for ReLU and its like and 2 for linear and
         smooth functions (`isograd.theory`). Residual segments pass most of the gradient by.
         """
@@ -359,7 +378,11 @@ class Flow:
             site = self.sites[i]
             if site.kind in ("linear", "convolution") and len(site.shape) > 1:
                 total += 1.0 / site.shape[1 if site.kind == "convolution" else -1]
-        return math.sqrt((5.0 if rectified else 2.0) * total) / 2 / math.log(10)
+        critical = math.sqrt((5.0 if rectified else 2.0) * total) / 2 / math.log(10)
+        part = self.expected.over(self.lost_part)
+        # What theory expects to vanish does not vanish by luck.
+        lucky = part is not None and part.whole and abs(part.decades) <= 2 * part.spread
+        return max(critical, part.spread) if part is not None and lucky else critical
 
 
 def per_layer(decades: float, layers: int) -> float:

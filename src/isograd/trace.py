@@ -76,6 +76,10 @@ class Call:
     """Reads a tensor that no gradient reaches: the entrance of the model's data."""
     user_input: bool = False
     """That tensor is one of the arguments given to the model."""
+    parameters: tuple[str, ...] = ()
+    """Names of the model's parameters that it works with; of an attention, those that made its values."""
+    settings: tuple[tuple[str | int, object], ...] = ()
+    """Its arguments that are no tensors, by name or position: a slope, a stride, whether it is training."""
 
     @property
     def weighted(self) -> bool:
@@ -151,7 +155,7 @@ class Trace(TorchFunctionMode):
         self._names = {id(module): name for name, module in self.model.named_modules()}
         self._stack: list[tuple[str, int, str]] = []
         self._order = 0
-        self._parameters = {id(p) for p in self.model.parameters()}
+        self._parameters = {id(p): name for name, p in self.model.named_parameters()}
 
     @contextmanager
     def recording(self) -> Iterator[Trace]:
@@ -278,8 +282,15 @@ class Trace(TorchFunctionMode):
         data = [t for t in tensors if not t.requires_grad and id(t) not in self._parameters and t.ndim > 0]
         call.data = bool(data)
         call.user_input = any(t.layout == torch.strided and t.data_ptr() in self.given for t in data)
+        call.parameters = tuple(self._parameters[id(t)] for t in tensors if id(t) in self._parameters)
+        given = (*enumerate(args), *kwargs.items())
+        call.settings = tuple(
+            (key, _plain(a)) for key, a in given if a is not None and not isinstance(a, Tensor)
+        )
         if call.kind in ("linear", "convolution"):
             self._weigh(call, tensors)
+        elif call.kind in ("attention", "product") and not call.parameters:
+            call.parameters = self._made_values(call, tensors)
         if call.kind == "convolution":
             call.unit_dim = 1
         elif call.kind not in ("linear", "attention", "embedding", "recurrent"):
@@ -301,6 +312,26 @@ class Trace(TorchFunctionMode):
                 self.weights[id(parameter)] = operand[0].numel()
             else:  # a matrix product: x @ w, or w @ x
                 self.weights[id(parameter)] = operand.shape[-2 if i == len(owned) - 1 else -1]
+
+    def _made_values(self, call: Call, tensors: list[Tensor]) -> tuple[str, ...]:
+        """The parameters of the layer that made what an attention averages."""
+        if call.kind == "attention":
+            values = tensors[2:3]
+        else:  # written out: the operand that is not the softmax
+            kinds = [self._origin(t, {"reshape", "dropout"}) for t in tensors]
+            mixes = any(made is not None and made.call.kind == "softmax" for made in kinds)
+            values = [
+                t for t, made in zip(tensors, kinds, strict=True) if made and made.call.weighted
+            ] * mixes
+        made = self._origin(values[0], {"reshape"}) if len(values) == 1 else None
+        return made.call.parameters if made is not None and made.call.weighted else ()
+
+    def _origin(self, tensor: Tensor, passing: Collection[str]) -> Made | None:
+        """What made a tensor, behind calls of the kinds that only pass it on."""
+        node = tensor.grad_fn
+        while node is not None and (node not in self.made or self.made[node].call.kind in passing):
+            node = next((below for below, _ in node.next_functions if below is not None), None)
+        return self.made[node] if node is not None else None
 
     def _attribute(self, tensor: Tensor, call: Call) -> None:
         """All nodes between this result and those already known were made by this call."""
@@ -361,6 +392,13 @@ class Trace(TorchFunctionMode):
         kind = "values" if target.is_floating_point() else "classes"
         shape = (given.numel() // max(rows.shape[1], 1), rows.shape[1])
         self.losses.append(LossCall(name, out.grad_fn, given.grad_fn, shape, values, kind))
+
+
+def _plain(value: object) -> object:
+    """Numbers, words and tuples of them: what may be kept of a call when its tensors are gone."""
+    if isinstance(value, list | tuple):
+        return tuple(_plain(v) for v in value)
+    return value if isinstance(value, bool | int | float | str) else None
 
 
 def _derivative(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import msgspec
 
 import isograd
@@ -28,6 +30,18 @@ class BackboneSite(msgspec.Struct):
     decades: Number
     grad_norm_log10: Number
     activation_rms: Number
+    expected: Number
+    branch_ratio: Number
+
+
+class ExpectedReport(msgspec.Struct):
+    """What theory expects of random weights of the sizes found, over the sites that it applies to."""
+
+    decades: Number
+    spread: Number
+    measured: Number
+    layers: int
+    whole: bool
 
 
 class EffectReport(msgspec.Struct):
@@ -78,6 +92,7 @@ class Report(msgspec.Struct):
     decades: Number
     sigma: Number
     layers: int
+    expected: ExpectedReport | None
     loss: Number
     backbone: list[BackboneSite]
     findings: list[FindingReport]
@@ -108,6 +123,7 @@ def _report(diagnosis: Diagnosis) -> Report:
         decades=flow.decades,
         sigma=flow.sigma,
         layers=flow.layers,
+        expected=_expected(flow),
         loss=flow.loss,
         backbone=_backbone(flow),
         findings=[_finding(finding) for finding in diagnosis.findings],
@@ -118,9 +134,16 @@ def _report(diagnosis: Diagnosis) -> Report:
     )
 
 
+def _expected(flow: Flow) -> ExpectedReport | None:
+    part = flow.expected.over(slice(1, len(flow.sites)))
+    return part and ExpectedReport(part.decades, part.spread, part.measured, part.layers, part.whole)
+
+
 def _backbone(flow: Flow) -> list[BackboneSite]:
     names = ("gain", "decades", "grad_norm_log10", "activation_rms")
-    columns = (numbers.column(flow, name) for name in names)
+    columns = [numbers.column(flow, name) for name in names]
+    splits = [flow.splits.get(i) for i in range(len(flow.sites))]
+    columns += [flow.expected.decades, [math.nan if s is None else s.forward_ratio for s in splits]]
     return [
         BackboneSite(site.name, site.kind, site.module, site.source, site.depth, *values)
         for site, *values in zip(flow.sites, *columns, strict=True)

@@ -24,6 +24,11 @@ def signal(value: float) -> str:
     return "∞" if math.isinf(value) else minus(f"{value:.3g}")
 
 
+def ratio(value: float) -> str:
+    """Two significant digits."""
+    return "" if math.isnan(value) else f"{value:.2g}"
+
+
 def value(given: float | int | str) -> str:
     """One entry of the evidence."""
     return signal(given) or "not measured" if isinstance(given, float) else str(given)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import re
 import textwrap
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from rich.text import Text
 
@@ -24,6 +26,8 @@ LABEL = 8
 """Width of the labels `cause`, `try` … that stand before a paragraph."""
 COLUMN = 21
 """Width of a column of signals: two numbers and the dots between them."""
+BESIDE = 17
+"""Width of a column that stands beside them: what theory expects, the weight of branches."""
 MOST_EFFECTS = 4
 
 VERDICTS = {
@@ -51,6 +55,7 @@ def _verdict(diagnosis: Diagnosis, width: int) -> Text:
     if diagnosis.target:
         text.append(f"  {diagnosis.target}", "bold")
     _paragraph(text, "", _summary(diagnosis.flow), width)
+    _paragraph(text, "", _expected(diagnosis.flow), width)
     return text
 
 
@@ -62,6 +67,17 @@ def _summary(flow: Flow) -> str:
         layers = "1 layer" if flow.layers == 1 else f"{flow.layers} layers"
         said += f", {layers}, sigma {numbers.signal(flow.sigma)} per layer"
     return said
+
+
+def _expected(flow: Flow) -> str:
+    """What theory says of the same layers."""
+    part = flow.expected.over(slice(1, len(flow.sites)))
+    if part is None or not math.isfinite(part.measured):
+        return ""
+    said = f"{numbers.decades(part.decades)} ± {numbers.decades(part.spread)} expected of random weights of these sizes"
+    if part.whole:
+        return said
+    return f"{said} in {part.layers} of the layers, where {numbers.decades(part.measured)} was measured"
 
 
 def _finding(finding: Finding, width: int) -> Text:
@@ -133,16 +149,45 @@ def _tree(flow: Flow, width: int) -> Text | None:
     if all(math.isnan(value) for row in shown for value in row.activation + row.gradient):
         return None
     labels = [_label(row) for row in shown]
-    room = min(max(len(label.plain) for label in labels), width - 2 * COLUMN)
+    columns = [column for column in COLUMNS if column.always or any(map(column.told, shown))]
+    room = min(max(len(label.plain) for label in labels), width - sum(column.width for column in columns))
     text = Text()
-    text.append(f"{'model':<{room}}{'→ activation':>{COLUMN}}{'← gradient':>{COLUMN}}\n", "bold")
-    text.append(f"{'':<{room}}{'rms':>{COLUMN}}{'decades vs output':>{COLUMN}}", "dim")
+    text.append(f"{'model':<{room}}{''.join(f'{c.title:>{c.width}}' for c in columns)}\n", "bold")
+    text.append(f"{'':<{room}}{''.join(f'{c.unit:>{c.width}}' for c in columns)}", "dim")
     for row, label in zip(shown, labels, strict=True):
         label.truncate(room, overflow="ellipsis", pad=True)
         text.append("\n").append(label)
-        text.append(f"{_range([numbers.signal(v) for v in row.activation]):>{COLUMN}}")
-        text.append(f"{_range([numbers.decades(v) for v in row.gradient]):>{COLUMN}}")
+        for column in columns:
+            text.append(f"{column.show(row):>{column.width}}")
     return text
+
+
+@dataclass(frozen=True)
+class _Column:
+    """One column of the tree."""
+
+    title: str
+    unit: str
+    width: int
+    values: Callable[[Row], tuple[float, ...]]
+    said: Callable[[float], str]
+    always: bool = True
+    """Shown even where it holds nothing."""
+
+    def told(self, row: Row) -> bool:
+        return any(not math.isnan(value) for value in self.values(row))
+
+    def show(self, row: Row) -> str:
+        known = list(dict.fromkeys(self.said(value) or "·" for value in self.values(row)))
+        return " … ".join(known)
+
+
+COLUMNS = (
+    _Column("→ activation", "rms", COLUMN, lambda row: row.activation, numbers.signal),
+    _Column("← gradient", "decades vs output", COLUMN, lambda row: row.gradient, numbers.decades),
+    _Column("expected", "by theory", BESIDE, lambda row: row.expected, numbers.decades, always=False),
+    _Column("branch", "rms vs stream", BESIDE, lambda row: row.branch, numbers.ratio, always=False),
+)
 
 
 def _label(row: Row) -> Text:
@@ -155,11 +200,6 @@ def _label(row: Row) -> Text:
     if row.hidden:
         text.append(f" +{row.hidden}", "dim")
     return text
-
-
-def _range(values: list[str]) -> str:
-    known = list(dict.fromkeys(value or "·" for value in values))
-    return " … ".join(known)
 
 
 def _footer(diagnosis: Diagnosis, width: int) -> Text | None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from isograd.flow import Flow, ModuleSignal
+from isograd.flow import Flow
 from isograd.render import numbers
 
 SCREEN = 40
@@ -35,6 +35,10 @@ class Row:
     """rms of the output; NaN: not measured."""
     gradient: tuple[float, ...]
     """Decades of gradient norm relative to the model's output; −inf: none; NaN: not measured."""
+    expected: tuple[float, ...] = (math.nan,)
+    """The same as theory expects it; NaN where it does not apply."""
+    branch: tuple[float, ...] = ()
+    """Of residual blocks: rms of the branch over that of the stream, least and largest."""
     folded: int = 0
     """Repeats that this line stands for."""
     hidden: int = 0
@@ -47,6 +51,8 @@ class _Module:
     kind: str
     activation: float
     gradient: float
+    expected: float
+    branch: tuple[float, ...]
     children: list[_Module] = field(default_factory=list["_Module"])
     shape: int = 0
     """Number of the tree's shape: equal for modules that are built alike."""
@@ -63,7 +69,7 @@ def rows(flow: Flow, *, screen: int = SCREEN) -> list[Row]:
     """
     if not flow.modules:
         return []
-    root = _tree(flow.modules, _reference(flow))
+    root = _tree(flow)
     deepest = max(module.path.count(".") for module in flow.modules) + 1
     shown: list[Row] = []
     for depth in range(deepest, 0, -1):
@@ -81,11 +87,41 @@ def _reference(flow: Flow) -> float:
     return known[-1] if known and math.isfinite(known[-1]) else 0.0
 
 
-def _tree(modules: Sequence[ModuleSignal], reference: float) -> _Module:
+def _expected(flow: Flow) -> dict[str, float]:
+    """Decades between the output and the last backbone site of each module, as theory expects them."""
+    levels, level, found = flow.expected.decades, 0.0, dict[str, float]()
+    measured = numbers.column(flow, "decades")
+    if flow.expected.over(slice(1, len(flow.sites))) is None:
+        return found
+    for i in range(len(flow.sites) - 1, -1, -1):
+        path = flow.sites[i].module
+        while path:
+            found.setdefault(path, level)
+            path = path.rpartition(".")[0]
+        if not math.isnan(measured[i]):
+            level += levels[i]
+    return found
+
+
+def _branches(flow: Flow) -> dict[str, tuple[float, ...]]:
+    """By module: branch over stream of the residual additions in it."""
+    found: dict[str, tuple[float, ...]] = {}
+    for i, split in flow.splits.items():
+        if math.isfinite(split.forward_ratio):
+            path = flow.sites[i].module
+            found[path] = (*found.get(path, ()), split.forward_ratio)
+    return found
+
+
+def _tree(flow: Flow) -> _Module:
     by_path: dict[str, _Module] = {}
-    for m in modules:
+    reference, expected, branches = _reference(flow), _expected(flow), _branches(flow)
+    for m in flow.modules:
         above, _, name = m.path.rpartition(".")
-        module = _Module(name, m.kind, m.activation_rms, m.grad_norm_log10 - reference)
+        gradient = m.grad_norm_log10 - reference
+        level = expected.get(m.path, math.nan) if math.isfinite(gradient) else math.nan
+        branch = branches.get(m.path, ())
+        module = _Module(name, m.kind, m.activation_rms, gradient, level, branch)
         by_path[m.path] = module
         if m.path:
             by_path[above].children.append(module)
@@ -140,7 +176,20 @@ def _open(module: _Module, indent: int, depth: int) -> list[Row]:
 
 def _row(module: _Module, indent: int, *, closed: bool) -> Row:
     hidden = module.inside if closed else 0
-    return Row(module.label, module.kind, indent, (module.activation,), (module.gradient,), hidden=hidden)
+    return Row(
+        module.label,
+        module.kind,
+        indent,
+        (module.activation,),
+        (module.gradient,),
+        (module.expected,),
+        _ends(module.branch),
+        hidden=hidden,
+    )
+
+
+def _ends(values: Sequence[float]) -> tuple[float, ...]:
+    return (min(values), max(values)) if len(values) > 1 else tuple(values)
 
 
 def _repeat(children: Sequence[_Module], start: int) -> tuple[int, int]:
@@ -202,5 +251,7 @@ def _folded(blocks: Sequence[Sequence[_Module]], indent: int) -> Row:
         indent,
         (first[-1].activation, last[-1].activation),
         (first[-1].gradient, last[-1].gradient),
+        (first[-1].expected, last[-1].expected),
+        _ends([ratio for block in blocks for module in block for ratio in module.branch]),
         folded=len(blocks),
     )

@@ -150,6 +150,18 @@ class Dropout:
 
 
 @dataclass(frozen=True, slots=True)
+class Scale:
+    """Every unit times a constant."""
+
+    factor: float
+
+    def response(self, signal: Signal) -> Response:
+        chi = self.factor**2
+        scaled = replace(signal, q=signal.q * chi, mean=signal.mean * self.factor, shared=signal.shared * chi)
+        return Response(scaled, chi, elasticity=1.0)
+
+
+@dataclass(frozen=True, slots=True)
 class Averaging:
     """A mean over positions, as attention takes at initialisation when its logits are small.
 
