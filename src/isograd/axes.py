@@ -120,6 +120,8 @@ def places(opened: Mapping[str, Tensor], seen: Unrolled, time: int | None) -> li
             found.append(Place(name, edge, shape, _chosen(shape, tokens, seen, time)))
         except ValueError as error:
             doubts.append(f"{name} of shape {shape[:-1] if tokens else shape}: {error}")
+    if time is None:  # where the input is an image, say, what the recurrence is given has steps
+        found += [Place("what runs along time", e.edge, e.shape, e.axis) for e in seen.entrances]
     if found:
         return found
     if doubts:

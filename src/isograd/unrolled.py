@@ -51,15 +51,25 @@ class Lookup:
     shape: tuple[int, ...]
 
 
+@dataclass
+class Entrance:
+    """What something that runs along time was given."""
+
+    edge: GradientEdge
+    shape: tuple[int, ...]
+    axis: int
+
+
 class Unrolled(TorchFunctionMode):
     """Runs fused recurrent kernels step by step, and remembers what runs along time.
 
     Attributes:
         uses: the recurrent matrices of kernels and cells, by the parameter's id.
         kernels: (steps, layout) of each kernel called; the axis of time is 0 or 1, None for packed input.
-        lengths: lengths of the axes along which attention and one-dimensional convolutions run.
+        lengths: (steps, axis) of attention, one-dimensional convolutions and loops over slices.
         calls: how often each parameter was used: the steps of a loop written by hand.
         lookups: embeddings of integers.
+        entrances: what recurrent kernels and loops over slices were given, in the order in which they began.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -70,7 +80,9 @@ class Unrolled(TorchFunctionMode):
         self.lengths: list[tuple[int, int]] = []
         self.calls: Counter[int] = Counter()
         self.lookups: list[Lookup] = []
+        self.entrances: list[Entrance] = []
         self._first: dict[int, Node] = {}
+        self._indexed: dict[tuple[tuple[int, ...], int], set[int]] = {}
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
@@ -96,13 +108,44 @@ class Unrolled(TorchFunctionMode):
                 self.lookups.append(Lookup(indices, edge, tuple(out.shape)))
             case "scaled_dot_product_attention":
                 self.lengths.append((args[0].shape[-2] if args else kwargs["query"].shape[-2], -2))
-            case "conv1d":
-                self.lengths.append((args[0].shape[-1], -1))
+            case (
+                "conv1d"
+            ):  # padded on one side, the input is longer than time; without padding, the output shorter
+                self.lengths += [(args[0].shape[-1], -1), (out.shape[-1], -1)]
+            case "unbind":
+                axis = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+                self._slices(args[0], axis % args[0].ndim)
+            case "__getitem__" | "select":
+                self._index(args)
             case "softmax" if out.ndim > 2 and out.shape[-1] == out.shape[-2]:
                 self.lengths.append((out.shape[-1], -2))
             case _:
                 pass
         return out
+
+    def _index(self, args: tuple[Any, ...]) -> None:
+        """A loop that takes one step after the other: x[:, t], or x.select(1, t)."""
+        tensor, *where = args
+        if len(where) == 2:
+            places = {where[0] % tensor.ndim: where[1]}
+        else:
+            key = where[0] if isinstance(where[0], tuple) else (where[0],)
+            if Ellipsis in [k for k in key if not isinstance(k, Tensor)]:
+                return
+            places = {axis: k for axis, k in enumerate(key) if type(k) is int}
+        for axis, index in places.items():
+            steps = self._indexed.setdefault((tuple(tensor.shape), axis), set())
+            steps.add(index % tensor.shape[axis])
+            if len(steps) == tensor.shape[axis] > 1:
+                self._slices(tensor, axis)
+
+    def _slices(self, tensor: Tensor, axis: int) -> None:
+        self.lengths.append((tensor.shape[axis], axis))
+        self._enter(tensor, axis)
+
+    def _enter(self, tensor: Tensor, axis: int) -> None:
+        if tensor.requires_grad and id(tensor) not in self._parameters:
+            self.entrances.append(Entrance(get_gradient_edge(tensor), tuple(tensor.shape), axis))
 
     def _loop(self, key: int, node: Node) -> None:
         """A parameter that multiplies what it has made itself is a recurrence, whoever wrote the loop."""
@@ -145,6 +188,7 @@ class Unrolled(TorchFunctionMode):
             data, state, weights, biased, _, dropout, training, both, batch_first = args
             axis = 1 if batch_first else 0
             steps = list(data.unbind(axis))
+            self._enter(data, axis)
         self.kernels.append((len(steps), axis))
         self._held_against_the_kernel(name, func, args, packed)
 

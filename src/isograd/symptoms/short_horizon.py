@@ -92,7 +92,11 @@ def judge(found: Horizon) -> Iterator[Outcome]:
 def _rest(found: Horizon) -> str:
     if found.reach < found.at:
         return f"exactly nothing reaches further back than {found.reach}"
-    return f"the first step receives 10^{found.decades:.0f} of it"
+    return f"the first step receives {_share(found)} of it"
+
+
+def _share(found: Horizon) -> str:
+    return f"{10**found.decades:.2g}" if abs(found.decades) < 3 else f"10^{found.decades:.0f}"
 
 
 def _helping(kinds: set[str]) -> tuple[str, ...]:
