@@ -25,7 +25,9 @@ EDGES = ("cli", "render", "sinks", "integrations", "pytest_plugin")
 GRANTED = {
     ("diagnosis.py", "isograd.render"),
     ("prescription.py", "isograd.render"),
+    ("spectrum.py", "isograd.render"),
     ("horizon.py", "isograd.render"),
+    ("proof.py", "isograd.render"),
 }
 HARD_DEPENDENCIES = {"torch", "click", "rich", "msgspec", "cloudpickle"}
 WITHOUT_TORCH = ["--help", "--version", "check --help", "explain", "explain VG101"]

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from isograd.prescription import Prescription as Prescription
     from isograd.prescription import apply as apply
     from isograd.prescription import prescribe as prescribe
+    from isograd.proof import Proof as Proof
+    from isograd.proof import prove as prove
     from isograd.spectrum import Spectrum as Spectrum
     from isograd.spectrum import spectrum as spectrum
 
@@ -42,6 +44,8 @@ _HOME = {
     "spectrum": "isograd.spectrum",
     "horizon": "isograd.horizon",
     "watch": "isograd.monitor",
+    "prove": "isograd.proof",
+    "Proof": "isograd.proof",
     "Diagnosis": "isograd.diagnosis",
     "Finding": "isograd.diagnosis",
     "Flow": "isograd.flow",
