@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import copy
+import math
 from importlib import import_module
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from isograd.diagnosis import diagnose
 from isograd.measure import measure
+from isograd.modules import HeadNormed, LayerNormed, PreLayerNorm, QueryKeyNormed
+from isograd.modules import Residual as WrappedResidual
 from isograd.prescription import Patient, Prescription, Safety, apply
-from isograd.remedies import Remedy
-from tests.families import FAMILIES
-
-STRUCTURAL = (
-    "orthogonal_recurrence", "gated_recurrence", "insert_normalisation", "insert_residual", "pass_logits", "pre_norm",
-    "query_key_norm", "safe_loss", "standardise_input", "standardise_weights",
-)  # fmt: skip
+from isograd.remedies import NAMES, Remedy
+from isograd.remedies.insert_normalisation import groups_of
+from tests.families import FAMILIES, SEQUENCE, Functional, PostNorm, Recurrent
+from tests.models import HE, Built, Residual, Tied, classified, mlp
 
 
 def patient_of(family: str) -> tuple[Patient, nn.Module]:
@@ -29,7 +31,15 @@ def patient_of(family: str) -> tuple[Patient, nn.Module]:
 
 
 def remedy(name: str) -> Remedy:
-    return import_module(f"isograd.remedies.{name}")  # pyright: ignore[reportReturnType]
+    return cast(Remedy, import_module(f"isograd.remedies.{name}"))
+
+
+def first(name: str, built: Built) -> Prescription:
+    """What a remedy prescribes first; fails with its reason where it does not apply."""
+    model, loss = built
+    rx = next(remedy(name).prescribe(Patient(model, diagnose(measure(model, loss)), loss)))
+    assert not rx.why_not, rx.why_not
+    return rx
 
 
 def bits(model: nn.Module) -> dict[str, Tensor]:
@@ -53,6 +63,30 @@ def runs(model: nn.Module, rx: Prescription, patient: Patient) -> None:
     assert not lost, f"no gradient reaches {sorted(lost)} any more"
 
 
+def computes_the_same(model: nn.Module, changed: nn.Module, patient: Patient) -> None:
+    """The loss on the same batch, to rounding; dropout sees the same random numbers."""
+    assert patient.loss is not None
+    losses: list[float] = []
+    for one in (copy.deepcopy(model), changed):
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            losses.append(float(patient.loss(one).detach()))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+PRINTED = ("sigmoid mlp", "batch-normalised convolutions", "rnn", "post-norm written by hand", "gpt2")
+"""Families on which the printed code is run beside `apply`."""
+
+
+def prints_what_is_applied(model: nn.Module, rx: Prescription) -> None:
+    """The code runs without isograd's names around it, and makes bitwise the same model."""
+    names: dict[str, Any] = {}
+    exec(rx.to_code(), names)
+    printed, applied = names["repair"](copy.deepcopy(model)).state_dict(), apply(model, rx).state_dict()
+    assert printed.keys() == applied.keys()
+    assert all(torch.equal(printed[key], applied[key]) for key in applied)
+
+
 def _gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor | None]:
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     found = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
@@ -63,7 +97,7 @@ def _gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor | None]:
 def test_every_remedy_applies_or_says_why_not(family: str) -> None:
     patient, model = patient_of(family)
     before, state = bits(model), torch.get_rng_state()
-    for name in STRUCTURAL:
+    for name in NAMES:
         found = list(remedy(name).prescribe(patient))
         assert found, f"{name} says nothing of {family}"
         for rx in found:
@@ -74,7 +108,330 @@ def test_every_remedy_applies_or_says_why_not(family: str) -> None:
             assert rx.edits
             assert rx.safety is not Safety.ADVICE
             runs(model, rx, patient)
+            if rx.safety is Safety.SAFE:
+                computes_the_same(model, apply(model, rx), patient)
+            if family in PRINTED:
+                with torch.random.fork_rng():
+                    prints_what_is_applied(model, rx)
     after = bits(model)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before), "the user's model was changed"
     assert torch.equal(state, torch.get_rng_state())
+
+
+# -- normalisation ---------------------------------------------------------------------------------
+
+
+def test_a_norm_stands_between_each_hidden_layer_and_its_activation_and_never_behind_the_head() -> None:
+    torch.manual_seed(0)
+    model, loss = classified(mlp(nn.Tanh, 4, 2.0))
+    found = remedy("insert_normalisation").prescribe(Patient(model, diagnose(measure(model, loss)), loss))
+    rx = next(rx for rx in found if rx.title.startswith("LayerNorm"))
+    assert [e.place for e in rx.edits] == ["0", "2", "4", "6"]
+    changed, x = apply(model, rx), torch.randn(5, 64)
+    h = x
+    for layer in model[:-1]:
+        h = layer(h)
+        h = functional.layer_norm(h, (64,)) if isinstance(layer, nn.Linear) else h
+    assert torch.allclose(changed(x), model[-1](h), atol=1e-6)
+
+
+def test_theory_chooses_batch_norm_for_sigmoids_and_is_near_what_is_measured() -> None:
+    torch.manual_seed(0)
+    model, loss = classified(mlp(nn.Sigmoid, 20, 1.0, width=128), batch=256)
+    rx = first("insert_normalisation", (model, loss))
+    assert rx.title.startswith("BatchNorm"), "LayerNorm keeps the mean that all samples share: 0.39 a layer"
+    measured = measure(apply(model, rx), loss)
+    assert measured.lost == pytest.approx(rx.decades, abs=1.0)
+    assert measure(model, loss).lost < -10
+
+
+def test_convolutions_get_groups_of_channels() -> None:
+    torch.manual_seed(0)
+    model, loss = FAMILIES["convolutions"]()
+    kinds = {
+        rx.title.split()[0]
+        for rx in remedy("insert_normalisation").prescribe(
+            Patient(model, diagnose(measure(model, loss)), loss)
+        )
+    }
+    assert kinds == {"GroupNorm", "BatchNorm"}
+    assert [groups_of(c) for c in (3, 8, 64, 256, 512)] == [1, 2, 16, 32, 32]
+
+
+def test_batch_norm_needs_a_batch() -> None:
+    torch.manual_seed(0)
+    built = classified(mlp(nn.Tanh, 4, 2.0), batch=2)
+    found = remedy("insert_normalisation").prescribe(Patient(built[0], diagnose(measure(*built)), built[1]))
+    assert not any(rx.title.startswith("BatchNorm") for rx in found)
+
+
+def test_a_residual_stream_without_norms_gets_one_at_each_branch_and_one_before_the_head() -> None:
+    torch.manual_seed(0)
+    body = [Residual(nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64))) for _ in range(3)]
+    built = classified(nn.Sequential(nn.Linear(64, 64), *body, nn.Linear(64, 10)))
+    rx = first("insert_normalisation", built)
+    assert {e.place for e in rx.edits if e.of == "modules.PreLayerNorm"} == {
+        "1.branch",
+        "2.branch",
+        "3.branch",
+        "4",
+    }
+
+
+# -- residual connections --------------------------------------------------------------------------
+
+
+def test_a_skip_adds_the_input_of_each_part_to_its_output() -> None:
+    torch.manual_seed(0)
+    model, loss = classified(mlp(nn.Tanh, 5, 0.5))
+    rx = first("insert_residual", (model, loss))
+    changed, x = apply(model, rx), torch.randn(5, 64)
+    h = model[1](model[0](x))
+    for i in range(2, 10, 2):
+        h = h + 0.5 * model[i + 1](model[i](h))  # four parts: 1/sqrt(4)
+    assert torch.allclose(changed(x), model[-1](h), atol=1e-6)
+    assert changed[2] is not model[2]
+    assert torch.equal(changed[2].weight, model[2].weight)
+
+
+def test_the_same_for_an_activation_called_in_a_loop() -> None:
+    torch.manual_seed(0)
+    model, loss = classified(Functional(torch.sigmoid, 5), inputs=16, classes=4)
+    rx = first("insert_residual", (model, loss))
+    assert "families.py:" in rx.advice[0]
+    assert abs(measure(apply(model, rx), loss).lost) < 0.5 < 2 < -measure(model, loss).lost
+
+
+def test_changed_channels_and_resolution_are_projected() -> None:
+    torch.manual_seed(0)
+    rx = first("insert_residual", FAMILIES["batch-normalised convolutions"]())
+    projected = {e.place: e.arguments for e in rx.edits if "features" in e.arguments}
+    assert projected["2"]["features"] == (8, 16)
+    assert projected["3"] == {"scale": 5**-0.5, "features": (16, 16), "dims": 2, "stride": 2}
+    assert "features" not in next(e for e in rx.edits if e.place == "1").arguments
+
+
+def test_skips_cure_batch_norm_without_skips() -> None:
+    torch.manual_seed(0)
+    body = [nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU()) for _ in range(40)]
+    built = classified(nn.Sequential(*body, nn.Linear(64, 10)), batch=64)
+    rx = first("insert_residual", built)
+    assert measure(*built).lost > 2.5
+    assert abs(measure(apply(built[0], rx), built[1]).lost) < 1
+
+
+# -- pre-norm --------------------------------------------------------------------------------------
+
+
+def test_torch_layers_are_switched_and_get_a_final_norm() -> None:
+    torch.manual_seed(0)
+    model, loss = FAMILIES["transformer encoder of torch"]()
+    changed = apply(model, first("pre_norm", (model, loss)))
+    stack = changed[1]
+    assert all(layer.norm_first for layer in stack.layers)
+    assert isinstance(stack.norm, nn.LayerNorm)
+    assert set(model.state_dict()) < set(changed.state_dict()), "every key is kept"
+
+
+def test_a_written_block_becomes_pre_norm_with_one_norm_behind_the_last_sum() -> None:
+    torch.manual_seed(0)
+    model, loss = FAMILIES["post-norm written by hand"]()
+    changed, x = apply(model, first("pre_norm", (model, loss))), torch.randint(60, (2, 8))
+    h = model[0](x)
+    for block in model[1:-1]:
+        assert isinstance(block, PostNorm)
+        h = h + block.attention(functional.layer_norm(h, (16,)))
+        h = h + block.feed_forward(functional.layer_norm(h, (16,)))
+    assert torch.allclose(changed(x), model[-1](functional.layer_norm(h, (16,))), atol=1e-5)
+
+
+# -- attention, recurrence -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["post-norm written by hand", "gpt2", "llama", "bert", "vit"])
+def test_logits_of_attention_are_bounded_whatever_the_weights_are(family: str) -> None:
+    if family not in FAMILIES:
+        pytest.skip("transformers is not installed")
+    torch.manual_seed(0)
+    model, loss = FAMILIES[family]()
+    changed = apply(model, first("query_key_norm", (model, loss)))
+    seen: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, out: Tensor) -> None:
+        part = out.chunk(3, -1)[0] if isinstance(module, QueryKeyNormed) else out
+        size = (module.query_norm if isinstance(module, QueryKeyNormed) else module.norm).normalized_shape[0]
+        seen.append(part.unflatten(-1, (-1, size)).square().mean(-1))
+
+    for module in changed.modules():
+        if isinstance(module, HeadNormed | QueryKeyNormed):
+            module.register_forward_hook(keep)
+            with torch.no_grad():
+                module.inner.weight.mul_(1e3)
+    loss(changed)
+    assert seen
+    assert all(torch.allclose(s, torch.ones_like(s), atol=1e-2) for s in seen)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("bidirectional", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_a_gated_recurrence_has_the_interface_of_the_plain_one(
+    layers: int, bidirectional: bool, batch_first: bool
+) -> None:
+    rnn = nn.RNN(5, 8, layers, batch_first=batch_first, bidirectional=bidirectional)
+    model = nn.Sequential(rnn, First(), nn.Linear(8 * (1 + bidirectional), 4))
+    loss = lambda m: m(SEQUENCE).square().mean()  # noqa: E731
+    state = torch.randn(layers * (1 + bidirectional), SEQUENCE.shape[0 if batch_first else 1], 8)
+    expected, last = rnn(SEQUENCE, state)
+    found = list(remedy("gated_recurrence").prescribe(Patient(model, diagnose(measure(model, loss)), loss)))
+    assert len(found) == 2
+    for rx in found:
+        gated = apply(model, rx)[0]
+        for hx in (None, state):
+            out, h = gated(SEQUENCE, hx)
+            assert (out.shape, h.shape) == (expected.shape, last.shape)
+
+
+def test_gates_open_for_the_sequence_carry_the_gradient_over_it() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(4, 100, 5).double()
+
+    def reached(model: nn.Module) -> float:
+        """log10 of the last step's gradient at the first input over that at the last."""
+        inputs = x.clone().requires_grad_()
+        (g,) = torch.autograd.grad(model.rnn(inputs)[0][:, -1].sum(), inputs)
+        return math.log10(float(g[:, 0].norm()) / float(g[:, -1].norm()))
+
+    model = Recurrent(nn.RNN).double()
+    loss = lambda m: m(x).square().mean()  # noqa: E731
+    found = list(remedy("gated_recurrence").prescribe(Patient(model, diagnose(measure(model, loss)), loss)))
+    assert reached(model) < -15
+    assert all(reached(apply(model, rx)) > -3 for rx in found)
+
+
+@pytest.mark.parametrize("family", ["rnn", "rnn cell"])
+def test_a_recurrent_matrix_stays_orthogonal_while_it_is_trained(family: str) -> None:
+    torch.manual_seed(0)
+    model, loss = FAMILIES[family]()
+    changed = apply(model, first("orthogonal_recurrence", (model, loss)))
+    optimizer = torch.optim.SGD(changed.parameters(), lr=0.5)
+    before = float(loss(changed).detach())
+    for _ in range(5):
+        optimizer.zero_grad()
+        loss(changed).backward()
+        optimizer.step()
+    held = changed.rnn.weight_hh_l0 if family == "rnn" else changed.cell.weight_hh
+    assert torch.allclose(held @ held.T, torch.eye(8), atol=1e-4)
+    assert float(loss(changed).detach()) < before, "the optimizer moves the weights that the forward reads"
+    assert float(loss(copy.deepcopy(changed)).detach()) == float(loss(changed).detach())
+
+
+# -- weights, inputs, logarithms, heads ------------------------------------------------------------
+
+
+def test_standardised_weights_keep_the_gradient_of_sigmoids_and_stay_so() -> None:
+    torch.manual_seed(0)
+    model, loss = classified(mlp(nn.Sigmoid, 20, 1.0, width=128))
+    rx = first("standardise_weights", (model, loss))
+    changed = apply(model, rx)
+    assert measure(changed, loss).lost == pytest.approx(rx.decades, abs=0.5)
+    rows = changed[2].weight
+    assert torch.allclose(rows.mean(1), torch.zeros(128), atol=1e-6)
+    assert torch.allclose(rows.square().sum(1).sqrt(), torch.full((128,), 4.801313), rtol=1e-4)
+    assert rx.key_map(model)["2.weight"] == "2.parametrizations.weight.original"
+
+
+def test_inputs_are_standardised_feature_by_feature_from_the_batch() -> None:
+    torch.manual_seed(0)
+    scale = torch.logspace(-3, 3, 64)
+    x, y = torch.randn(32, 64) * scale + 5 * scale, torch.randint(10, (32,))
+    built = (mlp(nn.Tanh, 3, 1.0), lambda m: functional.cross_entropy(m(x), y))
+    changed = apply(built[0], first("standardise_input", built))
+    mean, std = changed[0].mean, changed[0].std
+    assert torch.allclose(mean, x.mean(0), rtol=1e-4)
+    assert torch.allclose(
+        (x - mean) / std, (x - x.mean(0)) / x.std(0).clamp(min=float(x.std()) * 1e-3), rtol=1e-2, atol=1e-2
+    )
+
+
+class First(nn.Module):
+    """The first of several results."""
+
+    def forward(self, results: tuple[Tensor, Tensor]) -> Tensor:
+        return results[0]
+
+
+class Logarithms(nn.Module):
+    """The logarithm of a softmax, taken in the forward."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+        nn.init.normal_(self.layer.weight, 0.0, gain / 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.log(torch.softmax(self.layer(x), -1))
+
+
+def test_a_log_in_log_space_is_the_same_number_and_finite_where_the_plain_one_is_not() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(16, 64), torch.randint(10, (16,))
+    loss = lambda m: functional.nll_loss(m(x), y)  # noqa: E731
+    plain = Logarithms(1.0)
+    rx = first("safe_loss", (plain, loss))
+    assert rx.safety is Safety.SAFE
+    assert "test_remedies_structure.py:" in rx.advice[0]
+    changed = apply(plain, rx)
+    assert torch.allclose(changed(x), plain(x), atol=1e-5)
+    assert "forward" not in vars(plain)
+    sick = Logarithms(200.0)
+    assert not loss(sick).isfinite()
+    cured = apply(sick, rx)
+    loss(cured).backward()
+    assert loss(cured).isfinite()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in cured.parameters())
+
+
+def test_a_logarithm_in_the_loss_is_told_by_its_line() -> None:
+    torch.manual_seed(0)
+    model, (x, y) = mlp(nn.ReLU, 2, HE), (torch.randn(16, 64), torch.randint(10, (16,)))
+    loss = lambda m: functional.nll_loss(torch.log(torch.softmax(m(x), -1)), y)  # noqa: E731
+    (rx,) = remedy("safe_loss").prescribe(Patient(model, diagnose(measure(model, loss)), loss))
+    assert rx.why_not == "the logarithm is taken in the loss, which is your code"
+    assert "test_remedies_structure.py:" in rx.advice[0]
+    assert "log_softmax" in rx.advice[0]
+
+
+def test_a_softmax_before_cross_entropy_goes() -> None:
+    torch.manual_seed(0)
+    model, loss = FAMILIES["softmax before cross-entropy"]()
+    changed = apply(model, first("pass_logits", (model, loss)))
+    assert isinstance(changed[-1], nn.Identity)
+    assert not any(f.code == "VG102" for f in diagnose(measure(changed, loss)).findings)
+
+
+def test_wrapped_modules_answer_for_what_they_hold() -> None:
+    inner = nn.Linear(4, 4)
+    for wrapped in (LayerNormed(inner, 4), WrappedResidual(inner), PreLayerNorm(inner, 4)):
+        assert wrapped.weight is inner.weight
+        assert wrapped.in_features == 4
+        assert not hasattr(wrapped, "nothing_of_this_name")
+        again = copy.deepcopy(wrapped)
+        assert torch.equal(again.weight, inner.weight)
+        assert again.weight is not inner.weight
+
+
+def test_tied_weights_stay_tied_and_a_frozen_layer_is_left_as_it_is() -> None:
+    torch.manual_seed(0)
+    model, loss = FAMILIES["tied weights"]()
+    assert isinstance(model, Tied)
+    for name in NAMES:
+        for rx in remedy(name).prescribe(Patient(model, diagnose(measure(model, loss)), loss)):
+            if not rx.why_not:
+                changed = apply(model, rx)
+                assert changed.head.weight is changed.token.weight, rx.title
+    frozen = FAMILIES["frozen first layer"]()
+    rx = first("insert_normalisation", frozen)
+    assert "0" not in {e.place for e in rx.edits}
+    assert not any(p.requires_grad for p in apply(frozen[0], rx)[0].parameters())
