@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -51,12 +52,12 @@ class Elementwise(nn.Module):
         return theory.NAMES[self.phi](x)
 
 
-def trained(point: Point) -> float:
+def trained(point: Point, *, steps: int = STEPS, rates: Sequence[float] = RATES) -> float:
     """Best held-out accuracy over the learning rates: the trial."""
     task, best = digits(BATCH), 0.0
-    for rate in RATES:
+    for rate in rates:
         score = train(
-            lambda: network(point), task, Setting("sgd", rate), seed=0, steps=STEPS, enough=0.9, every=25
+            lambda: network(point), task, Setting("sgd", rate), seed=0, steps=steps, enough=0.9, every=25
         )
         best = max(best, score)
         if best >= 0.9:

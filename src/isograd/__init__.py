@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from isograd.diagnosis import Finding as Finding
     from isograd.diagnosis import Severity as Severity
     from isograd.diagnosis import diagnose as diagnose
+    from isograd.extrapolation import extrapolate as extrapolate
     from isograd.flow import Flow as Flow
     from isograd.flow import Site as Site
     from isograd.horizon import Horizon as Horizon
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from isograd.proof import prove as prove
     from isograd.spectrum import Spectrum as Spectrum
     from isograd.spectrum import spectrum as spectrum
+    from isograd.trainability import trainability as trainability
 
 __version__ = "0.1.0"
 
@@ -42,6 +44,8 @@ _HOME = {
     "apply": "isograd.prescription",
     "explain": "isograd.pages",
     "spectrum": "isograd.spectrum",
+    "trainability": "isograd.trainability",
+    "extrapolate": "isograd.extrapolation",
     "horizon": "isograd.horizon",
     "watch": "isograd.monitor",
     "prove": "isograd.proof",
