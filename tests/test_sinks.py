@@ -1,220 +1,175 @@
-"""Where the data comes in: the sink of the backbone is found for every kind of input."""
+"""What a watched run sends reaches each logger: the real library, offline, values read back."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import csv
+import json
+import math
+import struct
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional
+from torch import nn
 
-from isograd import measure
-from isograd.flow import Flow
-from tests.models import Residual, Tied, branch, log10, mlp, projected
+import isograd
+from isograd.monitor.reading import Reading
+from isograd.sinks import Sink, scalars, tensorboard
 
-TOKENS = torch.arange(28).reshape(4, 7) % 11
+STEPS = 3
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
+def train(sink: Sink) -> list[Reading]:
+    """A short training with this sink, and its readings."""
     torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    readings: list[Reading] = []
+    with isograd.watch(model, optimizer, sinks=[sink]) as monitor:
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            loss = model(torch.randn(16, 4)).square().mean()
+            loss.backward()
+            monitor.log(loss=loss)
+            optimizer.step()
+            readings.append(monitor.latest())
+    return readings
 
 
-def first(flow: Flow) -> tuple[str, str]:
-    """Kind and module of the site where the backbone begins."""
-    return flow.sites[0].kind, flow.sites[0].module
+def same(found: dict[int, float], readings: list[Reading], name: str) -> None:
+    """Found values by step are those of the readings, as float32."""
+    expected = {r.step: scalars(r)[name] for r in readings}
+    assert found.keys() == expected.keys()
+    for step, value in expected.items():
+        assert found[step] == pytest.approx(value, rel=1e-6)
 
 
-class Language(nn.Module):
-    """Tokens or their embeddings, as a transformers model takes them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.token = nn.Embedding(11, 16)
-        self.position = nn.Embedding(7, 16)
-        self.blocks = nn.Sequential(*(Residual(branch()) for _ in range(3)))
-        self.head = nn.Linear(16, 11)
-
-    def forward(self, tokens: Tensor | None = None, inputs_embeds: Tensor | None = None) -> Tensor:
-        x = self.token(tokens) if inputs_embeds is None else inputs_embeds
-        x = x + self.position(torch.arange(x.shape[1]))
-        return self.head(self.blocks(x))
+NAMES = ("isograd/loss", "isograd/grad_norm", "isograd/grad_norm/0.weight")
 
 
-def told(model: nn.Module, call: Callable[[nn.Module], Tensor]) -> Flow:
-    return measure(model, lambda m: functional.cross_entropy(call(m).flatten(0, -2), TOKENS.flatten()))
-
-
-def test_a_float_input_is_the_sink_and_its_gradient_is_measured() -> None:
-    model, x = mlp(nn.Tanh, 3, inputs=16, width=16).double(), torch.randn(8, 16, dtype=torch.float64)
-    flow = measure(model, projected(x))
-    leaf = x.clone().requires_grad_()
-    assert first(flow) == ("input", "")
-    assert flow.sites[0].name == "input"
-    end = torch.autograd.grad(projected(leaf)(model), leaf)[0]
-    assert float(flow.column("grad_norm_log10")[0]) == pytest.approx(log10(end), abs=1e-9)
-    seen = flow.inputs["input"]
-    expected = (x.mean(), x.square().mean().sqrt(), x.std(), x.abs().max())
-    assert (seen.mean, seen.rms, seen.std, seen.largest) == pytest.approx([v.item() for v in expected])
-    assert seen.varying == pytest.approx(x.var(0, correction=0).mean().sqrt().item())
-
-
-def test_tokens_begin_at_their_embedding() -> None:
-    flow = told(Language(), lambda m: m(TOKENS))
-    assert first(flow) == ("embedding", "token")
-    assert len(flow.splits) == 3
-
-
-def test_tied_embeddings_begin_at_the_lookup_and_not_at_the_head() -> None:
-    flow = told(Tied(), lambda m: m(TOKENS))
-    assert first(flow) == ("embedding", "token")
-    assert len(flow.splits) == 3
-
-
-def test_embeddings_given_from_outside_are_the_sink() -> None:
-    embedded = torch.randn(4, 7, 16)
-    flow = told(Language(), lambda m: m(inputs_embeds=embedded))
-    assert first(flow) == ("input", "")
-    assert list(flow.inputs) == ["inputs_embeds"]
-    assert len(flow.splits) == 3
-
-
-def test_embeddings_looked_up_by_the_closure_reach_the_models_own_table() -> None:
-    flow = told(Language(), lambda m: m(inputs_embeds=m.token(TOKENS)))  # pyright: ignore
-    assert first(flow)[0] == "embedding"  # of the tokens or of the positions: both are added first
-    assert len(flow.splits) == 3
-
-
-def test_one_hot_integers_begin_at_the_first_layer() -> None:
-    class OneHot(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layers = nn.Sequential(
-                nn.Linear(11, 16), nn.Tanh(), nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 11)
-            )
-
-        def forward(self, tokens: Tensor) -> Tensor:
-            return self.layers(functional.one_hot(tokens, 11).float())
-
-    flow = told(OneHot(), lambda m: m(TOKENS))
-    assert first(flow) == ("linear", "layers.0")
-    assert [s.module for s in flow.sites[1:5]] == ["layers.1", "layers.2", "layers.3", "layers.4"]
-
-
-class TwoInputs(nn.Module):
-    """A deep tower and a shallow one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.deep = mlp(nn.Tanh, 4, inputs=16, width=16, classes=16)
-        self.shallow = nn.Linear(16, 16)
-        self.head = nn.Linear(16, 4)
-
-    def forward(self, picture: Tensor, label: Tensor) -> Tensor:
-        return self.head(self.deep(picture) * self.shallow(label))
-
-
-def test_of_two_inputs_the_deeper_is_the_sink_and_both_are_named() -> None:
-    a, b = torch.randn(8, 16), torch.randn(8, 16)
-    for call in (lambda m: m(a, b), lambda m: m(label=b, picture=a)):
-        flow = measure(TwoInputs(), lambda m, call=call: call(m).square().sum())
-        assert {s.module for s in flow.sites} >= {f"deep.{i}" for i in range(9)}
-        assert set(flow.inputs) == {"picture", "label"}
-
-
-class Towers(nn.Module):
-    """Two towers with layers of their own, compared at the end."""
-
-    def __init__(self, small: float) -> None:
-        super().__init__()
-        self.left = mlp(nn.Tanh, 6, 1.0, inputs=16, width=16, classes=16)
-        self.right = mlp(nn.Tanh, 5, small, inputs=16, width=16, classes=16)
-
-    def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return self.left(a) @ self.right(b).T
-
-
-def test_the_other_tower_is_measured_too() -> None:
-    a, b = torch.randn(8, 16, dtype=torch.float64), torch.randn(8, 16, dtype=torch.float64)
-    model = Towers(0.05).double()
-
-    def loss(m: nn.Module) -> Tensor:
-        return functional.cross_entropy(m(a, b), torch.arange(8))
-
-    flow = measure(model, loss)
-    assert flow.sites[1].module == "left.0"
-    (other,) = flow.towers
-    assert other.sites[1].module == "right.0"
-    assert other.layers == 6
-    ends = [a.clone().requires_grad_(), b.clone().requires_grad_()]
-    value = functional.cross_entropy(model(*ends), torch.arange(8))
-    expected = [log10(g) for g in torch.autograd.grad(value, ends)]
-    readings = [float(line.column("grad_norm_log10")[0]) for line in (flow, other)]
-    assert readings == pytest.approx(expected, abs=1e-9)
-    assert other.lost < -3 < flow.lost
-
-
-class EncoderDecoder(nn.Module):
-    """Every decoder block reads the encoder."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.token = nn.Embedding(11, 16)
-        self.encoder = nn.Sequential(*(Residual(branch()) for _ in range(4)))
-        self.reads = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
-        self.decoder = nn.ModuleList(Residual(branch()) for _ in range(3))
-        self.head = nn.Linear(16, 11)
-
-    def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        memory = self.encoder(self.token(source))
-        x = self.token(target)
-        for read, block in zip(self.reads, self.decoder, strict=True):
-            x = x + torch.tanh(read(memory)) * x.sigmoid()
-            x = block(x)
-        return self.head(x)
-
-
-def test_an_encoder_decoder_is_measured_from_the_encoders_tokens() -> None:
-    flow = told(EncoderDecoder(), lambda m: m(TOKENS, TOKENS.roll(1, 1)))
-    assert first(flow) == ("embedding", "token")
-    modules = [s.module for s in flow.sites if s.kind == "residual add"]
-    assert modules == [*(f"encoder.{i}" for i in range(4)), "decoder.2"]
-
-
-def test_a_siamese_model_is_called_twice() -> None:
-    a, b = torch.randn(8, 16), torch.randn(8, 16)
-    model = mlp(nn.Tanh, 4, 1.0, inputs=16, width=16)
-    flow = measure(model, lambda m: (m(a) - m(b)).square().sum())
-    assert flow.layers == 5
-    assert [s.kind for s in flow.sites[:4]] == ["input", "linear", "activation", "linear"]
-    assert {p.state for p in flow.parameters} == {"measured"}
-
-
-def test_a_closure_may_call_submodules_only() -> None:
-    model = nn.ModuleDict(
-        {"body": mlp(nn.Tanh, 4, inputs=16, width=16, classes=16), "head": nn.Linear(16, 4)}
+def test_scalars_leave_out_what_was_not_measured_and_keep_what_is_not_finite() -> None:
+    reading = Reading(
+        0, ("a", "b"), {"grad_norm": torch.tensor([math.nan, math.inf])}, scalars={"loss": math.inf}
     )
-    x = torch.randn(8, 16)
-    flow = measure(model, lambda m: m["head"](m["body"](x)).square().sum())  # pyright: ignore
-    assert flow.sites[0].module == "body.0"
-    assert flow.layers >= 5
-    assert flow.unexamined.get("backbone") is None
+    assert scalars(reading) == {"isograd/loss": math.inf, "isograd/grad_norm/b": math.inf}
+    assert scalars(reading, prefix="", sites=False) == {"loss": math.inf}
 
 
-class Reversible(nn.Module):
-    """Normalises by the statistics of its input, and multiplies them back: RevIN."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = mlp(nn.Tanh, 6, inputs=16, width=16, classes=16)
-
-    def forward(self, x: Tensor) -> Tensor:
-        mean, deviation = x.mean(1, keepdim=True), x.std(1, keepdim=True)
-        return self.body((x - mean) / deviation) * deviation + mean
+def test_any_callable_is_a_sink() -> None:
+    got: dict[int, dict[str, float]] = {}
+    readings = train(lambda values, step: got.__setitem__(step, values))
+    assert [got[r.step] for r in readings] == [scalars(r) for r in readings]
+    assert readings[0].scalars["loss"] > 0
 
 
-def test_a_model_that_multiplies_its_inputs_scale_back_is_measured_through_its_layers() -> None:
-    flow = measure(Reversible(), projected(torch.randn(8, 16)))
-    assert flow.layers >= 6
-    assert {f"body.{i}" for i in range(1, 13)} <= {s.module for s in flow.sites}
+def test_a_sink_that_fails_is_one_warning() -> None:
+    def fails(values: dict[str, float], step: int) -> None:
+        raise OSError("no network")
+
+    with pytest.warns(UserWarning, match="no network") as told:
+        readings = train(fails)
+    assert len(readings) == STEPS
+    assert len([w for w in told if "no network" in str(w.message)]) == 1
+
+
+def test_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(tmp_path))
+    readings = train(tensorboard(writer))
+    writer.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    for name in NAMES:
+        same({e.step: e.value for e in events.Scalars(name)}, readings, name)
+
+
+def records(file: bytes) -> Iterator[bytes]:
+    """Records of an offline run's file: a log of LevelDB's format behind a header of 7 bytes."""
+    at, whole, block = 7, b"", 32 * 1024
+    while at + 7 <= len(file):
+        if block - at % block < 7:
+            at += block - at % block
+            continue
+        length, kind = struct.unpack_from("<HB", file, at + 4)
+        whole += file[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield whole
+            whole = b""
+
+
+def test_wandb_offline(tmp_path: Path) -> None:
+    wandb = pytest.importorskip("wandb")
+    settings = wandb.Settings(mode="offline", silent=True, console="off", disable_git=True)
+    run = wandb.init(project="isograd", dir=str(tmp_path), settings=settings)
+    readings = train(run.log)
+    run.finish()
+    from wandb.proto import wandb_internal_pb2
+
+    found: dict[str, dict[int, float]] = {name: {} for name in NAMES}
+    for data in records(next(tmp_path.rglob("*.wandb")).read_bytes()):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        row = {item.key or ".".join(item.nested_key): item.value_json for item in record.history.item}
+        for name in NAMES:
+            if name in row:
+                found[name][record.history.step.num] = json.loads(row[name])
+    for name in NAMES:
+        same(found[name], readings, name)
+
+
+def test_mlflow_in_sqlite(tmp_path: Path) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/runs.db")
+    try:
+        experiment = mlflow.create_experiment("isograd", artifact_location=str(tmp_path))
+        with mlflow.start_run(experiment_id=experiment) as run:
+            readings = train(mlflow.log_metrics)
+        client = mlflow.MlflowClient()
+        for name in NAMES:
+            history = client.get_metric_history(run.info.run_id, name)
+            same({m.step: m.value for m in history}, readings, name)
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
+def test_trackio(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path))
+    trackio = pytest.importorskip("trackio")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    trackio.init(project="isograd", name="run", embed=False)
+    readings = train(trackio.log)
+    trackio.finish()
+    rows = {row["step"]: row for row in SQLiteStorage.get_logs("isograd", "run")}
+    for name in NAMES:
+        same({step: row[name] for step, row in rows.items()}, readings, name)
+
+
+def test_a_logger_of_lightning(tmp_path: Path) -> None:
+    loggers = pytest.importorskip("lightning.pytorch.loggers")
+    logger = loggers.CSVLogger(str(tmp_path))
+    readings = train(logger.log_metrics)
+    logger.finalize("success")
+    with open(next(tmp_path.rglob("metrics.csv"))) as file:
+        rows = list(csv.DictReader(file))
+    for name in NAMES:
+        same({int(row["step"]): float(row[name]) for row in rows}, readings, name)
+
+
+def test_a_tracker_of_accelerate(tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accelerator = accelerate.Accelerator(cpu=True, log_with="tensorboard", project_dir=str(tmp_path))
+    accelerator.init_trackers("isograd")
+    readings = train(lambda values, step: accelerator.log(values, step=step))
+    accelerator.end_training()
+    events = EventAccumulator(str(next(tmp_path.rglob("events.*")).parent)).Reload()
+    for name in NAMES:
+        same({e.step: e.value for e in events.Scalars(name)}, readings, name)

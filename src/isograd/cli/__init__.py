@@ -15,8 +15,12 @@ import isograd
 from isograd.cli.check import check
 from isograd.cli.demo import demo
 from isograd.cli.explain import explain
+from isograd.cli.export import export
 from isograd.cli.horizon import horizon
+from isograd.cli.report import report
+from isograd.cli.runs import runs
 from isograd.cli.spectrum import spectrum
+from isograd.cli.watch import watch
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -28,7 +32,7 @@ def cli() -> None:
     """Find out why gradients vanish or explode in a PyTorch model.
 
     \b
-    isograd demo                              a sick network and its diagnosis
+    isograd demo                              a sick network, its diagnosis, its repair, the proof
     isograd check net.py:build                your own model, with its own loss
     isograd check net.py:Net --input 32,64    a bare module, with random data
 
@@ -36,7 +40,7 @@ def cli() -> None:
     """
 
 
-for command in (check, explain, demo, spectrum, horizon):
+for command in (check, explain, demo, spectrum, horizon, watch, runs, report, export):
     cli.add_command(command)
 
 

@@ -1,0 +1,60 @@
+"""Keras 3 on torch: `model.fit(…, callbacks=[IsogradCallback()])`.
+
+A Keras optimizer is none of torch's, so the callback says when a step has ended; the gradients are
+still there then, as the backward left them: Keras clips copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from isograd.monitor import Monitor, watch
+
+try:
+    import keras  # pyright: ignore[reportMissingTypeStubs]
+except ImportError:
+    raise ImportError("the Keras callback needs Keras 3: pip install 'isograd[keras]'") from None
+
+
+class IsogradCallback(keras.callbacks.Callback):
+    """Watches `fit`: the gradients of every variable, and what they mean.
+
+    The loss is the one Keras shows: its mean over the epoch so far.
+    """
+
+    def __init__(
+        self,
+        run: str | Path | None = None,
+        *,
+        every: int = 1,
+        budget: float = 0.01,
+        opened: Callable[[], Monitor] | None = None,
+    ) -> None:
+        super().__init__()
+        if keras.backend.backend() != "torch":
+            raise ValueError(
+                f"Keras computes with {keras.backend.backend()} here, and isograd reads torch's gradients: "
+                "set KERAS_BACKEND=torch before keras is imported"
+            )
+        self.monitor: Monitor | None = None
+
+        def watched() -> Monitor:
+            model: Any = self.model
+            return watch(model, None, run=run, every=every, budget=budget)
+
+        self._open = opened or watched
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        self.monitor = self._open()
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        assert self.monitor is not None
+        if logs and "loss" in logs:
+            self.monitor.log(loss=logs["loss"])
+        self.monitor.step()
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        if self.monitor is not None:
+            self.monitor.close()

@@ -1,0 +1,67 @@
+"""Runs at the start of each Python process below `isograd watch`: its folder is first on PYTHONPATH.
+
+Nothing of isograd is imported here: it joins when the script itself imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+FOLDER = os.path.dirname(os.path.abspath(__file__))
+
+
+class _After(MetaPathFinder):
+    """Finds one module as Python would, and attaches once it has been imported."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def find_spec(self, fullname: str, path: object = None, target: object = None) -> ModuleSpec | None:
+        if fullname != self.name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is not None and spec.loader is not None:
+            spec.loader = _ThenAttach(spec.loader)
+        return spec
+
+
+class _ThenAttach(Loader):
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return self.loader.create_module(spec)
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self.loader
+        self.loader.exec_module(module)
+        try:
+            from isograd.integrations import attach
+
+            attach.after_import(module.__name__)
+        except Exception as error:  # the training comes first
+            print(f"isograd: this process is not watched: {type(error).__name__}: {error}", file=sys.stderr)
+
+
+def _run_the_one_we_hide() -> None:
+    """Python runs one sitecustomize; the environment may have one of its own."""
+    sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder or ".") != FOLDER]
+    ours = sys.modules.pop("sitecustomize")
+    try:
+        importlib.import_module("sitecustomize")
+    except ModuleNotFoundError as error:
+        if error.name != "sitecustomize":
+            raise
+        sys.modules["sitecustomize"] = ours
+
+
+if "ISOGRAD_WATCH" in os.environ:
+    sys.meta_path[:0] = [_After("torch"), _After("keras")]
+_run_the_one_we_hide()

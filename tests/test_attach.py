@@ -1,0 +1,180 @@
+"""`isograd watch -- …` on unchanged scripts: the same output, status and weights, and a record beside them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import isograd
+from isograd.record import Run
+
+SCRIPTS = Path(__file__).parent / "scripts"
+ISOGRAD = (sys.executable, "-m", "isograd")
+QUIET = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "KERAS_BACKEND": "torch",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def script(name: str, *args: object) -> list[str]:
+    return [sys.executable, str(SCRIPTS / f"{name}.py"), *map(str, args)]
+
+
+def run(command: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, cwd=cwd, env=QUIET, capture_output=True, text=True, timeout=240)
+
+
+def watched(command: list[str], cwd: Path, *options: str) -> tuple[subprocess.CompletedProcess[str], Path]:
+    record = cwd / "run"
+    return run([*ISOGRAD, "watch", "--run", str(record), *options, "--", *command], cwd), record
+
+
+def norms(record: Path) -> list[float]:
+    with Run.open(record) as kept:
+        return [reading.scalars["grad_norm"] for reading in kept.readings()]
+
+
+def test_a_plain_loop_trains_bitwise_the_same(tmp_path: Path) -> None:
+    alone = run(script("plain", "--save", tmp_path / "alone.pt"), tmp_path)
+    beside, record = watched(script("plain", "--save", tmp_path / "beside.pt"), tmp_path)
+    assert (beside.returncode, beside.stdout) == (alone.returncode, alone.stdout) == (0, alone.stdout)
+    first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("alone", "beside"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    with Run.open(record) as kept:
+        readings = list(kept.readings())
+    assert [r.step for r in readings] == list(range(30))
+    assert readings[0].sites[0] == "inner.0.weight"
+    # the gradient before it was clipped to 1, and the loss without a line in the script
+    assert max(r.scalars["grad_norm"] for r in readings) > 1.001
+    assert f"loss {readings[-1].scalars['loss']:.6f}" == alone.stdout.strip()
+
+
+def test_findings_are_told_at_the_end_on_standard_error(tmp_path: Path) -> None:
+    beside, _ = watched(script("plain", "--lr", "1e5", "--steps", 40), tmp_path)
+    assert beside.returncode == 0
+    assert "error" in beside.stderr
+    assert "isograd report" in beside.stderr
+
+
+def test_the_exit_status_passes(tmp_path: Path) -> None:
+    beside, record = watched(script("plain", "--fail"), tmp_path)
+    assert beside.returncode == 7
+    assert len(norms(record)) == 30
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_pass(tmp_path: Path, number: signal.Signals) -> None:
+    record = tmp_path / "run"
+    command = [*ISOGRAD, "watch", "--run", str(record), "--", *script("plain", "--steps", 1000000)]
+    process = subprocess.Popen(command, cwd=tmp_path, env=QUIET, stderr=subprocess.PIPE, text=True)
+    for _ in range(600):
+        if record.exists() and len(norms(record)) > 3:
+            break
+        time.sleep(0.1)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    if number == signal.SIGINT:
+        assert "KeyboardInterrupt" in errors
+        assert process.returncode in (-signal.SIGINT, 1, 130)
+    else:
+        assert process.returncode == -signal.SIGTERM
+    assert len(norms(record)) > 3
+
+
+def test_a_module_and_a_script_without_python_before_it(tmp_path: Path) -> None:
+    (tmp_path / "plain.py").write_text((SCRIPTS / "plain.py").read_text())
+    for number, command in enumerate((["-m", "plain"], ["plain.py"], [sys.executable, "-m", "plain"])):
+        got = run([*ISOGRAD, "watch", "--run", f"run{number}", "--quiet", "--", *command], tmp_path)
+        assert got.returncode == 0, got.stderr
+        assert got.stdout.startswith("loss ")
+        assert "isograd" not in got.stderr
+        assert len(norms(tmp_path / f"run{number}")) == 30
+
+
+def test_torchrun_with_two_processes_keeps_one_record(tmp_path: Path) -> None:
+    beside, record = watched(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(SCRIPTS / "ddp.py")],
+        tmp_path,
+    )
+    assert beside.returncode == 0, beside.stderr
+    told = [float(line.split()[1]) for line in beside.stdout.splitlines() if line.startswith("grad_norm")]
+    assert norms(record) == pytest.approx(told, rel=1e-5)
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["run"]
+
+
+def test_hugging_face_trainer(tmp_path: Path) -> None:
+    beside, record = watched(script("huggingface", tmp_path / "out"), tmp_path)
+    assert beside.returncode == 0, beside.stderr
+    # the Trainer's own log has the norm before clipping
+    told = [float(line.split()[1]) for line in beside.stdout.splitlines() if line.startswith("grad_norm")]
+    assert len(told) == 6
+    assert norms(record) == pytest.approx(told, rel=1e-5)
+
+
+def test_accelerate(tmp_path: Path) -> None:
+    beside, record = watched(script("accelerate_loop"), tmp_path)
+    assert beside.returncode == 0, beside.stderr
+    told = [float(line.split()[1]) for line in beside.stdout.splitlines() if line.startswith("grad_norm")]
+    assert norms(record) == pytest.approx(told, rel=1e-5)
+
+
+def test_lightning(tmp_path: Path) -> None:
+    beside, record = watched(script("lightning_module"), tmp_path)
+    assert beside.returncode == 0, beside.stderr
+    assert "steps 8" in beside.stdout
+    assert len(norms(record)) == 8
+    assert min(norms(record)) > 0.1  # before it was clipped to 0.1
+    with Run.open(record) as kept:
+        assert all(site.startswith("net.") for site in next(iter(kept.readings())).sites)
+
+
+def test_keras(tmp_path: Path) -> None:
+    alone = run(script("keras_fit"), tmp_path)
+    beside, record = watched(script("keras_fit"), tmp_path)
+    assert (beside.returncode, beside.stdout) == (0, alone.stdout)
+    assert len(norms(record)) == 15
+    assert all(norm > 0 for norm in norms(record))
+
+
+def test_a_script_without_torch_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "hello.py").write_text("import sys\nprint(sys.argv[1:], 'torch' in sys.modules)\n")
+    beside, record = watched([sys.executable, "hello.py", "--x", "1"], tmp_path, "--quiet")
+    assert beside.stdout == "['--x', '1'] False\n"
+    assert beside.stderr == ""
+    assert not record.exists()
+
+
+def test_another_sitecustomize_still_runs(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "sitecustomize.py").write_text("print('mine')\n")
+    command = [*ISOGRAD, "watch", "--quiet", "--run", "run", "--", sys.executable, "-c", "print('script')"]
+    environment = {**QUIET, "PYTHONPATH": str(tmp_path / "mine")}
+    got = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60)
+    # once in the process of `isograd watch` itself, once in the script's
+    assert got.stdout.splitlines()[-2:] == ["mine", "script"]
+
+
+def test_two_models_of_one_process_have_a_record_each(tmp_path: Path) -> None:
+    beside, record = watched(script("gan"), tmp_path)
+    assert beside.returncode == 0, beside.stderr
+    told = [line.split()[1:] for line in beside.stdout.splitlines()]
+    for column, path in enumerate((record, record.with_name("run-2"))):
+        with Run.open(path) as kept:
+            losses = [reading.scalars["loss"] for reading in kept.readings()]
+        assert losses == pytest.approx([float(row[column]) for row in told], rel=1e-5)
+
+
+def test_no_such_program(tmp_path: Path) -> None:
+    got = run([*ISOGRAD, "watch", "--", "no-such-program"], tmp_path)
+    assert got.returncode == 2
+    assert "no-such-program" in got.stderr
+    assert isograd.__version__ not in got.stderr
