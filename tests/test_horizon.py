@@ -308,6 +308,7 @@ def test_time_is_found_in(name: str) -> None:
     middle = horizon(model, x, at=3, probes=1)
     assert len(middle.curve) == 4
     assert (middle.ahead > -math.inf).all() == (name == "attention")
+    assert ("not causal" in str(middle)) == (name == "attention")
 
 
 def test_attention_reaches_any_lag_and_a_default_lstm_does_not() -> None:

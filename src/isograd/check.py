@@ -57,7 +57,7 @@ def along_time(flow: Flow, model: nn.Module, loss: Loss) -> Flow:
         return flow
     try:
         found = horizon_of_loss(model, loss, probes=1)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # time is one part of the diagnosis, not all of it
         fused = "time" in flow.unexamined
         return replace(flow, unexamined=flow.unexamined | {"time": str(error)}) if fused else flow
     if not found.recurrences:  # a line of code that runs once for every layer

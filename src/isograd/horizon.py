@@ -78,7 +78,7 @@ class Horizon:
 
     @property
     def factor(self) -> float:
-        """What one step multiplies the gradient by: least squares of `curve` over its middle 80%.
+        """What one step multiplies the gradient by: least squares of `curve` over the middle 80% of its reach.
 
         NaN where fewer than two lags have any gradient.
         """
@@ -94,8 +94,10 @@ class Horizon:
         """The lag from which on less than 1% of the gradient is left; inf: more is left at the longest lag.
 
         1% of what the step itself receives, or of the strongest earlier step where the step itself has a
-        way around the memory (`BYPASS`).
+        way around the memory (`BYPASS`). NaN where the gradient is not finite.
         """
+        if self.curve.isnan().any():
+            return math.nan
         enough = (self.curve >= self.reference + math.log10(LEFT)).nonzero()
         if not len(enough):
             return 0.0
@@ -122,8 +124,9 @@ class Horizon:
 
     @property
     def _line(self) -> tuple[float, float]:
-        cut = int(ENDS * len(self.curve))
-        chosen = self.curve[cut : len(self.curve) - cut]
+        count = self.reach + 1
+        cut = int(ENDS * count)
+        chosen = self.curve[cut : count - cut]
         lags = torch.arange(len(chosen), dtype=torch.float64)[chosen.isfinite()]
         y = chosen[chosen.isfinite()]
         if len(y) < 2:
@@ -326,6 +329,15 @@ def _with(blank: Horizon, logs: Tensor) -> Horizon:
 def _said(found: Horizon, dtype: torch.dtype) -> Horizon:
     """Notes on what the numbers are."""
     notes = list(found.notes)
+    if found.curve.isnan().any():
+        notes.append(f"the gradient is not finite at {int(found.curve.isnan().sum())} steps")
+        return replace(found, notes=tuple(notes))
+    if found.reference < float(found.curve[0]):
+        times = 10 ** (float(found.curve[0]) - found.reference)
+        notes.append(
+            f"the step itself receives {times:.0f} times more than any before it, by a way around the memory: "
+            "the strongest earlier step counts as 100%"
+        )
     if found.reach < found.at:
         tiny = math.log10(torch.finfo(dtype).tiny)
         least = float(found.curve[found.reach]) if found.reach >= 0 else -math.inf

@@ -173,7 +173,8 @@ class Unrolled(TorchFunctionMode):
         use.steps += 1
         if kernel.gate is not None:
             given = _linear(x, weights, 0, biased) + _linear(state[0], weights, 1, biased)
-            use.gates.append(given.chunk(kernel.blocks, -1)[kernel.gate].sigmoid().mean(0))
+            gate = given.chunk(kernel.blocks, -1)[kernel.gate].sigmoid()
+            use.gates.append(gate.reshape(-1, gate.shape[-1]).mean(0))
 
     # -- kernels -----------------------------------------------------------------------------------
 
@@ -257,8 +258,8 @@ class Unrolled(TorchFunctionMode):
         return (outputs[::-1] if reverse else outputs), final
 
     def _held_against_the_kernel(self, name: str, func: Callable[..., Any], args: Any, packed: bool) -> None:
-        """The loop gives the kernel's own numbers, or is no twin of it."""
-        with torch.no_grad():
+        """The loop gives the kernel's own numbers, or is no twin of it. cuDNN's have three digits, by TF32."""
+        with torch.no_grad(), torch.backends.cudnn.flags(enabled=False):
             if packed:
                 sizes = args[1][:PREFIX]
                 data = args[0][: int(sizes.sum())]

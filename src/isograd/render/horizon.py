@@ -34,6 +34,11 @@ def text(found: Horizon) -> RenderableType:
     )
     parts.append(Text(f"  {verdict(found)}", "bold"))
     parts.append(Text(f"  {per_step(found)}"))
+    if (found.ahead > -math.inf).any():
+        strongest = float(found.ahead.max()) - found.reference
+        parts.append(
+            Text(f"  not causal: the steps after it receive up to {numbers.decades(strongest)} decades")
+        )
     parts += [Text(), _curve(found)]
     if found.recurrences:
         parts += [Text(), _recurrences(found)]

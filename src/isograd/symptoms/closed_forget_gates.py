@@ -70,5 +70,10 @@ def judge(found: Horizon) -> Iterator[Outcome]:
             "remembers": longest,
             "length": found.at + 1,
         },
-        remedies=("forget-bias", "chrono-initialisation"),
+        remedies=_opening({r.kind for r in gated}),
     )
+
+
+def _opening(kinds: set[str]) -> tuple[str, ...]:
+    """A GRU's update gate is no forget gate, and opens by the other initialisation alone."""
+    return ("forget-bias", "chrono-initialisation") if "LSTM" in kinds else ("chrono-initialisation",)
