@@ -304,6 +304,8 @@ def test_the_demo_says_what_is_wrong_and_what_to_type(run: Run) -> None:
     assert shown.status == 0
     assert "vanishing  isograd.demo:network" in shown.out
     assert "VG101 vanishing-gradient  error" in shown.out
+    assert re.search(r"^cured$", shown.out, re.MULTILINE)
+    assert re.search(r"^proven  ", shown.out, re.MULTILINE)
     commands = re.findall(r"^  (isograd .+?)  ", shown.out, re.MULTILINE)
     assert "isograd check isograd.demo:network" in commands
     assert run("check isograd.demo:network").status == 1

@@ -13,10 +13,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-import isograd
 from benchmarks.twins.case import Case
 from benchmarks.twins.faults import weighted
 from gallery.nets import scaled_normal
+from isograd.repair import repair
 
 ACTIVATIONS = (
     nn.ReLU, nn.Sigmoid, nn.Tanh, nn.GELU, nn.SELU, nn.Softplus, nn.SiLU, nn.ELU, nn.LeakyReLU, nn.Identity,
@@ -48,21 +48,21 @@ def untreated(case: Case, model: nn.Module, seed: int) -> Treated:
 def with_isograd(case: Case, model: nn.Module, seed: int) -> Treated:
     """`isograd.repair` on the first batch; the model is left alone where it finds no error."""
     started = time.perf_counter()
-    repair = isograd.repair(model, case.loss(seed))
+    found = repair(model, case.loss(seed))
     seconds = time.perf_counter() - started
-    rx = repair.prescription
+    rx = found.prescription
     edits = 0 if rx is None else len(rx.edits)
     configuration = {} if rx is None else rx.configuration
     clip = configuration.get("clip_grad_norm")
     return Treated(
-        repair.model,
+        found.model,
         "nothing" if rx is None else rx.title,
         edits,
         seconds,
         clip=float(clip) if isinstance(clip, int | float) else None,
         facts={
-            "verdict": repair.before.verdict,
-            "cured": repair.cured,
+            "verdict": found.before.verdict,
+            "cured": found.cured,
             "configuration": dict(configuration),
         },
     )

@@ -51,7 +51,7 @@ def bare_residual_mlp(blocks: int, width: int = 48) -> nn.Module:
     return nn.Sequential(nn.Linear(64, width), *body, nn.Linear(width, 10))
 
 
-def residual_cnn(blocks: int, channels: int = 12) -> nn.Module:
+def residual_cnn(blocks: int, channels: int = 8) -> nn.Module:
     """Pre-activation blocks with batch normalisation."""
 
     def branch() -> nn.Module:
@@ -110,7 +110,7 @@ def residuals() -> Iterator[Case]:
         "skips x 0.3": (DOWN, faults.attribute("skip", 0.3)),
         "gains N(0, 0.02), no skips": (DOWN, _both(faults.SMALL_GAINS, NO_SKIP)),
     }
-    for blocks in (12, 24):
+    for blocks in (10, 20):
         yield from _each(
             f"residual mlp {blocks}", "residual", lambda b=blocks: residual_mlp(b), normed, digits
         )
@@ -120,7 +120,7 @@ def residuals() -> Iterator[Case]:
         "skips x 2": (UP, faults.attribute("skip", 2.0)),
         "weights x 4": (UP, faults.rescale(4.0)),
     }
-    for blocks in (12, 24):
+    for blocks in (10, 20):
         yield from _each(
             f"bare residual mlp {blocks}", "residual", lambda b=blocks: bare_residual_mlp(b), bare, digits
         )
@@ -130,13 +130,13 @@ def residuals() -> Iterator[Case]:
         "epsilon 10000": (DOWN, faults.epsilon(1e4)),
         "nothing": (DECOY, faults.unchanged),
     }
-    for blocks in (6, 10):
+    for blocks in (4, 6):
         make = _residual_cnn(blocks)
         yield from _each(f"residual cnn {blocks}", "residual", make, convolutional, images, lr=3e-3)
     yield from _each(
-        "residual mlp 12",
+        "residual mlp 10",
         "residual",
-        lambda: residual_mlp(12),
+        lambda: residual_mlp(10),
         {
             "branches that start at 0": (DECOY, faults.attribute("scale", 0.01)),
             "a small head": (DECOY, faults.small_head),
@@ -172,19 +172,21 @@ def transformers() -> Iterator[Case]:
         "epsilon 10000": (DOWN, faults.epsilon(1e4)),
         "gains N(0, 0.02)": (DOWN, faults.SMALL_GAINS),
     }
-    for layers in (4, 8):
+    for layers in (3, 6):
         for norm, planted in (("pre", pre), ("post", post)):
             make = _decoder(layers, norm)
-            yield from _each(f"{norm}-norm decoder {layers}", "transformer", make, planted, text, lr=6e-3)
+            yield from _each(
+                f"{norm}-norm decoder {layers}", "transformer", make, planted, text, lr=6e-3, steps=200
+            )
     none: dict[str, tuple[str, Plant]] = {"nothing": (DECOY, faults.unchanged)}
-    yield from _each("pre-norm decoder 4", "transformer", _decoder(4, "pre"), none, text, lr=6e-3)
+    yield from _each("pre-norm decoder 3", "transformer", _decoder(3, "pre"), none, text, lr=6e-3, steps=200)
 
 
 def _decoder(layers: int, norm: str) -> Make:
     return lambda: Decoder(layers, norm)
 
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64}
 
 
 def gpt2() -> nn.Module:
@@ -192,7 +194,7 @@ def gpt2() -> nn.Module:
         hf.GPT2Config(
             vocab_size=VOCABULARY,
             n_embd=32,
-            n_layer=4,
+            n_layer=3,
             n_head=2,
             n_positions=CONTEXT,
             bos_token_id=0,
@@ -232,7 +234,7 @@ def shipped() -> Iterator[Case]:
         ("gpt-neox", neox, text),
         ("vit", vit, images),
     ):
-        yield from _each(f"{name} of transformers", "transformers", make, planted, task, lr=6e-3)
+        yield from _each(f"{name} of transformers", "transformers", make, planted, task, lr=6e-3, steps=200)
 
 
 def blocks() -> Iterator[Case]:

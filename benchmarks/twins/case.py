@@ -31,7 +31,7 @@ class Case:
     """What the fault does to the gradient: 'vanishing' or 'exploding'; 'decoy' for what only looks like a fault."""
     optimizer: str = "adamw"
     lr: float = 2e-3
-    steps: int = 150
+    steps: int = 120
     clip: float | None = None
     """Norm at which the gradient is clipped, in both twins."""
 

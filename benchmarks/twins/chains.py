@@ -58,7 +58,7 @@ def other_mlps() -> Iterator[Case]:
         }
         make = _mlp(nn.Tanh, depth, orthogonal(1.05))
         yield from _cases(f"tanh mlp {depth}", "mlp", make, planted, lr=1e-3)
-    for depth in (16, 30):
+    for depth in (16, 24):
         planted = {
             "torch's default initialisation": (DOWN, faults.torch_default),
             "weights x 4": (UP, faults.rescale(4.0)),
@@ -78,12 +78,12 @@ def other_mlps() -> Iterator[Case]:
         "weights x 2": (UP, faults.rescale(2.0)),
         "sigmoid": (DOWN, faults.exchange(nn.ReLU, nn.Sigmoid)),
     }
-    sgd = {"optimizer": "sgd", "lr": 0.02, "steps": 200, "clip": 1.0}
+    sgd = {"optimizer": "sgd", "lr": 0.02, "steps": 160, "clip": 1.0}
     yield from _cases("relu mlp 12, sgd", "mlp", _mlp(nn.ReLU, 12, HE), planted, **sgd)
 
 
 def cnns() -> Iterator[Case]:
-    for depth in (8, 12, 16):
+    for depth in (8, 12):
         planted: dict[str, tuple[str, Plant]] = {
             "torch's default initialisation": (DOWN, faults.torch_default),
             "weights x 0.4": (DOWN, faults.rescale(0.4)),
@@ -94,7 +94,7 @@ def cnns() -> Iterator[Case]:
         }
 
         def make(depth: int = depth) -> nn.Module:
-            return initialised(plain_cnn(depth, 12, False), _he(depth))
+            return initialised(plain_cnn(depth, 8, False), _he(depth + 8))
 
         yield from _cases(f"relu cnn {depth}", "cnn", make, planted, lr=3e-3)
     planted = {
@@ -105,7 +105,7 @@ def cnns() -> Iterator[Case]:
     for depth in (6, 10):
 
         def normed(depth: int = depth) -> nn.Module:
-            return plain_cnn(depth, 12, True)
+            return plain_cnn(depth, 8, True)
 
         yield from _cases(f"batch-normalised cnn {depth}", "cnn", normed, planted, lr=3e-3)
 
@@ -124,7 +124,7 @@ def decoys() -> Iterator[Case]:
     shallow: dict[str, tuple[str, Plant]] = {"nothing": (DECOY, faults.unchanged)}
     sigmoid = _mlp(nn.Sigmoid, 2, scaled_normal(math.sqrt(2)))
     yield from _cases("sigmoid mlp 2", "mlp", sigmoid, shallow, lr=1e-2)
-    yield from _cases("batch-normalised cnn 6", "cnn", lambda: plain_cnn(6, 12, True), shallow, lr=3e-3)
+    yield from _cases("batch-normalised cnn 6", "cnn", lambda: plain_cnn(6, 8, True), shallow, lr=3e-3)
 
 
 def chains() -> Iterator[Case]:

@@ -17,6 +17,10 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 
 BATCH = 64
+SMALL_BATCH = 32
+"""For pictures."""
+WINDOWS = 16
+"""Windows of text in a batch."""
 HELD_OUT = 400
 """Rows or windows on which a score is taken."""
 VOCABULARY = 64
@@ -36,12 +40,12 @@ class Task:
     """Share of the most frequent answer: what a model that ignores its input reaches."""
 
 
-def _task(x: Tensor, y: Tensor, held: Tensor) -> Task:
+def _task(x: Tensor, y: Tensor, held: Tensor, size: int = BATCH) -> Task:
     seen = (~held).nonzero().flatten()
     score_on = held.nonzero().flatten()[:HELD_OUT]
 
     def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        rows = seen[torch.randint(len(seen), (BATCH,), generator=generator)]
+        rows = seen[torch.randint(len(seen), (size,), generator=generator)]
         return x[rows], y[rows]
 
     answers = y[score_on]
@@ -65,7 +69,7 @@ def digits() -> Task:
 def images() -> Task:
     """The same digits as 8 x 8 pictures with one channel."""
     x, y, held = _digits()
-    return _task(x.view(-1, 1, 8, 8), y, held)
+    return _task(x.view(-1, 1, 8, 8), y, held, SMALL_BATCH)
 
 
 @cache
@@ -107,7 +111,7 @@ def text() -> Task:
     learned, scored = encoded(sources[0] + sources[1]), encoded(sources[2])
 
     def batch(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        starts = torch.randint(len(learned) - CONTEXT, (BATCH // 2,), generator=generator)
+        starts = torch.randint(len(learned) - CONTEXT, (WINDOWS,), generator=generator)
         windows = learned[starts[:, None] + torch.arange(CONTEXT + 1)]
         return windows[:, :-1], windows[:, 1:]
 

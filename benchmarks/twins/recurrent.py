@@ -65,7 +65,7 @@ def recurrent() -> Iterator[Case]:
     settings: list[tuple[str, type[nn.RNNBase], dict[str, tuple[str, Plant]], tuple[int, ...], float]] = [
         ("tanh rnn", nn.RNN, tanh, (16, 24, 40, 64), 3e-3),
         ("lstm", nn.LSTM, gated, (24, 64, 120, 200), 1e-2),
-        ("gru", nn.GRU, gated, (24, 64, 120), 1e-2),
+        ("gru", nn.GRU, gated, (24, 64), 1e-2),
         ("lstm", nn.LSTM, none, (48,), 1e-2),
     ]
     for name, cell, planted, times, lr in settings:
@@ -88,4 +88,4 @@ def _each(
     model: str, make: Make, planted: dict[str, tuple[str, Plant]], task: Callable[[], Task], lr: float
 ) -> Iterator[Case]:
     for fault, (kind, plant) in planted.items():
-        yield Case(f"{model} / {fault}", "rnn", make, plant, task, kind, lr=lr, steps=120, clip=1.0)
+        yield Case(f"{model} / {fault}", "rnn", make, plant, task, kind, lr=lr, steps=100, clip=1.0)
