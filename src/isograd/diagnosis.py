@@ -12,6 +12,12 @@ from isograd.flow import Flow
 if TYPE_CHECKING:
     from rich.text import Text
 
+    from isograd.record.run import Run
+
+
+EXPLODING = ("EG2", "RN602", "UP506", "TR703")
+"""Codes of gradients, along depth and along time, of steps and of a loss that explode."""
+
 
 class Severity(IntEnum):
     """How bad a finding is. Only an ERROR makes `isograd check` exit with status 1."""
@@ -85,7 +91,7 @@ class Diagnosis:
         codes = [finding.code for finding in self.errors]
         if any(code.startswith("NF4") or code == "VG102" for code in codes):
             return "broken"
-        if any(code.startswith("EG2") or code == "RN602" for code in codes):
+        if any(code.startswith(EXPLODING) for code in codes):
             return "exploding"
         return "vanishing" if codes else "healthy"
 
@@ -123,8 +129,16 @@ class Diagnosis:
         return to_json(self)
 
 
-def diagnose(flow: Flow) -> Diagnosis:
-    """Examine a flow for every symptom: findings, what is healthy, what could not be examined."""
+def diagnose(measured: Flow | Run) -> Diagnosis:
+    """Examine a flow, or the record of a run: findings, what is healthy, what could not be examined."""
+    if not isinstance(measured, Flow):
+        from isograd.record.verdict import verdict  # the detectors import Finding from here
+
+        return verdict(measured)
+    return _symptoms(measured)
+
+
+def _symptoms(flow: Flow) -> Diagnosis:
     from isograd.symptoms import Healthy, Unexamined, symptoms  # the symptoms import Finding from here
 
     findings: list[Finding] = []

@@ -68,12 +68,14 @@ def check(
     """Find out what is wrong with the gradient of TARGET, where, and why.
 
     TARGET is file.py:name or package.module:name. The name is an nn.Module, or a function without required
-    arguments that returns one, (model, batch), or (model, loss) where loss(model) is a scalar.
+    arguments that returns one, (model, batch), or (model, loss) where loss(model) is a scalar. Or TARGET is the
+    directory of a recorded run.
 
     \b
     isograd check net.py:build
     isograd check net.py:Net --input 32,64
     isograd check net.py:build --optimizer adamw:3e-4 --format json -o report.json
+    isograd check isograd-runs/20260314-091500-train
     """
     settings = config.load(Path.cwd())
     form = form or settings.format
@@ -86,7 +88,10 @@ def check(
     if lr is not None:
         optimizer = OptimizerSpec.at_rate(optimizer, lr)
 
-    diagnosis = _diagnosis(target, inputs, optimizer, selected, ignored, seed)
+    if Path(target).is_dir():
+        diagnosis = _of_run(target, selected, ignored)
+    else:
+        diagnosis = _diagnosis(target, inputs, optimizer, selected, ignored, seed)
     _print(diagnosis, form, output)
     ctx.exit(UNHEALTHY if diagnosis.errors else 0)
 
@@ -104,6 +109,19 @@ def _known(patterns: Sequence[str]) -> None:
             raise click.UsageError(
                 f"no finding is called {pattern!r}{hint}\n`isograd explain` lists them all"
             )
+
+
+def _of_run(text: str, select: Sequence[str] | None, ignore: Sequence[str]) -> Diagnosis:
+    from isograd.record import NotARun, Run
+
+    try:
+        run = Run.open(text)
+    except NotARun as error:
+        raise TargetError(str(error)) from None
+    with progress(f"reading {text}"):
+        import isograd
+
+        return dataclasses.replace(isograd.diagnose(run).narrowed(select, ignore), target=text)
 
 
 def _diagnosis(

@@ -56,7 +56,7 @@ class History:
         self.first_losses: list[float] = []
         """The first START."""
         self.first: dict[str, list[float]] = {}
-        """elasticity, update, scale, weight of the first reading."""
+        """elasticity, update, scale, weight by matrix, and the norm, of the first reading."""
         self.best = math.inf
         """Smallest median of RECENT losses."""
         self.pace = -math.inf
@@ -78,6 +78,7 @@ class History:
                 "update": seen.update.tolist(),
                 "scale": seen.scale.tolist(),
                 "weight": seen.weight.tolist(),
+                "norm": [seen.grad_norm],
             }
         grad, update = seen.grad.tolist(), seen.update.tolist()
         _push(self.grads, grad, 2 * WINDOW)

@@ -7,8 +7,8 @@ Why it happens
     A learning rate that is too high, inputs that are not normalised, weights drawn too large.
 
 Evidence
-    The median of the last 3 losses is above three times the first, in a run whose losses are positive; the first
-    step alone is no evidence. The cause is read off the first steps, as under UP506.
+    The median of the last 3 losses is above three times the first, in a run whose losses are positive, and the
+    gradient norm above three times the first; the first step alone is no evidence. The cause is read off the first steps, as under UP506.
 
 What helps
     What the cause names; warm-up; gradient clipping.
@@ -23,14 +23,20 @@ import math
 from statistics import median
 
 from isograd.diagnosis import Finding, Severity
-from isograd.monitor.history import Detector, History
+from isograd.monitor.history import WINDOW, Detector, History
 from isograd.monitor.origin import origin
+from isograd.monitor.seen import spread
 
 CODE = "TR703"
 NAME = "diverging"
 
 RISE = 3.0
 """Times the first loss."""
+NORM = 0.5
+"""Decades by which the gradient norm must have risen too: where the first loss was small by luck, as with noisy
+rewards, the loss alone says nothing."""
+DEVIATIONS = 6.0
+"""Spreads of the losses, once enough of them are known."""
 
 
 class Diverging(Detector):
@@ -52,7 +58,8 @@ class Diverging(Detector):
             return None
         now, first = median(losses[-3:]), history.first_losses[0]
         self.ratio = now / first
-        if self.ratio < RISE:
+        norm = max(history.norms[-3:], default=math.inf) - history.first["norm"][0]
+        if self.ratio < RISE or norm < NORM or now - first < DEVIATIONS * self._noise(losses):
             return None
         cause = origin(history)
         return Finding(
@@ -70,6 +77,10 @@ class Diverging(Detector):
             },
             remedies=cause.remedies,
         )
+
+    def _noise(self, losses: list[float]) -> float:
+        before = losses[-WINDOW - 3 : -3]
+        return spread(before) if len(before) >= WINDOW // 2 else 0.0
 
     def outcome(self, history: History) -> str | None:
         if math.isnan(self.ratio):

@@ -1,0 +1,402 @@
+"""Detectors: what each is for, what each must leave alone, and that they go on where they stopped."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gallery.watched import CLEAN, SICK, Watched, readings
+from isograd import diagnose
+from isograd.cli import main
+from isograd.diagnosis import Finding, Severity
+from isograd.monitor.detectors import Detectors
+from isograd.monitor.history import Baseline
+from isograd.monitor.reading import Reading
+from isograd.monitor.seen import seen
+from isograd.record import Run
+from isograd.symptoms import STREAMED
+
+LAYERS = 6
+SITES = tuple(f"{i}.{kind}" for i in range(LAYERS) for kind in ("weight", "bias"))
+SHAPES = tuple((64, 64) if i % 2 == 0 else (64,) for i in range(2 * LAYERS))
+NAN = math.nan
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a made-up training shows at a step: ten times as much is +1."""
+
+    loss: float = 1.0
+    grad: float = 0.0
+    slope: float = 0.0
+    """Decades of gradient per layer, towards the input negative."""
+    weight: float = 1.0
+    update: float = -2.5
+    early_update: float | None = None
+    dead: float = 0.0
+    zero: bool = False
+    scale: float = 0.0
+
+
+def made(number: int, step: Step) -> Reading:
+    """A training whose layers all look alike, with a little noise that depends on the step alone."""
+    noise = 0.05 * math.sin(1.7 * number)
+    columns: dict[str, list[float]] = {
+        name: [] for name in ("grad_norm", "weight_norm", "update_norm", "nonfinite", "zeros")
+    }
+    for layer in range(LAYERS):
+        delta = step.grad + noise + step.slope * (LAYERS - 1 - layer)
+        update = (
+            step.early_update if step.early_update is not None and layer < LAYERS // 2 - 1 else step.update
+        )
+        for matrix in (True, False):
+            grad = 10 ** (delta + (math.log10(8) + step.scale if matrix else 0.0))
+            last_bias = layer == LAYERS - 1 and not matrix
+            columns["grad_norm"].append(0.0 if step.zero and not last_bias else grad)
+            columns["weight_norm"].append(10**step.weight if matrix else 0.1)
+            columns["update_norm"].append(10 ** (step.weight + update))
+            columns["nonfinite"].append(0.0)
+            columns["zeros"].append(0.0 if matrix else round(64 * step.dead))
+    tensors = {name: torch.tensor(values) for name, values in columns.items()}
+    scalars = {"grad_norm": float(tensors["grad_norm"].norm())}
+    if not math.isnan(step.loss):
+        scalars["loss"] = step.loss
+    return Reading(number, SITES, tensors, scalars, shapes=SHAPES)
+
+
+def told(steps: Sequence[Step | Reading]) -> list[tuple[int, Finding]]:
+    detectors = Detectors()
+    made_up = [one if isinstance(one, Reading) else made(i, one) for i, one in enumerate(steps)]
+    return [(reading.step, finding) for reading in made_up for finding in detectors.observe(reading)]
+
+
+def codes(steps: Sequence[Step | Reading]) -> set[str]:
+    return {finding.code for _, finding in told(steps)}
+
+
+def falling(count: int, **others: float) -> list[Step]:
+    """A healthy course: the loss falls towards a floor."""
+    return [Step(loss=0.2 + 2 * math.exp(-i / 60) + 0.02 * math.sin(3.1 * i), **others) for i in range(count)]
+
+
+def ramp(count: int, of: Callable[[int], Step]) -> list[Step]:
+    return [of(i) for i in range(count)]
+
+
+LOW = falling(200)[-1]
+CASES: dict[str, tuple[list[Step], str]] = {
+    "the gradient fades along depth": ([replace(step, slope=-1.0) for step in falling(40)], "VG103"),
+    "layers die": (falling(100) + [replace(LOW, zero=True)] * 20, "SA303"),
+    "most units of a layer die": (falling(100) + [replace(LOW, dead=0.9)] * 40, "SA303"),
+    "early layers stay": ([replace(step, early_update=-7.0) for step in falling(60)], "UP505"),
+    "steps too large from the start": (
+        [Step(2.3, update=0.0), Step(20.0, update=0.3), Step(40.0, update=0.0)],
+        "UP506",
+    ),
+    "steps too small": ([Step(2.3 - 0.001 * i, update=-5.0) for i in range(300)], "UP507"),
+    "weights grow": (falling(150) + ramp(80, lambda i: replace(LOW, weight=1 + 0.01 * i)), "UP508"),
+    "the gradient grows": (falling(150) + ramp(60, lambda i: replace(LOW, grad=0.05 * i)), "EG203"),
+    "the norm drifts": (falling(300) + [Step(loss=0.25, grad=0.7)] * 20, "EG204"),
+    "a plateau from the start": ([Step(2.3 + 0.01 * math.sin(2.3 * i)) for i in range(300)], "TR701"),
+    "a spike": (falling(200) + [replace(LOW, loss=3.0)] * 10, "TR702"),
+    "divergence": (falling(100) + [replace(LOW, loss=30.0, grad=1.0)] * 5, "TR703"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_each_thing_is_told(name: str) -> None:
+    steps, code = CASES[name]
+    assert code in codes(steps)
+
+
+def test_every_detector_has_a_case() -> None:
+    pages = {import_module(f"isograd.symptoms.{name}").CODE for name in STREAMED}
+    assert pages == {code for _, code in CASES.values()} | {"NF405"}
+
+
+WELL: dict[str, list[Step]] = {
+    "a training that converges": falling(600),
+    "warm-up": [
+        replace(step, update=-2.5 + math.log10(min(1.0, (i + 1) / 200)))
+        for i, step in enumerate(falling(500))
+    ],
+    "annealing to nothing": [replace(step, update=-2.5 - i / 100) for i, step in enumerate(falling(500))],
+    "a single hard batch": [*falling(200), replace(LOW, loss=5.0, grad=1.0), *[LOW] * 100],
+    "a gradient that grows while the loss falls": [
+        replace(s, grad=min(1.5, i / 100)) for i, s in enumerate(falling(300))
+    ],
+    "weights that grow ever more slowly": [
+        replace(s, weight=1 + math.log10(1 + i / 50)) for i, s in enumerate(falling(500))
+    ],
+    "a head drawn at zero: nothing below it at the first step": [
+        replace(falling(1)[0], zero=True),
+        *falling(200)[1:],
+    ],
+    "half of the units off": [replace(step, dead=0.5) for step in falling(200)],
+    "no loss": [replace(step, loss=NAN) for step in falling(300)],
+    "losses around zero": [Step(loss=math.sin(5.3 * i)) for i in range(400)],
+}
+
+
+@pytest.mark.parametrize("name", WELL)
+def test_what_is_well_is_left_alone(name: str) -> None:
+    assert told(WELL[name]) == []
+
+
+@pytest.mark.parametrize("name", CASES)
+@settings(max_examples=4, deadline=None)
+@given(power=st.integers(-8, 5))
+def test_the_scale_of_the_loss_changes_nothing(name: str, power: int) -> None:
+    steps, _ = CASES[name]
+    scaled = [replace(step, loss=step.loss * 10.0**power, grad=step.grad + power) for step in steps]
+    assert [(i, f.code) for i, f in told(scaled)] == [(i, f.code) for i, f in told(steps)]
+
+
+# -- values that are not finite ---------------------------------------------------------------------------
+
+
+def broken(number: int, *sites: str, loss: float = 1.0, note: str = "") -> Reading:
+    reading = made(number, LOW)
+    bad = torch.tensor([name in sites for name in SITES])
+    columns = reading.columns | {
+        "nonfinite": bad.float(),
+        "grad_norm": torch.where(bad, NAN, reading.columns["grad_norm"]),
+    }
+    return replace(
+        reading, columns=columns, scalars={"loss": loss, "grad_norm": NAN}, notes=(note,) if note else ()
+    )
+
+
+def test_values_that_are_not_finite_are_told_once_with_their_place() -> None:
+    steps = [made(i, step) for i, step in enumerate(falling(100))]
+    steps += [broken(100 + i, "2.weight", "2.bias") for i in range(50)]
+    ((step, finding),) = told(steps)
+    assert (step, finding.code, finding.sites) == (100, "NF405", ("2.weight", "2.bias"))
+    assert finding.evidence["cause"] == "sudden"
+
+
+def test_they_never_enter_a_baseline() -> None:
+    detectors, clean = Detectors(), Detectors()
+    for i, step in enumerate(falling(300)):
+        if i % 10 == 5:
+            detectors.observe(broken(i, "0.weight", loss=NAN))
+        detectors.observe(made(i, step))
+        clean.observe(made(i, step))
+    assert detectors.state()["history"] == clean.state()["history"]
+
+
+def test_an_overflow_that_the_scaler_skips_is_routine() -> None:
+    skipped = [broken(i, *SITES, note="overflow: the optimizer did not step") for i in range(20)]
+    well = [made(i, step) for i, step in enumerate(falling(100))]
+    assert told([*well, *skipped[:3], *well, *skipped[:3]]) == []
+    assert codes([*well, *skipped]) == {"NF405"}
+
+
+def test_a_loss_that_is_not_finite_counts_without_gradients() -> None:
+    assert codes([*falling(50), replace(broken(50), scalars={"loss": math.inf})]) == {"NF405"}
+
+
+# -- causes and places -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("scale", "slope", "cause"),
+    [(2.0, 0.0, "unnormalised-input"), (0.0, 0.9, "initialisation"), (0.0, 0.0, "learning-rate")],
+)
+def test_the_cause_is_the_most_upstream(scale: float, slope: float, cause: str) -> None:
+    steps = [Step(2.3 * 4**i, update=0.0, scale=scale, slope=slope) for i in range(3)]
+    found = next(f for _, f in told(steps) if f.code == "UP506")
+    assert found.evidence["cause"] == cause
+
+
+def test_the_scale_of_the_inputs_is_read_off_the_gradients() -> None:
+    torch.manual_seed(0)
+    for rms in (0.1, 1.0, 30.0):
+        layer = torch.nn.Linear(100, 50)
+        x = rms * torch.randn(256, 100)
+        layer(x).tanh().square().mean().backward()
+        assert layer.weight.grad is not None
+        assert layer.bias.grad is not None
+        norms = torch.stack([layer.weight.grad.norm(), layer.bias.grad.norm()])
+        reading = Reading(0, ("a.weight", "a.bias"), {"grad_norm": norms}, shapes=((50, 100), (50,)))
+        # the samples' deltas cancel here, in part: a factor of two
+        assert 10 ** float(seen(reading).scale) == pytest.approx(rms, rel=1.0)
+
+
+def test_the_layer_that_moved_first_is_named() -> None:
+    steps = [made(i, step) for i, step in enumerate(falling(200))]
+    for i in range(20):
+        reading = made(200 + i, replace(LOW, loss=LOW.loss if i < 12 else 3.0))
+        lift = torch.tensor([10.0 if name == "3.weight" else 10.0 if i >= 10 else 1.0 for name in SITES])
+        steps.append(
+            replace(reading, columns=reading.columns | {"grad_norm": reading.columns["grad_norm"] * lift})
+        )
+    spike = next(f for _, f in told(steps) if f.code == "TR702")
+    assert spike.sites[0] == "3.weight"
+    assert 12 <= float(spike.evidence["lead"]) <= 20
+
+
+# -- state ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cut", [1, 30, 120, 205])
+def test_they_go_on_where_they_stopped(cut: int) -> None:
+    steps = [made(i, step) for i, step in enumerate(falling(200) + [replace(LOW, loss=3.0, dead=0.9)] * 30)]
+    whole, first, second = Detectors(), Detectors(), Detectors()
+    expected = [(r.step, f) for r in steps for f in whole.observe(r)]
+    found = [(r.step, f) for r in steps[:cut] for f in first.observe(r)]
+    second.restore(json.loads(json.dumps(first.state())))
+    found += [(r.step, f) for r in steps[cut:] for f in second.observe(r)]
+    assert expected
+    assert found == expected
+    assert json.dumps(second.state()) == json.dumps(whole.state())
+
+
+def test_readings_with_missing_columns_are_read() -> None:
+    detectors = Detectors()
+    for i, step in enumerate(falling(300)):
+        reading = made(i, step)
+        if i % 4:
+            kept = {name: reading.columns[name] for name in ("grad_norm", "nonfinite")}
+            reading = replace(reading, columns=kept)
+        assert detectors.observe(reading) == ()
+    healthy, unexamined = detectors.outcomes()
+    assert "UP506" in healthy
+    assert not set(healthy) & set(unexamined)
+
+
+def test_what_was_not_logged_is_unexamined_and_not_well() -> None:
+    detectors = Detectors()
+    for i, step in enumerate(falling(300)):
+        detectors.observe(replace(made(i, step), scalars={}))
+    healthy, unexamined = detectors.outcomes()
+    assert {"TR701", "TR702", "TR703"} <= set(unexamined)
+    assert "monitor.log(loss=" in unexamined["TR702"]
+    assert {"VG103", "NF405"} <= set(healthy)
+
+
+def test_a_baseline_holds_against_outliers() -> None:
+    values = [math.sin(i) for i in range(64)]
+    spoiled = [1e6 if i % 4 == 0 else value for i, value in enumerate(values)]
+    clean, dirty = Baseline([*values, 5.0], 1), Baseline([*spoiled, 5.0], 1)
+    assert abs(dirty.level) < 1
+    assert dirty.spread < 2.5 * clean.spread
+    assert dirty.deviations > 2
+
+
+# -- a run is diagnosed ------------------------------------------------------------------------------------
+
+
+def recorded(path: Path, steps: Sequence[Step]) -> Path:
+    detectors = Detectors()
+    with Run.create(path, detectors=detectors) as run:
+        for i, step in enumerate(steps):
+            run.append(made(i, step), detectors.observe(made(i, step)))
+    return path
+
+
+def test_a_run_is_diagnosed(tmp_path: Path) -> None:
+    diagnosis = diagnose(Run.open(recorded(tmp_path / "run", CASES["divergence"][0])))
+    assert diagnosis.verdict == "exploding"
+    assert "TR703" in {finding.code for finding in diagnosis.errors}
+    assert diagnosis.findings[0].message.startswith("at step 10")
+    assert "NF405" in diagnosis.healthy
+    well = diagnose(Run.open(recorded(tmp_path / "well", falling(300))))
+    assert (well.verdict, well.findings) == ("healthy", ())
+
+
+def test_a_run_that_no_detector_watched_is_diagnosed_too(tmp_path: Path) -> None:
+    with Run.create(tmp_path / "run") as run:
+        for i, step in enumerate(CASES["a spike"][0]):
+            run.append(made(i, step))
+    assert {f.code for f in diagnose(Run.open(tmp_path / "run")).findings} == codes(CASES["a spike"][0])
+
+
+def run_command(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as left:
+        main([str(word) for word in words])
+    said = capsys.readouterr()
+    return int(left.value.code or 0), said.out, said.err
+
+
+def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sick = recorded(tmp_path / "runs" / "sick", CASES["divergence"][0])
+    well = recorded(tmp_path / "runs" / "well", falling(300))
+    status, out, _ = run_command(capsys, "runs", tmp_path / "runs")
+    assert status == 0
+    assert [line.split()[1:3] for line in out.splitlines()[1:]] == [["ended", "104"], ["ended", "299"]]
+    status, out, _ = run_command(capsys, "check", sick)
+    assert (status, out.split()[0]) == (1, "exploding")
+    status, out, _ = run_command(capsys, "check", sick, "--ignore", "TR,EG,UP", "--format", "json")
+    assert (status, json.loads(out)["verdict"]) == (0, "healthy")
+    assert run_command(capsys, "check", well)[0] == 0
+    status, out, _ = run_command(capsys, "report", sick)
+    assert status == 0
+    assert "TR703 diverging  error" in out
+    status, _, err = run_command(capsys, "check", tmp_path)
+    assert status == 2
+    assert "no run is recorded in" in err
+    assert run_command(capsys, "report", tmp_path)[0] == 2
+    status, _, err = run_command(capsys, "runs", sick.parent / "..")
+    assert "no run is recorded in" in err
+
+
+@pytest.mark.parametrize("form", ["csv", "parquet"])
+def test_export_holds_all(tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str) -> None:
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    sick = recorded(tmp_path / "run", CASES["divergence"][0])
+    assert run_command(capsys, "export", sick, "--to", form, "-o", tmp_path / "out")[0] == 0
+    read = pandas.read_csv if form == "csv" else pandas.read_parquet
+    steps, sites, findings = (
+        read(tmp_path / "out" / f"{name}.{form}") for name in ("steps", "sites", "findings")
+    )
+    assert len(steps) == 105
+    assert len(sites) == 105 * len(SITES)
+    assert steps["loss"].tolist() == pytest.approx([step.loss for step in CASES["divergence"][0]])
+    row = sites[(sites["step"] == 7) & (sites["site"] == "3.weight")]
+    assert row["grad_norm"].item() == pytest.approx(
+        made(7, CASES["divergence"][0][7]).columns["grad_norm"][6].item()
+    )
+    assert "TR703" in set(findings["code"])
+
+
+# -- real trainings ------------------------------------------------------------------------------------------
+
+
+def named(table: Sequence[Watched], *names: str) -> list[Watched]:
+    return [watched for watched in table if watched.name in names]
+
+
+@pytest.mark.parametrize(
+    "watched",
+    named(SICK, "mlp rate x30", "not a number", "units die plain", "sigmoid", "head swells"),
+    ids=lambda w: w.name,
+)
+def test_a_failing_training_is_told(watched: Watched) -> None:
+    detectors = Detectors()
+    found = [(r.step, f) for r in readings(watched.start(7), 7) for f in detectors.observe(r)]
+    assert not [f for step, f in found if watched.onset is not None and step < watched.onset]
+    assert {f.code for _, f in found} & watched.expected
+
+
+@pytest.mark.parametrize(
+    "watched",
+    named(CLEAN, "mlp restarts", "batch grows", "experts sgd", "policy gradient"),
+    ids=lambda w: w.name,
+)
+def test_a_clean_training_is_left_alone(watched: Watched) -> None:
+    detectors = Detectors()
+    found = [
+        f for r in readings(watched.start(7), 7) for f in detectors.observe(r) if f.severity > Severity.INFO
+    ]
+    assert found == []
