@@ -50,28 +50,30 @@ class Distribution:
         )
 
 
-def pooled(runs: Sequence[Quadrature]) -> Distribution:
-    """Of an operator on which several independent quadratures were run.
+def pooled(runs: Sequence[Quadrature], dimension: int) -> Distribution:
+    """Of an operator of `dimension` singular values a block, on which quadratures were run.
 
     A Gauss rule's cumulative weight is at no point further from the truth than the weight of the node
-    there (the inequality of Chebyshev, Markov and Stieltjes), for the probe it was run on; how much probes
-    differ is seen from one run to the next. What lies under the lowest node is the end of a Lanczos
-    process that tells nothing about its place: those quantiles are not known.
+    there (the inequality of Chebyshev, Markov and Stieltjes), for the probe it was run on; to that come two
+    standard errors of the probes. What lies under the lowest node is the end of a Lanczos process that
+    tells nothing about its place: those quantiles are not known.
     """
-    mean, error = _mean_log10(runs)
-    nodes = torch.cat([run[0].flatten() for run in runs])
-    weights = torch.cat([run[1].flatten() for run in runs])
-    below = torch.stack([_cumulative(run, nodes.unique()) for run in runs])
-    spread = float(below.std(0).max()) / len(runs) ** 0.5
+    nodes, weights = _both(runs, 0)
+    # A share p has the standard error sqrt(2 p (1 - p) / n) over random signs: at most this, for two of them.
+    spread = math.sqrt(2 / (dimension * _probes(runs)))
     lowest = torch.cat([run[1].gather(1, run[0].argmin(1, keepdim=True)).flatten() for run in runs])
     resolution = torch.cat([run[1].scatter(1, run[0].argmin(1, keepdim=True), 0.0).amax(1) for run in runs])
     unknown = float(lowest.mean()) + spread
     quantiles = [
         q if (i + 0.5) / LEVELS > unknown else math.nan for i, q in enumerate(_quantiles(nodes, weights))
     ]
+    # At the hard edge of a square matrix the rule converges like 1/steps, so that what the second half of
+    # the steps changed is about what is left; twice that is on the safe side.
+    fine, coarse = (_mean(*_both(runs, rule)) for rule in (0, 2))
+    error = math.hypot(standard_error(runs, dimension), 2 * (fine - coarse))
     known = error <= LARGEST_ERROR
     return Distribution(
-        mean if known else math.nan,
+        fine if known else math.nan,
         error if known else math.nan,
         None,
         tuple(quantiles),
@@ -79,20 +81,26 @@ def pooled(runs: Sequence[Quadrature]) -> Distribution:
     )
 
 
-def standard_error(runs: Sequence[Quadrature]) -> float:
-    """Of the mean of log10 over the runs, in decades."""
-    return float(torch.tensor([_mean(run[0], run[1]) for run in runs]).std()) / len(runs) ** 0.5
+def standard_error(runs: Sequence[Quadrature], dimension: int) -> float:
+    """Of the mean of log10 over random signs, in decades: sqrt(2 Var[log10 sigma] / n) for one probe.
 
-
-def _mean_log10(runs: Sequence[Quadrature]) -> tuple[float, float]:
-    """Mean of log10 over the singular values that are not zero, and its error.
-
-    At the hard edge of a square matrix the rule converges like 1/steps, so that what the second half of
-    the steps changed is about what is left; twice that is on the safe side.
+    An upper estimate: of u'Au, signs leave the diagonal of A without variance.
     """
-    fine = torch.tensor([_mean(nodes, weights) for nodes, weights, _, _ in runs]).mean()
-    coarse = torch.tensor([_mean(nodes, weights) for _, _, nodes, weights in runs]).mean()
-    return float(fine), math.hypot(standard_error(runs), 2 * float(fine - coarse))
+    nodes, weights = _both(runs, 0)
+    positive = nodes > 0
+    logs, share = nodes[positive].log10(), weights[positive] / weights[positive].sum()
+    variance = float((share * (logs - (share * logs).sum()).square()).sum())
+    return math.sqrt(2 * variance / (dimension * _probes(runs)))
+
+
+def _probes(runs: Sequence[Quadrature]) -> int:
+    return sum(len(run[0]) for run in runs)
+
+
+def _both(runs: Sequence[Quadrature], rule: int) -> tuple[Tensor, Tensor]:
+    """All nodes and weights of one of the two rules."""
+    nodes = torch.cat([run[rule].flatten() for run in runs])
+    return nodes, torch.cat([run[rule + 1].flatten() for run in runs])
 
 
 def _mean(nodes: Tensor, weights: Tensor) -> float:
@@ -100,12 +108,6 @@ def _mean(nodes: Tensor, weights: Tensor) -> float:
     if not positive.any():
         return math.nan
     return float((weights[positive] * nodes[positive].log10()).sum() / weights[positive].sum())
-
-
-def _cumulative(run: Quadrature, grid: Tensor) -> Tensor:
-    nodes, order = run[0].flatten().sort()
-    weights = torch.cat([torch.zeros(1, dtype=nodes.dtype), run[1].flatten()[order].cumsum(0).cpu()])
-    return weights[torch.searchsorted(nodes, grid, right=True).cpu()] / weights[-1]
 
 
 def _quantiles(values: Tensor, weights: Tensor) -> tuple[float, ...]:

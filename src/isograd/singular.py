@@ -28,7 +28,7 @@ MOST_AT_ONCE = 2**20
 MOST_STEPS = 100
 QUADRATURE_STEPS = 24
 """Steps of a run that only adds to the distribution: it resolves about a tenth of the singular values."""
-FEWEST_RUNS, MOST_RUNS = 3, 8
+MOST_RUNS = 8
 FEWEST_PROBES, MOST_PROBES = 16, 256
 
 
@@ -133,9 +133,7 @@ def iterated(product: Product, tolerance: float, generator: torch.Generator) -> 
     squares = Squares(side, first)
     runs = [first.quadrature(product.eps)]
     value, residual = first.largest, first.residual
-    for _ in range(MOST_RUNS - 1):
-        if len(runs) >= FEWEST_RUNS and standard_error(runs) <= tolerance / math.log(10):
-            break
+    while standard_error(runs, side.dimension) > tolerance / math.log(10) and len(runs) < MOST_RUNS:
         another = Bidiagonal(side, generator)
         another.run(QUADRATURE_STEPS, lambda: False)
         squares.add(another.start, another.first)
@@ -145,7 +143,13 @@ def iterated(product: Product, tolerance: float, generator: torch.Generator) -> 
             value, residual = another.largest, another.residual
     squares.probe(tolerance, generator)
     return Estimate(
-        "golub-kahan", value, squares.rms, None, residual, squares.error, distribution=pooled(runs)
+        "golub-kahan",
+        value,
+        squares.rms,
+        None,
+        residual,
+        squares.error,
+        distribution=pooled(runs, side.dimension),
     )
 
 

@@ -165,7 +165,8 @@ def spectrum(
     Args:
         model: any module, as for `measure`. One in half precision is measured in float32 on a copy.
         loss: `loss(model)` returns a tensor with one element; its gradient gives `gain`.
-        sites: only segments whose site or module matches one of these names or patterns (`h.*`).
+        sites: only segments whose site or module matches one of these names or patterns (`h.*`); of an
+            empty list none, which leaves `end_to_end`.
         start: begin with the first segment that has this name or pattern, instead of at the input.
         end: stop after the last segment that has it, instead of at the output. `end_to_end` is then the
             product from `start` to `end`.
@@ -184,7 +185,7 @@ def spectrum(
         chain = _Chain(run)
         first, last = chain.span(start, end)
         chosen = [i for i in range(first, last) if sites is None or chain.meant(i, sites)]
-        if sites is not None and not chosen:
+        if sites and not chosen:
             raise chain.unknown(sites)
         found: list[SingularValues] = []
         for i in chosen:

@@ -117,7 +117,7 @@ def _distributions(spectrum: Spectrum) -> list[str]:
     """Density over the logarithm: of the whole, and segment by segment as far as they are told apart."""
     named = {spectrum.whole: spectrum.end_to_end} if spectrum.end_to_end is not None else {}
     few = spectrum.segments if len(spectrum.segments) <= 8 else ()
-    named |= {f"{i}  {s.site.place}": s for i, s in enumerate(few, 1)}
+    named |= {f"{i}  {s.site.name}": s for i, s in enumerate(few, 1)}
     curves = {
         name: density(found.distribution.quantiles)
         for name, found in named.items()
