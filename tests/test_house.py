@@ -25,6 +25,7 @@ EDGES = ("cli", "render", "sinks", "integrations", "pytest_plugin")
 GRANTED = {
     ("diagnosis.py", "isograd.render"),
     ("prescription.py", "isograd.render"),
+    ("repair.py", "isograd.render"),
     ("spectrum.py", "isograd.render"),
     ("horizon.py", "isograd.render"),
     ("proof.py", "isograd.render"),

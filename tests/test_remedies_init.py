@@ -19,6 +19,7 @@ from isograd.pages import SYMPTOMS
 from isograd.prescription import Patient, Prescription, apply
 from isograd.remedies import (
     NAMES,
+    chrono_initialisation,
     critical_initialisation,
     delta_orthogonal,
     exchange_activation,
@@ -172,7 +173,7 @@ def first(remedy: Any, build: Callable[[], Built], index: int = 0) -> tuple[Pati
 
 REMEDIES = (
     critical_initialisation, orthogonal_initialisation, delta_orthogonal, exchange_activation, leaky_activation, lsuv,
-    scale_residual_branches, recurrent_initialisation, forget_bias, reset_norm_epsilon, scale_embeddings, zero_biases,
+    scale_residual_branches, recurrent_initialisation, chrono_initialisation, forget_bias, reset_norm_epsilon, scale_embeddings, zero_biases,
 )  # fmt: skip
 
 
@@ -335,7 +336,7 @@ def test_the_forget_gate_has_one_bias_of_1_though_torch_has_two() -> None:
     core = apply(known.model, rx).get_submodule("core")
     assert isinstance(core, nn.LSTM)
     assert (core.bias_ih_l0[16:32] + core.bias_hh_l0[16:32] == 1).all()
-    chrono = apply(known.model, list(forget_bias.prescribe(known))[1]).get_submodule("core")
+    chrono = apply(known.model, next(iter(chrono_initialisation.prescribe(known)))).get_submodule("core")
     assert isinstance(chrono, nn.LSTM)
     forget = chrono.bias_ih_l0[16:32] + chrono.bias_hh_l0[16:32]
     assert (forget >= 0).all()

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from isograd.prescription import Prescription as Prescription
     from isograd.prescription import apply as apply
     from isograd.prescription import prescribe as prescribe
+    from isograd.repair import Repair as Repair
+    from isograd.repair import repair as repair
     from isograd.proof import Proof as Proof
     from isograd.proof import prove as prove
     from isograd.spectrum import Spectrum as Spectrum
@@ -42,6 +44,7 @@ _HOME = {
     "diagnose": "isograd.diagnosis",
     "prescribe": "isograd.prescription",
     "apply": "isograd.prescription",
+    "repair": "isograd.repair",
     "explain": "isograd.pages",
     "spectrum": "isograd.spectrum",
     "trainability": "isograd.trainability",
@@ -57,6 +60,7 @@ _HOME = {
     "Monitor": "isograd.monitor",
     "Reading": "isograd.monitor",
     "Prescription": "isograd.prescription",
+    "Repair": "isograd.repair",
     "Severity": "isograd.diagnosis",
     "Site": "isograd.flow",
     "Spectrum": "isograd.spectrum",

@@ -98,6 +98,32 @@ def recurrent(found: list[Layer]) -> list[Layer]:
     return [layer for layer in found if layer.calls > 2 and layer.fan_in == layer.fan_out]
 
 
+def is_chain(flow: Flow, found: list[Layer]) -> bool:
+    """One layer after the other, with nothing but activations between them: what theory's gain per layer is of."""
+    plain = not flow.splits and all(place.kind != "normalisation" for place in _line(flow))
+    return plain and all(layer.calls <= 1 for layer in found) and sum(not la.head for la in found) > 1
+
+
+def batch_norms(flow: Flow) -> int:
+    """Batch normalisations that the signal cannot get round."""
+    return 0 if flow.splits else sum("batch_norm" in site.operation for site in flow.sites)
+
+
+def batch_norms(flow: Flow) -> int:
+    """Batch normalisations that the signal cannot get round."""
+    return 0 if flow.splits else sum("batch_norm" in site.operation for site in flow.sites)
+
+
+def batch_norms(flow: Flow) -> int:
+    """Batch normalisations that the signal cannot get round."""
+    return 0 if flow.splits else sum("batch_norm" in site.operation for site in flow.sites)
+
+
+def batch_norms(flow: Flow) -> int:
+    """Batch normalisations that the signal cannot get round."""
+    return 0 if flow.splits else sum("batch_norm" in site.operation for site in flow.sites)
+
+
 def norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Normalisation layers, of torch or of anybody: known by their name, as all of them are called."""
     for name, module in model.named_modules():

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, IntEnum
 from importlib import import_module
@@ -184,19 +184,35 @@ def prescribe(diagnosis: Diagnosis, model: nn.Module, loss: Loss | None = None) 
     Returns:
         Applicable prescriptions by reach, then those that do not apply, each with the reason. Empty: nothing to treat.
     """
-    from isograd.remedies import remedies
-
     patient = Patient(unwrapped(model)[0], diagnosis, loss)
-    wanted = {part for finding in diagnosis.findings for part in (finding.code, *finding.remedies)}
+    return sorted(prescriptions(patient), key=lambda rx: (not rx.applicable, rx.reach))
+
+
+def prescriptions(
+    patient: Patient, wanted: set[str] | None = None, among: set[str] | None = None
+) -> Iterator[Prescription]:
+    """What every remedy says (or those `among` them) that treats one of these codes and causes.
+
+    By default those of the diagnosis: the causes that were tested, the codes where none was.
+    """
+    from isograd.remedies import remedies  # a remedy imports the nouns of this file
+
+    wanted = _wanted(patient.diagnosis) if wanted is None else wanted
+    for remedy in remedies():
+        treats = remedy.SLUG in wanted or wanted & set(remedy.TREATS)
+        if treats and (among is None or remedy.SLUG in among):
+            yield from remedy.prescribe(patient)
+
+
+def _wanted(diagnosis: Diagnosis) -> set[str]:
+    """Causes that were tested, where they were; codes and named remedies otherwise."""
+    wanted: set[str] = set()
     for finding in diagnosis.findings:
-        wanted |= set(str(finding.evidence.get("causes", finding.evidence.get("cause", ""))).split(","))
-    found = [
-        rx
-        for remedy in remedies()
-        if remedy.SLUG in wanted or wanted & set(remedy.TREATS)
-        for rx in remedy.prescribe(patient)
-    ]
-    return sorted(found, key=lambda rx: (not rx.applicable, rx.reach))
+        causes = str(finding.evidence.get("causes", finding.evidence.get("cause", "")))
+        wanted |= set(finding.remedies) | {cause for cause in causes.split(",") if cause}
+        if "causes" not in finding.evidence:
+            wanted.add(finding.code)
+    return wanted
 
 
 def combined(prescriptions: Iterable[Prescription]) -> Prescription:

@@ -60,3 +60,8 @@ def remedies() -> Iterator[Remedy]:
     """Every remedy, in the order of `NAMES`."""
     for name in NAMES:
         yield cast(Remedy, import_module(f"isograd.remedies.{name}"))
+
+
+def slugs() -> list[str]:
+    """Names of all remedies."""
+    return [remedy.SLUG for remedy in remedies()]

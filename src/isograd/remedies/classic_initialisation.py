@@ -25,7 +25,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from isograd.layers import Layer, common_activation, layers
+from isograd.layers import Layer, common_activation, is_chain, layers
 from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.remedies.critical_initialisation import biases, gain, weight
 
@@ -53,6 +53,9 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
             ),
             reach=Reach.INITIALISATION,
             treats=TREATS,
+            decades=sum(math.log10(gain(la.activation, sigma_w) or 1e-9) for la in found if not la.head)
+            if is_chain(patient.flow, found)
+            else math.nan,
             expected=f"gain {factor:.3g} per layer for {activation} where the width stays",
             references=(reference,),
         )

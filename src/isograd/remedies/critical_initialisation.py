@@ -27,7 +27,8 @@ from collections.abc import Iterator
 from functools import cache
 
 from isograd import theory
-from isograd.layers import Layer, layers
+from isograd.flow import Flow
+from isograd.layers import Layer, batch_norms, is_chain, layers
 from isograd.operations import ACTIVATIONS
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
 
@@ -56,7 +57,7 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         reach=Reach.INITIALISATION,
         treats=TREATS,
         expected=expected(found),
-        decades=remaining(found),
+        decades=remaining(patient.flow, found),
         references=("Schoenholz et al. 2017, arXiv:1611.01232", "He et al. 2015, arXiv:1502.01852"),
     )
 
@@ -102,15 +103,18 @@ def gain(activation: str, sigma_w: float, sigma_b2: float = 0.0) -> float:
         return math.nan
 
 
-def remaining(found: list[Layer]) -> float:
-    """Decades that theory expects of a plain chain of these layers at their critical points; NaN: no chain."""
-    chain = [layer for layer in found if layer.calls == 1 and not layer.head]
-    if len(chain) < 2 or any(layer.calls > 1 for layer in found):
+def remaining(flow: Flow, found: list[Layer]) -> float:
+    """Decades that theory expects of a plain chain of these layers at their critical points; NaN: no chain.
+
+    Batch normalisation divides the scale of the weights out: its layers keep a gain of their own.
+    """
+    names = [layer.activation for layer in found if not layer.head]
+    if names and batch_norms(flow) > len(names) / 2:
+        return sum(math.log10(theory.batch_norm_gain(name)) for name in names if name in theory.NAMES)
+    if not is_chain(flow, found):
         return math.nan
-    return sum(
-        math.log10(gain(layer.activation, scale(layer.activation)[0], scale(layer.activation)[1] ** 2))
-        for layer in chain
-    )
+    points = [(layer.activation, *scale(layer.activation)) for layer in found if not layer.head]
+    return sum(math.log10(gain(name, sigma_w, sigma_b**2)) for name, sigma_w, sigma_b in points)
 
 
 def expected(found: list[Layer]) -> str:

@@ -63,7 +63,7 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         reach=Reach.INITIALISATION,
         treats=TREATS,
         expected=expected(found),
-        decades=remaining(found),
+        decades=remaining(patient.flow, found),
         references=("Xiao et al. 2018, arXiv:1806.05393",),
     )
 

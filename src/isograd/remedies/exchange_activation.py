@@ -26,13 +26,14 @@ from __future__ import annotations
 
 import linecache
 import math
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from torch import nn
 
 from isograd.flow import Activation, Flow
-from isograd.layers import Layer, layers
+from isograd.layers import Layer, is_chain, layers
 from isograd.operations import ACTIVATIONS
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
 from isograd.remedies.critical_initialisation import biases, gain, weight
@@ -93,18 +94,26 @@ def exchange(
             *biases(found, zero=True),
         )
         found = [_lecun(layer) for layer in found]
-    per_layer = {layer.activation for layer in found if not layer.head}
+    decades = chain(patient.flow, found)
+    count = sum(not layer.head for layer in found)
+    said = f"{decades:+.1f} decades over {count} layers at these weights"
     return Prescription(
         slug,
         title,
         (*edits, *drawn),
         reach=Reach.ACTIVATION,
         treats=TREATS,
-        expected=f"{_gains(found)} at these weights" if per_layer else "",
-        decades=chain(found),
+        expected="" if math.isnan(decades) else said,
+        decades=decades,
         references=("Glorot and Bengio 2010",),
         advice=tuple(by_hand),
     )
+
+
+def target_of(rx: Prescription) -> str:
+    """The function that a prescription of this remedy puts in place."""
+    called = rx.title.partition(" in place of ")[0]
+    return next(name for name, (_, said) in TARGETS.items() if said == called)
 
 
 def exchanges(
@@ -147,23 +156,18 @@ def exchanges(
     return list(edits.values()), list(dict.fromkeys(by_hand))
 
 
-def chain(found: list[Layer]) -> float:
+def chain(flow: Flow, found: list[Layer]) -> float:
     """Decades that theory expects of a plain chain at the weights that it has; NaN where it is none."""
-    hidden = [layer for layer in found if layer.calls == 1 and not layer.head]
-    if len(hidden) < 2 or any(layer.calls > 1 for layer in found):
+    if not is_chain(flow, found):
         return math.nan
     total = 0.0
-    for layer in hidden:
-        factor = gain(layer.activation, float(f"{layer.sigma_w:.2g}")) if layer.sigma_w > 0 else 0.0
-        total += math.log10(factor) if factor > 0 else -math.inf
+    hidden = [la for la in found if not la.head and la.sigma_w > 0]
+    for name, count in Counter(la.activation for la in hidden).items():
+        # log gain is all but linear in log sigma_w over the scatter of one kind of layer: one average is enough
+        mean = sum(math.log(la.sigma_w) for la in hidden if la.activation == name) / count
+        factor = gain(name, float(f"{math.exp(mean):.3g}"))
+        total += count * math.log10(factor) if factor > 0 else -math.inf
     return total
-
-
-def _gains(found: list[Layer]) -> str:
-    hidden = [layer for layer in found if not layer.head]
-    typical = sorted(hidden, key=lambda layer: layer.sigma_w)[len(hidden) // 2]
-    factor = gain(typical.activation, float(f"{typical.sigma_w:.2g}")) if typical.sigma_w > 0 else 0.0
-    return f"gain {factor:.3g} per layer"
 
 
 def _lecun(layer: Layer) -> Layer:

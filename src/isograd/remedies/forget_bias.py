@@ -1,21 +1,21 @@
 """forget-bias: gates of LSTM and GRU that remember at first.
 
 What it does
-    Sets the bias of the forget gate to 1; or draws it so that the memories last from 1 to T steps, as chrono
-    initialisation does. PyTorch adds two biases, bias_ih and bias_hh: one is set and the other is zero at the gate.
+    Sets the bias of the gate that keeps the state to 1. PyTorch adds two biases, bias_ih and bias_hh: one is 1 there
+    and the other 0.
 
 When it helps
-    At a bias of 0 the forget gate is half open: half of the memory is lost at each step, 60 decades over 200. At 1 it
-    keeps 0.73; with chrono initialisation 0.98 and more, as long as the sequence is.
+    At a bias of 0 the gate is half open: half of the memory is lost at each step, 60 decades over 200. At 1 the cell
+    keeps 0.73. For sequences of more than some twenty steps `chrono-initialisation` keeps more.
 
 Expected effect
-    sigmoid(bias) per step for the cell's own path: measured 0.62 by default, 0.84 at 1, 0.98 for chrono at T = 200.
+    The gradient per step of an LSTM 128 units wide was measured as 0.62 by default and 0.84 at 1.
 
 Safety
     Unsafe: the model computes another function. Frozen biases are left alone.
 
 References
-    Gers et al. 2000; Jozefowicz et al. 2015; Tallec and Ollivier 2018, arXiv:1804.11188.
+    Gers et al. 2000, Learning to Forget; Jozefowicz et al. 2015.
 """
 
 from __future__ import annotations
@@ -24,18 +24,16 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from isograd.flow import Flow
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
 
 SLUG = "forget-bias"
-TREATS = ("initialisation", "VG101", "RN601", "RN602")
-STEPS = 100
-"""Steps where the flow does not tell how many there are."""
+TREATS = ("initialisation", "VG101", "RN601", "RN602", "RN603")
+NONE = "the model has no LSTM or GRU of torch's with trainable biases"
 Gated = nn.LSTM | nn.GRU | nn.LSTMCell | nn.GRUCell
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
-    """Bias 1, then chrono initialisation."""
+    """One prescription for all gated layers."""
     gated = [(n, m) for n, m in patient.model.named_modules() if isinstance(m, Gated)]
     biased = [(n, m) for n, m in gated if any(True for _ in _biases(m))]
     if not biased:
@@ -46,37 +44,22 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         )
         yield not_applicable(SLUG, why)
         return
-    steps = _length(patient.flow, dict(biased))
-    ones = [edit for name, module in biased for edit in _ones(name, module)]
-    yield _told(
-        f"forget bias 1 for {len(biased)} recurrent layers",
-        ones,
-        "0.84 of the memory kept per step",
-        "Jozefowicz et al. 2015",
-    )
-    chrono = [
-        Edit(name, "alter", "surgery.chrono_", {"steps": steps}, before="biases as drawn")
-        for name, _ in biased
-    ]
-    kept = f"memories from 1 to {steps} steps"
-    yield _told(
-        f"chrono biases for {steps} steps in {len(biased)} recurrent layers",
-        chrono,
-        kept,
-        "Tallec and Ollivier 2018, arXiv:1804.11188",
-    )
-
-
-def _told(title: str, edits: list[Edit], expected: str, reference: str) -> Prescription:
-    return Prescription(
+    edits = [edit for name, module in biased for edit in _ones(name, module)]
+    yield Prescription(
         SLUG,
-        title,
+        f"forget bias 1 for {len(biased)} recurrent layers",
         tuple(edits),
         reach=Reach.INITIALISATION,
         treats=TREATS,
-        expected=expected,
-        references=(reference,),
+        expected="0.84 of the memory kept per step",
+        references=("Jozefowicz et al. 2015",),
     )
+
+
+def gated(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules with gates whose biases can be set, by their paths."""
+    found = [(name, module) for name, module in model.named_modules() if isinstance(module, Gated)]
+    return [(name, module) for name, module in found if any(True for _ in _biases(module))]
 
 
 def _biases(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
@@ -94,12 +77,3 @@ def _ones(path: str, module: nn.Module) -> Iterator[Edit]:
         before = f"mean {float(parameter[width : 2 * width].detach().mean()):.3g}"
         place = f"{path}.{name}".lstrip(".")
         yield Edit(place, "fill", ".fill_", {"value": value}, rows=(width, 2 * width), before=before)
-
-
-def _length(flow: Flow, known: dict[str, nn.Module]) -> int:
-    calls = [site for site in flow.sites if site.module in known and site.kind == "recurrent"]
-    for site in calls:
-        module = known[site.module]
-        if isinstance(module, nn.RNNBase) and len(site.shape) == 3:
-            return site.shape[1 if module.batch_first else 0]
-    return len(calls) if len(calls) > 1 else STEPS

@@ -21,17 +21,19 @@ References
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from isograd import surgery
-from isograd.layers import Layer, layers
+from isograd import surgery, theory
+from isograd.layers import Layer, batch_norms, is_chain, layers
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable, perform
 from isograd.preserve import preserved
-from isograd.remedies.critical_initialisation import weight
+from isograd.remedies.critical_initialisation import remaining, weight
+from isograd.symptoms.vanishing_gradient import threshold
 
 SLUG = "lsuv"
 TREATS = ("initialisation", "VG101", "EG201", "EG202")
@@ -45,6 +47,13 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     found = [la for la in layers(patient.flow, patient.model) if la.module and la.calls == 1 and not la.head]
     if not found:
         yield not_applicable(SLUG, "no trainable layer is a module that acts once")
+        return
+    decades = _decades(patient, found)
+    if decades < -threshold(len(found)):
+        names = ", ".join(sorted({la.activation for la in found}))
+        yield not_applicable(
+            SLUG, f"unit variance would still lose {-decades:.1f} decades to the slope of {names}"
+        )
         return
     drawn = [weight(layer, "nn.init.orthogonal_", {"gain": 1.0}) for layer in found]
     drawn += [Edit(bias, "fill", "nn.init.zeros_") for layer in found for bias in layer.biases]
@@ -65,8 +74,25 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         reach=Reach.INITIALISATION,
         treats=TREATS,
         expected="output variance 1 in every layer",
+        decades=decades,
         references=("Mishkin and Matas 2016, arXiv:1511.06422",),
     )
+
+
+def _decades(patient: Patient, found: list[Layer]) -> float:
+    """Of a plain chain with pre-activations of variance 1: log10 sqrt(E phi'^2 / E phi^2) a layer; NaN: no chain."""
+    if batch_norms(patient.flow):
+        return remaining(patient.flow, found)
+    if batch_norms(patient.flow):
+        return remaining(patient.flow, found)
+    if batch_norms(patient.flow):
+        return remaining(patient.flow, found)
+    if batch_norms(patient.flow):
+        return remaining(patient.flow, found)
+    if not is_chain(patient.flow, found) or any(la.activation not in theory.NAMES for la in found):
+        return math.nan
+    at_one = [theory.moments(la.activation, 1.0) for la in found]
+    return sum(math.log10(m.slope_square / m.square) / 2 for m in at_one)
 
 
 def _factors(patient: Patient, found: list[Layer], drawn: list[Edit]) -> dict[str, float]:

@@ -47,7 +47,7 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         reach=Reach.INITIALISATION,
         treats=TREATS,
         expected=expected(found),
-        decades=remaining(found),
+        decades=remaining(patient.flow, found),
         references=("Saxe et al. 2014, arXiv:1312.6120", "Pennington et al. 2017, arXiv:1711.04735"),
     )
 

@@ -30,12 +30,11 @@ from torch import nn
 from isograd import theory
 from isograd.layers import Layer, layers, recurrent
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.remedies.chrono_initialisation import length
 from isograd.remedies.exchange_activation import exchanges
 
 SLUG = "recurrent-initialisation"
 TREATS = ("initialisation", "VG101", "EG201", "EG202", "RN601", "RN602")
-STEPS = 100
-"""Steps where the flow does not tell how many there are."""
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
@@ -46,7 +45,9 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     if states:
         yield from _written_out(patient, found, states)
     elif fused:
-        yield _small(_fused_edits(fused, _length(patient, fused)), _length(patient, fused))
+        yield _small(
+            _fused_edits(fused, length(patient.flow, dict(fused))), length(patient.flow, dict(fused))
+        )
         yield _identity(_irnn(fused), len(fused))
     else:
         yield not_applicable(
@@ -127,17 +128,6 @@ def _fused(model: nn.Module) -> Iterator[tuple[str, nn.RNN | nn.RNNCell]]:
     for name, module in model.named_modules():
         if isinstance(module, nn.RNN | nn.RNNCell):
             yield name, module
-
-
-def _length(patient: Patient, fused: list[tuple[str, nn.RNN | nn.RNNCell]]) -> int:
-    """Time steps, from the shape of a fused layer's output, or from how often a cell was called."""
-    known = dict(fused)
-    calls = [site for site in patient.flow.sites if site.module in known and site.kind == "recurrent"]
-    for site in calls:
-        module = known[site.module]
-        if isinstance(module, nn.RNN) and len(site.shape) == 3:
-            return site.shape[1 if module.batch_first else 0]
-    return len(calls) if len(calls) > 1 else STEPS
 
 
 def _weights(module: nn.Module, kind: str) -> Iterator[tuple[str, nn.Parameter]]:

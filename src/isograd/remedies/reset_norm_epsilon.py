@@ -28,7 +28,7 @@ from isograd.layers import norms
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
 
 SLUG = "reset-norm-epsilon"
-TREATS = ("norm-epsilon",)
+TREATS = ("norm-epsilon", "VG101", "EG201", "EG202")
 NAMES = ("eps", "variance_epsilon", "epsilon")
 DEFAULT = 1e-5
 

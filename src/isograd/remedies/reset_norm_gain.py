@@ -29,7 +29,7 @@ from isograd.layers import norms, rms
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
 
 SLUG = "reset-norm-gain"
-TREATS = ("norm-gain",)
+TREATS = ("norm-gain", "VG101", "EG201", "EG202")
 NEAR = (0.3, 3.0)
 """RMS gains between these cost less than half a decade: trained networks have them."""
 

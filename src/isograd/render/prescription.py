@@ -6,10 +6,16 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
+from isograd.diagnosis import Diagnosis
 from isograd.prescription import Edit, Prescription, Safety, printed
+from isograd.render import numbers
+
+if TYPE_CHECKING:
+    from isograd.repair import Repair, Tried
 
 SAFETY = {
     Safety.SAFE: ("safe: the model computes the same function", "green"),
@@ -49,8 +55,8 @@ def diff(edits: Sequence[Edit]) -> Iterator[str]:
             where += f"[{first.rows[0]}:{first.rows[1]}]"
         if first.source:
             yield f"@ {first.source}"
-        if first.before:
-            yield f"- {where}: {first.before}"
+        if old := _range([edit.before for edit in run]):
+            yield f"- {where}: {old}"
         new = printed(first)
         if first.verb == "wrap":
             new = f"{new}, around what was there"
@@ -60,7 +66,30 @@ def diff(edits: Sequence[Edit]) -> Iterator[str]:
 
 
 def _alike(edit: Edit) -> tuple[str, ...]:
-    return edit.verb, edit.before, printed(edit), str(edit.rows), edit.source
+    """Edits that share a pair of lines: what stood there may differ in a number."""
+    return edit.verb, _words(edit.before), printed(edit), str(edit.rows), edit.source
+
+
+def _words(before: str) -> str:
+    words, _, number = before.rpartition(" ")
+    return words if _is_number(number) else before
+
+
+def _range(befores: Sequence[str]) -> str:
+    """`sigma_w 0.567 … 0.589`."""
+    known = {before.rpartition(" ")[2] for before in befores}
+    if len(known) < 2:
+        return befores[0]
+    ordered = sorted(known, key=float)
+    return f"{_words(befores[0])} {ordered[0]} … {ordered[-1]}"
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def places(names: Sequence[str]) -> str:
@@ -103,3 +132,92 @@ def as_dict(rx: Prescription) -> dict[str, object]:
         ],
         "code": rx.to_code() if rx.edits else "",
     }
+
+
+def repair_document(found: Repair) -> Text:
+    """What a search found: verdict before and after, the prescription with its diff, what was not enough and why."""
+    text = Text()
+    style = "bold green" if found.cured else "bold red"
+    text.append(
+        "cured" if found.cured and found.prescription else "healthy" if found.cured else "not cured", style
+    )
+    if found.target:
+        text.append(f"  {found.target}", "bold")
+    text.append(f"\n  {_effect(found)}")
+    if found.note:
+        text.append(f"\n  {found.note}", "yellow")
+    rest = [tried for tried in found.tried if tried.prescription is not found.prescription]
+    for title, said, count in _failures(rest):
+        times = f" ({count} variants)" if count > 1 else ""
+        text.append("\n  not enough  ", "dim").append(f"{title}{times}: {said}")
+    if found.prescription is not None:
+        text.append("\n\n").append(document(found.prescription))
+    return text
+
+
+def _effect(found: Repair) -> str:
+    before, after = numbers.decades(found.before.flow.lost), numbers.decades(found.after.flow.lost)
+    parts = [f"{before or 'unmeasured'} decades before"]
+    if found.prescription is not None:
+        expected = numbers.decades(found.prescription.decades)
+        parts += [f"{expected} expected"] if expected else []
+        parts.append(f"{after or 'unmeasured'} measured after")
+    if not math.isnan(found.score_before):
+        parts.append(f"score {found.score_before:.4g} before")
+        parts += [f"{found.score_after:.4g} after"] if not math.isnan(found.score_after) else []
+    measured = sum(bool(tried.verdict) for tried in found.tried)
+    parts.append(f"{measured} candidates measured in {found.seconds:.1f} s")
+    return " · ".join(parts)
+
+
+def _failures(tried: Sequence[Tried]) -> Iterator[tuple[str, str, int]]:
+    """One line a remedy: its best variant, and how many there were."""
+    for _, group in groupby(tried, key=_remedy):
+        run = list(group)
+        best = min(run, key=_remaining)
+        yield best.prescription.title, best.why, len(run)
+
+
+def _remedy(tried: Tried) -> str:
+    return tried.prescription.remedy
+
+
+def _remaining(tried: Tried) -> float:
+    return math.inf if math.isnan(tried.remaining) else tried.remaining
+
+
+def repair_to_json(found: Repair) -> str:
+    """Strict JSON: verdicts, the prescription with its code, and every candidate."""
+    told: dict[str, object] = {
+        "cured": found.cured,
+        "target": found.target,
+        "note": found.note,
+        "seconds": found.seconds,
+        "before": _flow(found.before),
+        "after": _flow(found.after),
+        "score_before": _finite(found.score_before),
+        "score_after": _finite(found.score_after),
+        "prescription": None if found.prescription is None else as_dict(found.prescription),
+        "tried": [
+            {
+                "remedy": t.prescription.remedy,
+                "title": t.prescription.title,
+                "why": t.why,
+                "verdict": t.verdict,
+                "expected": _finite(t.prescription.decades),
+                "remaining": _finite(t.remaining),
+                "seconds": t.seconds,
+            }
+            for t in found.tried
+        ],
+    }
+    return json.dumps(told, indent=2) + "\n"
+
+
+def _flow(diagnosis: Diagnosis) -> dict[str, object]:
+    codes = [finding.code for finding in diagnosis.errors]
+    return {"verdict": diagnosis.verdict, "decades": _finite(diagnosis.flow.lost), "errors": codes}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

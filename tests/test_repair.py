@@ -1,0 +1,203 @@
+"""The search: the least invasive prescription whose flow is healthy, with the reasons why less was not enough."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from isograd import check
+from isograd.prescription import Reach
+from isograd.repair import Repair, repair, short_training
+from tests.models import HE, Built, Residual, classified, mlp, relu_he, relu_large
+from tests.test_remedies_init import dead, functional_net, loop, normed
+
+
+def batch_normed(layers: int = 60) -> Built:
+    body = [part for _ in range(layers) for part in (nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU())]
+    return classified(nn.Sequential(*body, nn.Linear(64, 10)), batch=64)
+
+
+def exploding_residual(blocks: int = 30) -> Built:
+    parts = [Residual(mlp(nn.ReLU, 1, HE, width=32, inputs=32, classes=32)) for _ in range(blocks)]
+    return classified(nn.Sequential(nn.Linear(64, 32), *parts, nn.Linear(32, 10)))
+
+
+def dim_gains() -> Built:
+    body = [part for _ in range(8) for part in (nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU())]
+    for norm in body:
+        if isinstance(norm, nn.BatchNorm1d):
+            nn.init.normal_(norm.weight, 0.0, 1e-4)
+    return classified(nn.Sequential(*body, nn.Linear(64, 10)), batch=64)
+
+
+SICK: dict[str, tuple[Callable[[], Built], str, Reach]] = {
+    "100 sigmoid layers": (
+        lambda: classified(mlp(nn.Sigmoid, 100)),
+        "orthogonal-initialisation + exchange-activation",
+        Reach.ACTIVATION,
+    ),
+    "T = 200, tanh": (lambda: loop(200), "recurrent-initialisation", Reach.INITIALISATION),
+    "60 batch norms without skips": (batch_normed, "insert-residual", Reach.RESIDUAL),
+    "exploding residual net": (exploding_residual, "scale-residual-branches", Reach.INITIALISATION),
+    "gains of N(0, 1e-4)": (dim_gains, "reset-norm-gain", Reach.INITIALISATION),
+    "epsilon of 10": (lambda: classified(normed()), "reset-norm-epsilon", Reach.INITIALISATION),
+    "ReLU at 2.5 of He": (relu_large, "orthogonal-initialisation", Reach.INITIALISATION),
+    "default init, 20 ReLU": (
+        lambda: classified(mlp(nn.ReLU, 20)),
+        "orthogonal-initialisation",
+        Reach.INITIALISATION,
+    ),
+    "Xavier, 10 sigmoids": (
+        lambda: classified(mlp(nn.Sigmoid, 10, 1.0)),
+        "exchange-activation",
+        Reach.ACTIVATION,
+    ),
+    "biases of -3": (lambda: classified(dead()), "zero-biases", Reach.INITIALISATION),
+}
+
+
+@pytest.mark.parametrize("case", SICK)
+def test_the_search_finds_the_least_invasive_cure(case: str) -> None:
+    build, remedy, reach = SICK[case]
+    torch.manual_seed(0)
+    model, loss = build()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    found = repair(model, loss)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert found.cured
+    assert found.prescription is not None
+    assert (found.prescription.remedy, found.prescription.reach) == (remedy, reach)
+    assert check(found.model, loss).verdict == "healthy"
+    assert all(tried.why for tried in found.tried)
+    executed(found, model, loss)
+
+
+def executed(found: Repair, model: nn.Module, loss: Callable[[nn.Module], Tensor]) -> None:
+    """The printed code makes the repaired model."""
+    names: dict[str, Any] = {}
+    exec(found.to_code(), names)
+    coded = names["repair"](copy.deepcopy(model))
+    assert torch.equal(loss(coded), loss(found.model))
+
+
+def test_cheaper_ways_are_said_to_be_not_enough() -> None:
+    torch.manual_seed(0)
+    found = repair(*classified(mlp(nn.Sigmoid, 30)))
+    said = str(found)
+    assert said.startswith("cured\n")
+    assert "at the critical gain of sigmoid: theory expects" in said
+    assert "tanh in place of sigmoid (30): theory expects" in said
+    assert "- (1), (3) … (59) (30): Sigmoid()" in said
+
+
+def test_a_healthy_model_comes_back_as_it_is() -> None:
+    torch.manual_seed(0)
+    model, loss = relu_he()
+    found = repair(model, loss)
+    assert found.cured
+    assert found.model is model
+    assert found.prescription is None
+    assert "nothing to repair" in str(found)
+    with pytest.raises(ValueError, match="nothing to apply: the flow is healthy"):
+        found.to_code()
+
+
+def test_only_safe_edits_are_tried_where_no_others_are_wanted() -> None:
+    torch.manual_seed(0)
+    found = repair(*classified(mlp(nn.Sigmoid, 10, 1.0)), unsafe=False)
+    assert not found.cured
+    assert found.tried == ()
+
+
+def test_a_spent_budget_is_said_and_the_best_is_kept() -> None:
+    torch.manual_seed(0)
+    sick = classified(mlp(nn.Sigmoid, 20))
+    found = repair(*sick, measurements=0)
+    assert not found.cured
+    assert "measurements are used up: the best so far" in found.note
+    assert "budget is used up" in repair(*sick, budget=0.0).note
+
+
+def test_an_interrupt_keeps_the_best() -> None:
+    torch.manual_seed(0)
+    model, loss = classified(mlp(nn.Sigmoid, 20))
+    calls = 0
+
+    def interrupted(m: nn.Module) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            raise KeyboardInterrupt
+        return loss(m)
+
+    found = repair(model, interrupted)
+    assert found.note == "interrupted: the best so far"
+    assert not found.cured
+
+
+def test_functional_calls_are_repaired_at_their_line() -> None:
+    torch.manual_seed(0)
+
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.ModuleList(nn.Linear(32, 32) for _ in range(12))
+            self.head = nn.Linear(32, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.body:
+                x = torch.sigmoid(layer(x))
+            return torch.sigmoid(self.head(x))
+
+    x, y = torch.randn(32, 32), torch.rand(32, 1)
+    model, loss = Deep(), lambda m: functional.binary_cross_entropy(m(x), y)
+    found = repair(model, loss)
+    assert found.cured
+    assert (found.model(x) >= 0).all()  # the output is a sigmoid still
+    assert "by hand" in str(found)
+    executed(found, model, loss)
+
+
+def test_json_tells_all() -> None:
+    torch.manual_seed(0)
+    told = json.loads(repair(*relu_large()).to_json())
+    assert told["cured"]
+    assert told["prescription"]["code"].startswith('"""orthogonal-initialisation')
+    assert told["before"]["verdict"] == "exploding"
+    assert told["tried"][-1]["why"] == "healthy"
+
+
+def test_training_judges_what_the_flow_does_not_show() -> None:
+    """24 post-norm sublayers: a healthy flow, and a plateau that only a change of the blocks leaves."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 12, enable_nested_tensor=False)
+    model = nn.Sequential(nn.Embedding(20, 16), encoder, nn.Linear(16, 20))
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.xavier_uniform_(parameter)
+    tokens = torch.randint(20, (8, 8))
+
+    def loss(m: nn.Module) -> Tensor:
+        return functional.cross_entropy(m(tokens).flatten(0, 1), tokens.flatten())
+
+    found = repair(model, loss, train=short_training(loss, steps=12, lr=3e-3))
+    assert found.before.verdict == "healthy"
+    assert found.prescription is not None
+    assert found.cured
+    assert found.score_after > found.score_before + 0.1
+
+
+def test_functional_net_of_the_contracts_is_repaired() -> None:
+    torch.manual_seed(0)
+    model, loss = functional_net()
+    found = repair(model, loss)
+    assert found.cured
