@@ -7,6 +7,7 @@ branch leaves the stream and where it comes back. Everything here looks and chan
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -194,62 +195,96 @@ def parts(flow: Flow, model: nn.Module) -> list[Part]:
 
     A layer for which no part keeps its shape stands alone, with what follows it in its module.
     """
-    everything = layers(flow, model)
-    if len(everything) < 2:
-        return []
-    end, at = everything[-1].index, 0
     found: list[Part] = []
-    rest = everything[:-1]
-    while at < len(rest):
-        here = [
-            part for part in _around(rest[at], flow, model, end) if part.layers[0].index == rest[at].index
-        ]
-        kept = next((p for p in here if p.keeps and len(p.layers) <= MOST_LAYERS), None)
-        chosen = kept or (here[0] if here else None)
-        if chosen is None:
-            at += 1
-            continue
-        found.append(chosen)
-        at += len(chosen.layers)
+    line = _Line(flow, model)
+    at = 0
+    while at < len(line.layers) - 1:
+        here = list(line.around(line.layers[at]))
+        chosen = next((part for part in here if part.keeps), here[0] if here else None)
+        if chosen is not None:
+            found.append(chosen)
+        at += len(chosen.layers) if chosen is not None else 1
     return found
 
 
-def _around(layer: Layer, flow: Flow, model: nn.Module, end: int) -> Iterator[Part]:
-    """Parts that begin with this layer, the smallest first."""
-    everything = layers(flow, model)
+class _Line:
+    """The backbone seen by its modules: where the sites of each begin and end."""
 
-    def part(place: str, run: tuple[int, int] | None, sites: list[int]) -> Part | None:
-        if not sites or sites[0] == 0 or sites[-1] >= end or sites != list(range(sites[0], sites[-1] + 1)):
-            return None  # interleaved with other modules, or holds the head
-        if any(flow.sites[i].kind in ("pooling", "residual add") for i in sites):
+    def __init__(self, flow: Flow, model: nn.Module) -> None:
+        self.flow, self.model = flow, model
+        self.layers = layers(flow, model)
+        self.spans: dict[str, tuple[int, int, int]] = {}
+        """First and last site of a module path, and how many there are."""
+        for i, site in enumerate(flow.sites):
+            path = site.module
+            while path:
+                first, _, count = self.spans.get(path, (i, i, 0))
+                self.spans[path] = first, i, count + 1
+                path = path.rpartition(".")[0]
+        self.names = {name: list(dict(module.named_children())) for name, module in model.named_modules()}
+        self.positions = {
+            f"{name}.{child}".lstrip("."): i
+            for name, names in self.names.items()
+            for i, child in enumerate(names)
+        }
+
+    def around(self, layer: Layer) -> Iterator[Part]:
+        """Parts that begin with this layer and have at most `MOST_LAYERS`, the smallest first."""
+        inner = layer.place
+        while inner:
+            outer = inner.rpartition(".")[0]
+            parent = self.model.get_submodule(outer)
+            chain = type(parent).forward is nn.Sequential.forward
+            for part in self._runs(outer, self.positions[inner]) if chain else self._whole(inner):
+                if not part.layers or part.layers[0].index != layer.index or len(part.layers) > MOST_LAYERS:
+                    return
+                yield part
+            inner = outer
+
+    def _runs(self, container: str, first: int) -> Iterator[Part]:
+        """Runs of an `nn.Sequential`'s children from the given one on, short of the container as a whole."""
+        names, held = self.names[container], list[str]()
+        for last in range(first + 1, len(names) + 1):
+            held.append(f"{container}.{names[last - 1]}".lstrip("."))
+            if (first, last) == (0, len(names)) and container:
+                return
+            following = (
+                None
+                if last == len(names)
+                else self.model.get_submodule(f"{container}.{names[last]}".lstrip("."))
+            )
+            if following is not None and not _weighs(following):
+                continue  # an activation or a norm goes with the layer before it
+            part = self._part(container, (first, last), held)
+            if part is None:
+                return
+            yield part
+
+    def _whole(self, place: str) -> Iterator[Part]:
+        part = self._part(place, None, [place])
+        if part is not None:
+            yield part
+
+    def _part(self, place: str, run: tuple[int, int] | None, held: list[str]) -> Part | None:
+        """None: interleaved with other modules, holds the head, or joins and shrinks the signal."""
+        spans = [self.spans[path] for path in held if path in self.spans]
+        if not spans:
             return None
-        inside = tuple(one for one in everything if one.index in sites)
-        return Part(place, run, flow.sites[sites[0] - 1].shape, flow.sites[sites[-1]].shape, inside)
-
-    inner = layer.place
-    while inner:
-        outer, _, name = inner.rpartition(".")
-        parent = model.get_submodule(outer)
-        if type(parent).forward is nn.Sequential.forward:
-            names = list(dict(parent.named_children()))
-            first = names.index(name)
-            for last in range(first + 1, len(names) + 1):
-                if (first, last) == (0, len(names)) and outer:
-                    break  # the container as a whole
-                following = names[last] if last < len(names) else None
-                if following is not None and not _weighs(parent.get_submodule(following)):
-                    continue  # an activation or a norm goes with the layer before it
-                held = [f"{outer}.{n}".lstrip(".") for n in names[first:last]]
-                sites = [i for i, s in enumerate(flow.sites) if any(_within(s.module, h) for h in held)]
-                one = part(outer, (first, last), sites)
-                if one is not None:
-                    yield one
-        else:
-            sites = [i for i, s in enumerate(flow.sites) if _within(s.module, inner)]
-            one = part(inner, None, sites)
-            if one is not None:
-                yield one
-        inner = outer
+        first, last = min(a for a, _, _ in spans), max(b for _, b, _ in spans)
+        whole = sum(n for _, _, n in spans) == last - first + 1
+        if not whole or first == 0 or last >= self.layers[-1].index:
+            return None
+        if any(site.kind in ("pooling", "residual add") for site in self.flow.sites[first : last + 1]):
+            return None
+        begin = bisect_left(self.layers, first, key=lambda one: one.index)
+        end = bisect_right(self.layers, last, key=lambda one: one.index)
+        return Part(
+            place,
+            run,
+            self.flow.sites[first - 1].shape,
+            self.flow.sites[last].shape,
+            tuple(self.layers[begin:end]),
+        )
 
 
 def _weighs(module: nn.Module) -> bool:
@@ -258,19 +293,29 @@ def _weighs(module: nn.Module) -> bool:
     return shapes or any(p.ndim > 1 for p in module.parameters())
 
 
+LONG = 24
+"""Layers of a chain that theory is asked for one by one (some ms each): by then the signal is at its fixed point."""
+
+
 def expected(
     flow: Flow, chain: Sequence[Layer], change: Callable[[Layer], list[Operation]]
 ) -> tuple[float, float]:
-    """Decades that theory expects along a chain of layers, each seen by `change`, and their spread; NaN: unknown."""
+    """Decades that theory expects along a chain of layers, each seen by `change`, and their spread; NaN: unknown.
+
+    Of a chain longer than `LONG`, the second half of its first layers stands for the rest.
+    """
     if not chain:
         return math.nan, math.nan
     rms = float(flow.column("activation_rms")[max(chain[0].index - 1, 0)])
     try:
-        operations = [operation for layer in chain for operation in change(layer)]
-        result = theory.expected(operations, rms=rms)
+        layers = [change(layer) for layer in chain[:LONG]]
+        result = theory.expected([operation for layer in layers for operation in layer], rms=rms)
     except (ValueError, ArithmeticError):
         return math.nan, math.nan
-    return result.decades, result.spread
+    half = sum(len(layer) for layer in layers[: LONG // 2])
+    rest = len(chain) - len(layers)
+    each = sum(step.decades for step in result.steps[half:]) / (LONG // 2)
+    return result.decades + rest * each, result.spread * math.sqrt(len(chain) / len(layers))
 
 
 def in_words(decades: float, spread: float, layers: int) -> str:
