@@ -1,4 +1,4 @@
-"""Train the twins and print the tables: python -m benchmarks.twins [run ARM …|table] [--only PATTERN] [--seeds N]
+"""Train the twins and print the tables: python -m benchmarks.twins [run ARM …|table] [--only PATTERN] [--every N] [--seeds N]
 
 `run` adds to results.jsonl what is not yet in it, and can be stopped and started at any time. ARM is 'twin',
 'fault', 'check', 'isograd', 'selu', 'he', 'layernorm', 'random', 'lr', or any of them behind 'twin ' to treat
@@ -74,9 +74,10 @@ def main() -> None:
     parser.add_argument("verb", choices=("run", "table"))
     parser.add_argument("arms", nargs="*", metavar="ARM")
     parser.add_argument("--only", default="", help="a pattern that the case's name must match")
+    parser.add_argument("--every", type=int, default=1, help="each n-th of these cases only: a slice")
     parser.add_argument("--seeds", type=int, default=SEEDS)
     options = parser.parse_args()
-    chosen = [case for case in cases() if re.search(options.only, case.name)]
+    chosen = [case for case in cases() if re.search(options.only, case.name)][:: options.every]
     if options.verb == "table":
         print(report())
         return
