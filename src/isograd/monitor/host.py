@@ -19,11 +19,10 @@ from torch import Tensor
 from isograd.diagnosis import Finding
 from isograd.monitor.reading import Reading
 from isograd.monitor.updates import number
+from isograd.sinks import Sink
 
 WAITING = 10_000
 """Readings that may wait for the record; further ones are dropped, and counted."""
-
-Sink = Callable[[dict[str, float], int], object]
 
 
 class Record(Protocol):
@@ -41,19 +40,16 @@ class Observer(Protocol):
 
 @dataclass
 class Packed:
-    """Statistics of some sites in one tensor (column, site), on its way to the host."""
+    """Statistics of some sites, on their way to the host."""
 
     sites: list[int]
     columns: list[str]
-    values: Tensor
+    values: Callable[[], Tensor]
+    """Waits for them: (column, site)."""
     elements: list[int]
     """Elements of each parameter, whole where it is sharded."""
     scale: Tensor | None = None
     """Factor that gradients still carried when they were read."""
-    finite: bool | None = None
-    """All gradients are finite; None: not known when this was packed."""
-    ready: Callable[[], object] | None = None
-    """Waits until `values` may be read."""
 
 
 @dataclass
@@ -80,9 +76,7 @@ def reading_of(ended: Ended) -> Reading:
         return columns.setdefault(name, torch.full((len(ended.sites),), math.nan))
 
     for packed in ended.packed:
-        if packed.ready is not None:
-            packed.ready()
-        values = packed.values.detach().cpu()
+        values = packed.values().cpu()
         index = torch.tensor(packed.sites)
         rows = dict(zip(packed.columns, values.double(), strict=True))
         if packed.scale is not None:

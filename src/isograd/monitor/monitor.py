@@ -9,23 +9,30 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from os import PathLike
+from pathlib import Path
 from statistics import median
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from isograd.diagnosis import Diagnosis
 from isograd.flow import Flow
 from isograd.monitor import scaling
-from isograd.monitor.host import Ended, Host, Packed, Record, Sink, reading_of
+from isograd.monitor.clipping import clip
+from isograd.monitor.detectors import Detectors
+from isograd.monitor.host import Ended, Host, Packed, Record, reading_of
 from isograd.monitor.names import Names
 from isograd.monitor.parts import Part
 from isograd.monitor.provenance import inner
 from isograd.monitor.reading import Reading
+from isograd.monitor.sharding import Shards, rank
 from isograd.monitor.tap import Tap
 from isograd.monitor.updates import number
+from isograd.record import Run
+from isograd.sinks import Sink, bound
 
 FIRST = 10
 """Steps that are read in full whatever it costs: faults of the initialisation show in them."""
@@ -98,15 +105,21 @@ class Monitor:
         self._names = Names(model)
         self._every, self._budget = every, budget
         self._taps: list[Tap] = []
-        self._step = 0
-        self._closed = False
+        self._step = self._done = 0  # of the run, and under this monitor
+        self._closed = self._begun = self._asked = False
         self._scalars: dict[str, float | Tensor] = {}
         self._open: list[tuple[Tap, Part]] = []
         self._held: Ended | None = None
         self._cost = Cost()
-        self._asked = False
         self._last_full = -1
-        self._host = Host(None, None, sinks)
+        self._shards = Shards(model.parameters())
+        detectors = Detectors()
+        record: Record | None = None
+        if rank() == 0:  # the readings are the same in all processes
+            record = Run.create(Path(run), detectors=detectors) if isinstance(run, str | PathLike) else run
+        if isinstance(record, Run):
+            self._step = record.last + 1
+        self._host = Host(detectors, record, [bound(sink) for sink in sinks] if rank() == 0 else [])
         for optimizer in optimizers:
             self.add(optimizer)
         if not optimizers:
@@ -139,6 +152,23 @@ class Monitor:
                 held.scalars[name] = kept(value)
             else:
                 self._scalars[name] = kept(value)
+
+    def clip_(self, max_norm: float) -> Tensor:
+        """Clip the gradients of all watched optimizers to a total norm, as `clip_grad_norm_` does.
+
+        Returns:
+            The raw total norm, as a scalar tensor. It was read for the monitor anyway: unless gradients
+            have to be scaled, clipping costs nothing more. Gradients whose norm is not finite are left as
+            they are, so that it can be told which of them was it.
+        """
+        norm: list[Tensor] = []
+        self.guarded(lambda: norm.append(clip([tap.current() for tap in self._taps], max_norm, self._shards)))
+        if not norm:  # the monitor has failed, or is closed: clipping must not stop with it
+            watched = [p for tap in self._taps for p in tap.parameters()]
+            return nn.utils.clip_grad_norm_(watched, max_norm)
+        for tap in self._taps:
+            tap.clipped_to(norm[0].clamp(max=max_norm))
+        return norm[0]
 
     def step(self) -> None:
         """A step has ended: for optimizers that are none of torch's, while the gradients are there."""
@@ -196,10 +226,12 @@ class Monitor:
 
     def full(self) -> bool:
         """Read all columns at this step?"""
+        if self._shards:  # every process must come to the same answer, and their clocks differ
+            return self._done < FIRST or self._done % FIRST == 0
         return (
-            self._step < FIRST
+            self._done < FIRST
             or self._asked
-            or self._step - self._last_full >= self._cost.interval(self._budget)
+            or self._done - self._last_full >= self._cost.interval(self._budget)
         )
 
     def guarded(self, act: Callable[[], object]) -> None:
@@ -243,12 +275,7 @@ class Monitor:
         parts, self._open = self._open, []
         step = Ended(self._step, (), (), [], {}, [], time.time(), set(self._scalars))
         for i, (tap, part) in enumerate(parts):
-            for bucket in part.buckets:
-                sites, elements = self._names.find(bucket.parameters)
-                values = bucket.pack()
-                step.packed.append(
-                    Packed(sites, list(bucket.rows), values, elements, part.scale, bucket.finite)
-                )
+            step.packed += self._packed(part)
             step.notes += part.notes
             if tap.scale is not None:
                 step.scalars["scale"] = tap.scale
@@ -260,19 +287,32 @@ class Monitor:
         step.scalars.update(self._scalars)
         full = any(part.full for _, part in parts)
         if full:
-            self._last_full, self._asked = self._step, False
+            self._last_full, self._asked = self._done, False
         self._cost.ended(full)
         self._scalars, self._begun = {}, False
         self._held = step
         self._step += 1
+        self._done += 1
+
+    def _packed(self, part: Part) -> list[Packed]:
+        packed: list[Packed] = []
+        for bucket in part.buckets:
+            if not bucket.sharded:
+                sites, elements = self._names.find(bucket.parameters)
+                packed.append(
+                    Packed(sites, list(bucket.rows), on_its_way(bucket.pack()), elements, part.scale)
+                )
+        for parameters in self._shards.split(part.sharded):
+            sites, elements = self._names.find(parameters)
+            columns, values = self._shards.reduce(parameters, part.shares(parameters))
+            packed.append(Packed(sites, columns, values, elements, part.scale))
+        return packed
 
     def _release(self) -> None:
         """Hand the last step over: nothing can be logged to it any more."""
         if self._held is not None:
             self._host.put(self._held)
             self._held = None
-
-    _begun = False
 
 
 class Cost:
@@ -303,6 +343,22 @@ class Cost:
         # Where the sentinel alone takes the budget, full readings may take a tenth of it more.
         room = max(room, 0.1 * budget * median(self._steps), 1e-9)
         return max(1, math.ceil(extra / room))
+
+
+def on_its_way(values: Tensor) -> Callable[[], Tensor]:
+    """Start the copy of a tensor to the host, and return a function that waits for it."""
+    if values.device.type != "cuda":
+        return lambda: values
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copy.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return copy
+
+    return wait
 
 
 def kept(value: float | Tensor) -> float | Tensor:

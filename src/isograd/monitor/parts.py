@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from isograd.monitor.sharding import local
+from isograd.monitor.sharding import is_sharded, local
 from isograd.monitor.statistics import largest, nonfinite, norms
 
 
@@ -20,12 +20,14 @@ class Bucket:
     Attributes:
         parameters: as the optimizer holds them.
         gradients: what this process holds of their gradients: plain, dense, not empty.
+        sharded: several processes hold them: what is read here is not yet the whole.
         rows: by column, one scalar tensor a parameter.
         counted: non-finite elements by position, where any were suspected.
     """
 
     parameters: list[Tensor]
     gradients: list[Tensor]
+    sharded: bool = False
     rows: dict[str, list[Tensor]] = field(default_factory=dict[str, "list[Tensor]"])
     finite: bool | None = None
     """All gradients are finite; None: not known without waiting for the device."""
@@ -71,6 +73,8 @@ class Part:
 
     buckets: list[Bucket]
     full: bool
+    sharded: list[Tensor] = field(default_factory=list[Tensor])
+    """Parameters with a gradient that several processes hold, also those of which this one holds nothing."""
     scale: Tensor | None = None
     """Factor of the loss that the gradients still carried when they were read (AMP)."""
     notes: list[str] = field(default_factory=list[str])
@@ -79,20 +83,46 @@ class Part:
     def parameters(self) -> list[Tensor]:
         return [p for bucket in self.buckets for p in bucket.parameters]
 
+    def shares(self, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
+        """This process's rows for some of `sharded`, the same columns in every process."""
+        columns = ["grad_norm", "nonfinite"]
+        if self.full:
+            columns += ["grad_max", "nonzero", "weight_norm", "update_norm"]
+        place = {id(p): i for i, p in enumerate(parameters)}
+        rows = {
+            name: torch.zeros(len(parameters), dtype=torch.float64, device=local(parameters[0]).device)
+            for name in columns
+        }
+        for bucket in self.buckets:
+            mine = [i for i, p in enumerate(bucket.parameters) if id(p) in place]
+            at = [place[id(bucket.parameters[i])] for i in mine]
+            if not mine:  # plain parameters, or held by other processes
+                continue
+            for name, row in bucket.rows.items():
+                rows[name][at] = torch.stack([row[i] for i in mine]).double()
+            if "nonfinite" not in bucket.rows:
+                rows["nonfinite"][at] = torch.where(rows["grad_norm"][at].isfinite(), 0.0, math.nan).double()
+        return rows
+
 
 def read(parameters: Sequence[Tensor], full: bool) -> Part:
     """Read the gradients of these parameters as they are now."""
-    groups: dict[tuple[torch.device, torch.dtype], Bucket] = {}
-    for parameter in parameters:
-        gradient = parameter.grad
-        if gradient is None:
-            continue
-        gradient = local(gradient)
-        if gradient.numel():
-            bucket = groups.setdefault((gradient.device, gradient.dtype), Bucket([], []))
-            bucket.parameters.append(parameter)
-            bucket.gradients.append(gradient)
+    groups: dict[tuple[torch.device, torch.dtype, bool], Bucket] = {}
+    sharded: list[Tensor] = []
     with torch.no_grad():
+        for parameter in parameters:
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            several = is_sharded(parameter)
+            if several:
+                sharded.append(parameter)
+            gradient = local(gradient)
+            if gradient.numel():
+                key = gradient.device, gradient.dtype, several
+                bucket = groups.setdefault(key, Bucket([], [], several))
+                bucket.parameters.append(parameter)
+                bucket.gradients.append(gradient)
         for bucket in groups.values():
             bucket.read(full)
-    return Part(list(groups.values()), full)
+    return Part(list(groups.values()), full, sharded)

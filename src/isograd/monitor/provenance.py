@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.optim import Optimizer
 
+from isograd.monitor.sharding import is_sharded
+
 LEARNING = 3
 """Steps in which every parameter is listened to; after them, only the one that comes last in a backward."""
 
@@ -35,7 +37,8 @@ class Provenance:
     Attributes:
         read_early: gradients were written to before a step: read them at the end of the backward.
         backwards: backward passes since the last step.
-        touched: the gradients are known to be no longer those that the last backward left.
+        unversioned: the version counters do not tell (torch's multi-tensor functions leave those of DTensors
+            as they are): read at the end of every backward.
     """
 
     def __init__(self, parameters: Callable[[], Sequence[Tensor]], ended: Callable[[], None]) -> None:
@@ -51,6 +54,7 @@ class Provenance:
         self._counts: deque[int] = deque(maxlen=8)
         self._steps = 0
         self.read_early = False
+        self.unversioned = any(is_sharded(p) for p in parameters())
         self.backwards = 0
         self.listen(parameters())
 
@@ -74,6 +78,8 @@ class Provenance:
     @property
     def early(self) -> bool:
         """The gradients should be read at the end of this backward: it may be the last before the step."""
+        if self.unversioned:
+            return True
         return (self.learning or self.read_early) and self.backwards >= min(self._counts, default=1)
 
     @property
@@ -129,7 +135,6 @@ def _version(parameter: Tensor) -> tuple[int, int]:
     gradient = parameter.grad
     if gradient is None:
         return 0, 0
-    gradient = getattr(gradient, "_local_tensor", gradient)
     return id(gradient), gradient._version
 
 

@@ -53,7 +53,7 @@ class Tap:
         self, watcher: Watcher, optimizer: Optimizer | None, parameters: Callable[[], Sequence[Tensor]]
     ) -> None:
         self.optimizer, self.owner = optimizer, watcher
-        self._watcher, self._parameters = watcher, parameters
+        self._watcher, self.parameters = watcher, parameters
         self._part: Part | None = None
         self._read_at = 0
         self.scale: Tensor | None = None
@@ -94,6 +94,11 @@ class Tap:
                 self._read()
 
         self._watcher.guarded(act)
+
+    def clipped_to(self, norm: Tensor) -> None:
+        """The monitor itself has clipped the gradients."""
+        self.clipped = norm
+        self.provenance.settle()
 
     def unscaling(self) -> None:
         self._watcher.guarded(self.take if self.provenance.touched else lambda: None)
@@ -150,6 +155,12 @@ class Tap:
             part.scale = self.scale = fused.clone()
         return part
 
+    def current(self) -> Part:
+        """The gradients as they are now: the raw ones, unless something wrote to them since."""
+        touched = self.provenance.touched
+        raw = self.take()
+        return read(self.parameters(), full=False) if touched else raw
+
     def _take(self) -> Part:
         provenance = self.provenance
         self._watcher.began(self)
@@ -168,7 +179,7 @@ class Tap:
         return part
 
     def _read(self) -> Part:
-        self._part = read(self._parameters(), self._watcher.full())
+        self._part = read(self.parameters(), self._watcher.full())
         self._read_at = self.provenance.backwards
         return self._part
 
