@@ -106,6 +106,18 @@ def test_the_scaled_backward_is_autograds_where_that_does_not_underflow() -> Non
     assert torch.allclose(log10_norms(terms, 1, 5), logs, rtol=1e-12)
 
 
+def test_slices_are_put_where_they_were_taken() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(3, 6, 2, dtype=torch.float64, requires_grad=True)
+    y = x.tanh() + x[:, -1:] + x[:, 2, None] * x[:, -2, None] + x[1] + x.select(1, 4)[:, None] + x[:, 0, None]
+    cotangent = torch.randn_like(y)
+    (expected,) = torch.autograd.grad(y, x, cotangent, retain_graph=True)
+    backward = ScaledBackward(get_gradient_edge(y), [get_gradient_edge(x)])
+    for _ in range(2):  # nothing of the first is left in the second
+        (terms,) = backward(cotangent)
+        assert torch.allclose(sum(t * 2.0**e for e, t in terms.items()), expected, rtol=1e-12)  # pyright: ignore
+
+
 class Tripled(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

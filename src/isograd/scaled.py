@@ -37,6 +37,7 @@ class ScaledBackward:
                 self.needed.add(node)
         self.order = [node for node in graph.order if node in self.needed]
         self._wanted = {(place.node, place.output_nr) for place in places}
+        self._own: dict[Node, dict[tuple[int, int], Tensor]] = {}
         # Read once: a node's metadata is made anew on each request, and an unbind has thousands of outputs.
         self._like: dict[Node, Any] = {
             node: node._input_metadata  # pyright: ignore[reportAttributeAccessIssue]
@@ -56,6 +57,7 @@ class ScaledBackward:
         with torch.no_grad():
             for node in [*self.order, *(p.node for p in self.places if p.node not in self.needed)]:
                 terms = waiting.pop(node, {})
+                self._own.pop(node, None)
                 found |= {(node, nr): given for nr, given in terms.items() if (node, nr) in self._wanted}
                 if node in self.needed:
                     self._pass(node, terms, waiting)
@@ -65,6 +67,10 @@ class ScaledBackward:
         outputs = len(self._like[node])
         for exponent in sorted({e for given in terms.values() for e in given}):
             grads = [terms.get(nr, {}).get(exponent) for nr in range(outputs)]
+            if node.name() == "SelectBackward0":  # one step of many: a loop over x[:, t] has thousands
+                assert grads[0] is not None
+                self._put(waiting, node, grads[0], exponent)
+                continue
             passed = _called(node, grads)
             for (child, nr), grad in zip(node.next_functions, passed, strict=False):
                 if grad is not None and child is not None and self._leads(child, nr):
@@ -79,17 +85,30 @@ class ScaledBackward:
             grad = grad.sum_to_size(like.shape)
         if grad.dtype != like.dtype:
             grad = grad.to(like.dtype)
-        size = _size(grad)
-        if size == 0:
+        scaled = _scaled(grad, exponent)
+        if scaled is not None:
+            grad, exponent = scaled
+            terms = waiting.setdefault(node, {}).setdefault(nr, {})
+            known = terms.get(exponent)
+            terms[exponent] = grad if known is None else known + grad
+
+    def _put(self, waiting: dict[Node, dict[int, Terms]], node: Any, grad: Tensor, exponent: int) -> None:
+        """The backward of a select, without a tensor of zeros for every step."""
+        child, nr = node.next_functions[0]
+        scaled = _scaled(grad, exponent)
+        if scaled is None or not self._leads(child, nr):
             return
-        if math.isfinite(size):
-            window = _window(grad.dtype)
-            shift = max(-1, min(1, round(math.frexp(size)[1] / window))) * window
-            if shift:
-                grad, exponent = grad * 2.0**-shift, exponent + shift
-        terms = waiting.setdefault(node, {}).setdefault(nr, {})
-        known = terms.get(exponent)
-        terms[exponent] = grad if known is None else known + grad
+        grad, exponent = scaled
+        like, terms = self._like[child][nr], waiting.setdefault(child, {}).setdefault(nr, {})
+        known, own = terms.get(exponent), self._own.setdefault(child, {})
+        if known is None:
+            terms[exponent] = torch.zeros(like.shape, dtype=grad.dtype, device=grad.device)
+        elif known is not own.get((nr, exponent)):  # it may be a view of what others hold
+            terms[exponent] = known.clone()
+        own[nr, exponent] = terms[exponent]
+        index = node._saved_index
+        # Torch shows a negative index as the unsigned number of the same bits.
+        terms[exponent].select(node._saved_dim, index - 2**64 if index >= 2**63 else index).add_(grad)
 
     def _leads(self, node: Node, nr: int) -> bool:
         return node in self.needed or (node, nr) in self._wanted
@@ -98,6 +117,19 @@ class ScaledBackward:
 def _called(node: Any, grads: list[Tensor | None]) -> Iterator[Tensor | None]:
     out = node.apply(*grads) if hasattr(node, "_forward_cls") else node(*grads)
     return iter(out if isinstance(out, tuple) else (out,))
+
+
+def _scaled(grad: Tensor, exponent: int) -> tuple[Tensor, int] | None:
+    """The term with its norm near 1; None for an exact zero."""
+    size = _size(grad)
+    if size == 0:
+        return None
+    if math.isfinite(size):
+        window = _window(grad.dtype)
+        shift = max(-1, min(1, round(math.frexp(size)[1] / window))) * window
+        if shift:
+            return grad * 2.0**-shift, exponent + shift
+    return grad, exponent
 
 
 def _window(dtype: torch.dtype) -> int:
