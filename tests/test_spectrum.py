@@ -6,8 +6,10 @@ import copy
 import json
 import math
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -369,6 +371,40 @@ def test_the_command_writes_text_and_names_an_unknown_site(capsys: pytest.Captur
     assert "2 · linear" not in text
     assert run("spectrum sigma_net.py:build --sites fc9") == 2
     assert "no site is called 'fc9'" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("net")
+def test_the_command_measures_a_range(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("spectrum sigma_net.py:build --from 1 --to 2") == 0
+    text = capsys.readouterr().out
+    assert "1 to 2" in text
+    assert "0 · linear" not in text
+    assert run("spectrum sigma_net.py:build --from 2 --to 1") == 2
+    assert "exchange the two" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("net")
+def test_the_command_draws_pictures_that_need_no_other_file() -> None:
+    pytest.importorskip("matplotlib")
+    assert run("spectrum sigma_net.py:build --format svg -o a.svg") == 0
+    picture = ElementTree.parse("a.svg").getroot()
+    assert picture.tag == "{http://www.w3.org/2000/svg}svg"
+    assert [child.tag for child in picture] == [picture.tag] * 2, "along the depth, and the density"
+    written = Path("a.svg").read_text(encoding="utf-8")
+    assert all(said in written for said in ("largest", "RMS", "geometric mean", "share of them per decade"))
+    assert run("spectrum sigma_net.py:build --format html -o a.html") == 0
+    page = Path("a.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 2
+    assert "end to end" in page
+    assert not any(outside in page for outside in ("<script", 'src="http', "<link"))
+
+
+def test_names_of_the_user_are_escaped_in_html() -> None:
+    pytest.importorskip("matplotlib")
+    model = nn.Sequential(OrderedDict({"<b>$x": nn.Linear(4, 4), "act": nn.Tanh()}))
+    page = isograd.spectrum(model, probe(torch.randn(2, 4))).to_html()
+    assert "<b>$x" not in page
+    assert "&lt;b&gt;$x" in page
 
 
 @pytest.mark.usefixtures("net")
