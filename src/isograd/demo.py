@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-CENTRES = 3 * torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
+CENTRES = 2.5 * torch.randn(8, 16, generator=torch.Generator().manual_seed(0))
 
 
 def points(seed: int, rows: int = 128) -> tuple[Tensor, Tensor]:

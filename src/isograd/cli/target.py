@@ -42,7 +42,7 @@ def load(text: str, inputs: Sequence[InputSpec] = (), *, seed: int = 0) -> Targe
     Raises:
         TargetError: no such file or name, or it is none of the forms that a target may have.
     """
-    found = _resolve(text)
+    found = resolve(text)
     if isinstance(found, nn.Module):
         return _bare(text, found, inputs, seed)
     if not callable(found):
@@ -71,7 +71,8 @@ def load(text: str, inputs: Sequence[InputSpec] = (), *, seed: int = 0) -> Targe
 # -- what the text names -------------------------------------------------------------------------------
 
 
-def _resolve(text: str) -> Any:
+def resolve(text: str) -> Any:
+    """The object that a target's text names, not yet called."""
     place, colon, name = text.rpartition(":")
     if not colon:
         place, name = text, ""

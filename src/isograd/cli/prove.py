@@ -1,0 +1,86 @@
+"""`isograd repair --prove`: what is trained, and from which seeds."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from isograd import trials
+from isograd.cli.errors import TargetError
+from isograd.cli.inputs import InputSpec
+from isograd.cli.target import load, resolve
+from isograd.prescription import Prescription
+from isograd.proof import Proof, Train, prove
+from isograd.traced import Loss
+
+STEPS = 60
+LR = 1e-3
+
+
+def proof(
+    text: str,
+    inputs: Sequence[InputSpec],
+    rx: Prescription,
+    loss: Loss,
+    *,
+    train: str | None,
+    seeds: int,
+    progress: trials.Progress | None = None,
+) -> Proof:
+    """Prove a prescription for the target `text`, trained by the function that `train` names.
+
+    Without one, each model is trained on the target's own batch. The target is built anew for each seed; one
+    that takes an argument called `seed` is given it.
+
+    Raises:
+        TargetError: `train` names no function of a model and a seed.
+    """
+    trained = fitting(loss) if train is None else named(train)
+
+    def build(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        found = resolve(text)
+        if (
+            callable(found)
+            and not isinstance(found, nn.Module)
+            and "seed" in inspect.signature(found).parameters
+        ):
+            made = found(seed=seed)
+            return made if isinstance(made, nn.Module) else made[0]
+        return load(text, inputs, seed=seed).model
+
+    return prove(build, rx, trained, seeds=seeds, loss=loss, progress=progress)
+
+
+def named(text: str) -> Train:
+    """The training function that `file.py:train` names."""
+    found = resolve(text)
+    takes = list(inspect.signature(found).parameters) if callable(found) else []
+    if len(takes) < 2:
+        raise TargetError(
+            f"{text} is no training",
+            why="it is called as train(model, seed) and returns a score, higher being better",
+            type_="def train(model, seed, lr_scale=1.0): …; return held_out_accuracy",
+        )
+    return found
+
+
+def fitting(loss: Loss) -> Callable[..., float]:
+    """Adam on the batch of the loss; the score is minus the loss that it ends at, mean of the last tenth."""
+
+    def train(model: nn.Module, seed: int, lr_scale: float = 1.0) -> float:
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], LR * lr_scale)
+        seen: list[float] = []
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            value = loss(model)
+            value.backward()
+            optimizer.step()
+            seen.append(value.item())
+        last = seen[-(STEPS // 10) :]
+        return -sum(last) / len(last)
+
+    return train
