@@ -324,3 +324,12 @@ def test_a_check_of_a_sick_model_tries_interventions_one_forward_and_backward_ea
     model, loss, counts = _counted(sigmoid_xavier(6))
     (finding,) = check(model, loss).errors
     assert counts["forward"] == counts["backward"] > len(finding.effects) > 0
+
+
+def test_a_residual_segment_that_no_gradient_enters_has_no_split() -> None:
+    torch.manual_seed(0)
+    model, tokens = Tied(), torch.randint(11, (2, 6))
+    nn.init.normal_(model.token.weight, std=50.0)  # the head is tied to it: softmax is 1 at the token itself
+    flow = measure(model, lambda m: functional.cross_entropy(m(tokens).flatten(0, 1), tokens.flatten()))
+    assert flow.splits
+    assert all(math.isnan(split.skip) and math.isnan(split.branch) for split in flow.splits.values())

@@ -59,8 +59,8 @@ class Assembly:
             columns=self._columns(self.main),
             splits={
                 depth - i: Split(
-                    skip / self.passed.entering(i),
-                    branch / self.passed.entering(i),
+                    _ratio(skip, self.passed.entering(i)),
+                    _ratio(branch, self.passed.entering(i)),
                     self._forward_ratio(segments[i], segments[i + 1]),
                 )
                 for i, (skip, branch) in read.splits.items()
@@ -131,7 +131,7 @@ class Assembly:
         levels = [self.logs[n] - top for n in chosen]
         costs = [math.nan] * len(chosen)
         if spine and index in self.read.splits:
-            last = log10(self.read.splits[index][1] / self.passed.entering(index))
+            last = log10(_ratio(self.read.splits[index][1], self.passed.entering(index)))
             costs = [b - a for a, b in zip(levels, [*levels[1:], last], strict=True)]
         return tuple(
             Step(step_site(self.trace.made[n]), level, cost, self.rms.get(n, math.nan), bool(spine))
