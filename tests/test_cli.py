@@ -288,15 +288,17 @@ def test_explain_prints_the_page_by_code_and_by_name(run: Run) -> None:
 
 
 def test_explain_lists_all_pages(run: Run) -> None:
-    lines = run("explain").out.splitlines()
-    assert [line.split()[0] for line in lines] == sorted(line.split()[0] for line in lines)
-    assert any(line.startswith("VG101  vanishing-gradient ") for line in lines)
+    findings, remedies = (part.splitlines() for part in run("explain").out.split("\n\n"))
+    for lines in (findings, remedies):
+        assert [line.split()[0] for line in lines] == sorted(line.split()[0] for line in lines)
+    assert any(line.startswith("VG101  vanishing-gradient ") for line in findings)
+    assert any(line.startswith("exchange-activation ") for line in remedies)
 
 
 def test_explain_of_an_unknown_code_offers_the_nearest(run: Run) -> None:
     unknown = run("explain VG110")
     assert unknown.status == 2
-    assert re.search("no finding is called 'VG110'; did you mean .*VG101", unknown.err)
+    assert re.search("no finding or remedy is called 'VG110'; did you mean .*VG101", unknown.err)
 
 
 def test_the_demo_says_what_is_wrong_and_what_to_type(run: Run) -> None:

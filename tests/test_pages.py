@@ -64,5 +64,5 @@ def test_a_page_is_read_from_any_folder_without_importing_it(tmp_path: Path) -> 
 
 def test_the_verb_explains() -> None:
     assert isograd.explain("vanishing-gradient").code == "VG101"
-    with pytest.raises(ValueError, match="no finding is called 'VG1'"):
+    with pytest.raises(ValueError, match="no finding or remedy is called 'VG1'"):
         isograd.explain("VG1")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from isograd import check
+from isograd.cli import main
 from isograd.prescription import Reach
 from isograd.repair import Repair, repair, short_training
 from tests.models import HE, Built, Residual, classified, mlp, relu_he, relu_large
@@ -201,3 +203,55 @@ def test_functional_net_of_the_contracts_is_repaired() -> None:
     model, loss = functional_net()
     found = repair(model, loss)
     assert found.cured
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+NET = """
+import torch
+from torch import nn
+
+def build():
+    layers = [nn.Linear(8, 32), nn.Sigmoid()]
+    for _ in range(12):
+        layers += [nn.Linear(32, 32), nn.Sigmoid()]
+    model = nn.Sequential(*layers, nn.Linear(32, 1))
+    x, y = torch.randn(32, 8), torch.randn(32, 1)
+    return model, lambda m: (m(x) - y).square().mean()
+"""
+
+
+def command(*words: str) -> object:
+    """Its exit status."""
+    with pytest.raises(SystemExit) as left:
+        main(["repair", *words])
+    return left.value.code
+
+
+def test_the_command_prints_the_diff_and_writes_a_patch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("sick_net.py").write_text(NET)
+    assert command("sick_net.py:build", "-o", "patch.py") == 0
+    printed = capsys.readouterr()
+    assert printed.out.startswith("cured  sick_net.py:build\n")
+    assert "+ (1), (3) … (25) (13): nn.Tanh()" in printed.out
+    assert "from patch import repair; model = repair(model)" in printed.err
+    names: dict[str, Any] = {}
+    exec(Path("patch.py").read_text(), names)
+    exec(NET, names)
+    model, loss = names["build"]()
+    assert check(names["repair"](model), loss).verdict == "healthy"
+
+
+def test_the_command_says_what_it_could_not_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("other_net.py").write_text(NET)
+    assert command("other_net.py:build", "--safe", "--format", "json") == 1
+    told = json.loads(capsys.readouterr().out)
+    assert not told["cured"]
+    assert told["prescription"] is None
+    assert command("other_net.py:buidl") == 2

@@ -7,6 +7,7 @@ with it, so that it needs torch only.
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -102,7 +103,7 @@ def _run(run: Sequence[Edit]) -> str:
     """One statement, or a loop over the places."""
     places = [edit.place.rpartition(".")[0] if edit.verb == "set" else edit.place for edit in run]
     if len(run) == 1:
-        return _statement(run[0], repr(places[0])) + "\n"
+        return _statement(run[0], _string(places[0])) + "\n"
     loops, name = _loops(places)
     depth = "    " * len(loops)
     opened = "".join("    " * i + loop + "\n" for i, loop in enumerate(loops))
@@ -130,12 +131,17 @@ def _loops(places: Sequence[str]) -> tuple[list[str], str]:
             outer = f"for i in range({span}):"
             if len(tails[0]) == 1:
                 return [outer], f'f"{head}{{i}}{_braced(tails[0][0])}"'
-            inner = ", ".join(repr(tail) for tail in tails[0])
+            inner = ", ".join(map(_string, tails[0]))
             return [outer, f"for part in ({inner}):"], f'f"{head}{{i}}{{part}}"'
-    listed = ", ".join(map(repr, places))
+    listed = ", ".join(map(_string, places))
     if len(listed) > LONG:
-        listed = "\n" + "".join(f"    {place!r},\n" for place in places)
+        listed = "\n" + "".join(f"    {_string(place)},\n" for place in places)
     return [f"for name in ({listed}):"], "name"
+
+
+def _string(text: str) -> str:
+    """A literal in double quotes."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _braced(text: str) -> str:
@@ -208,7 +214,12 @@ def _sources(roots: Sequence[str], wanted: set[str]) -> list[str]:
     if not needed:
         return []
     lines = {known[name][0] for name in needed if known[name][2]}
-    torch_last = [sorted(line for line in lines if (" torch" in line) is ours) for ours in (False, True)]
+    torch_last = [
+        sorted(
+            (line for line in lines if (" torch" in line) is ours), key=lambda line: (line[0] == "f", line)
+        )
+        for ours in (False, True)
+    ]
     head = (
         "from __future__ import annotations\n\n"
         + "\n\n".join("\n".join(part) for part in torch_last if part)

@@ -17,6 +17,7 @@ from isograd.cli.demo import demo
 from isograd.cli.explain import explain
 from isograd.cli.export import export
 from isograd.cli.horizon import horizon
+from isograd.cli.repair import repair
 from isograd.cli.report import report
 from isograd.cli.runs import runs
 from isograd.cli.spectrum import spectrum
@@ -40,7 +41,7 @@ def cli() -> None:
     """
 
 
-for command in (check, explain, demo, spectrum, horizon, watch, runs, report, export):
+for command in (check, repair, explain, demo, spectrum, horizon, watch, runs, report, export):
     cli.add_command(command)
 
 
