@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -13,69 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import isograd
-from gallery.nets import HE, Shape, Transformer, mlp, plain_cnn, residual_mlp, scaled_normal
+from gallery.nets import HE, mlp
+from gallery.theory.measured import DIGITS, LABELS, NETWORKS, TOKENS, classifying, drawn
 from isograd.flow import Flow, Parameter, Site
 from isograd.symptoms.vanishing_gradient import examine
 from isograd.theory.network import Part
-
-DIGITS = torch.randn(64, 64, generator=torch.Generator().manual_seed(1))
-LABELS = torch.randint(10, (64,), generator=torch.Generator().manual_seed(2))
-IMAGES = torch.randn(16, 1, 16, 16, generator=torch.Generator().manual_seed(3))
-TOKENS = torch.randint(64, (4, 16), generator=torch.Generator().manual_seed(4))
-
-Loss = Callable[[nn.Module], Tensor]
-
-
-def classifying(model: nn.Module) -> Tensor:
-    return functional.cross_entropy(model(DIGITS), LABELS)
-
-
-def seeing(model: nn.Module) -> Tensor:
-    return functional.cross_entropy(model(IMAGES), LABELS[:16])
-
-
-def speaking(model: nn.Module) -> Tensor:
-    return functional.cross_entropy(model(TOKENS).flatten(0, 1), TOKENS.roll(-1, 1).flatten())
-
-
-def repeated(layers: int, *parts: Callable[[], nn.Module]) -> nn.Sequential:
-    return nn.Sequential(*(part() for _ in range(layers) for part in parts), nn.Linear(64, 10))
-
-
-def linear() -> nn.Module:
-    return nn.Linear(64, 64)
-
-
-class Functional(nn.Module):
-    """No modules at all: weights of its own, torch's functions."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weights = nn.ParameterList(torch.randn(64, 64) / 8 for _ in range(8))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for weight in self.weights:
-            x = functional.leaky_relu(x @ weight, negative_slope=0.3)
-        return x[:, :10]
-
-
-NETWORKS: dict[str, tuple[Callable[[], nn.Module], Loss]] = {
-    "sigmoid, default weights": (lambda: mlp(nn.Sigmoid, 12, 64, None), classifying),
-    "tanh, default weights": (lambda: mlp(nn.Tanh, 12, 64, None), classifying),
-    "tanh, gain 2": (lambda: mlp(nn.Tanh, 12, 64, scaled_normal(2.0)), classifying),
-    "relu, He": (lambda: mlp(nn.ReLU, 12, 64, HE), classifying),
-    "elu of alpha 0.5": (lambda: mlp(lambda: nn.ELU(0.5), 12, 64, None), classifying),
-    "gelu, default weights": (lambda: mlp(nn.GELU, 12, 64, None), classifying),
-    "functions of torch": (Functional, classifying),
-    "batch normalisation": (lambda: repeated(8, linear, lambda: nn.BatchNorm1d(64), nn.ReLU), classifying),
-    "layer normalisation": (lambda: repeated(8, linear, lambda: nn.LayerNorm(64), nn.Sigmoid), classifying),
-    "dropout": (lambda: repeated(8, linear, nn.ReLU, lambda: nn.Dropout(0.2)), classifying),
-    "convolutions": (lambda: plain_cnn(6, 64, True), seeing),
-    "residual blocks": (lambda: residual_mlp(8, 64, torch.tensor(0.5), nn.ReLU), classifying),
-    "pre-norm": (lambda: Transformer(Shape(6)), speaking),
-    "post-norm": (lambda: Transformer(Shape(6, norm="post")), speaking),
-    "DeepNorm": (lambda: Transformer(Shape(6, norm="deep")), speaking),
-}
 
 
 def part_of(flow: Flow) -> Part:
@@ -86,11 +27,7 @@ def part_of(flow: Flow) -> Part:
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_what_is_expected_is_what_is_drawn(name: str) -> None:
-    build, loss = NETWORKS[name]
-    parts = list[Part]()
-    for seed in range(6):
-        torch.manual_seed(seed)
-        parts.append(part_of(isograd.measure(build(), loss)))
+    parts = drawn(name, 6)
     assert all(part.whole for part in parts)
     missed = [part.measured - part.decades for part in parts]
     spread = statistics.mean(part.spread for part in parts)

@@ -1,4 +1,4 @@
-"""Print the tables of docs/theory.md: about two minutes of one core."""
+"""Print the tables of docs/theory.md: about three minutes of one core."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from gallery.theory.measured import beside, deeper
 from gallery.theory.simulation import dense, simulate
 from isograd import theory
 
@@ -177,5 +178,5 @@ def transformers(d: int = 64, positions: int = 16) -> None:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for section in (critical, initialisations, batch_norm, scatter, transformers):
+    for section in (critical, initialisations, batch_norm, scatter, transformers, beside, deeper):
         section()
