@@ -350,6 +350,7 @@ def test_shipped_language_models(kind: str) -> None:
     model = getattr(transformers, kind)(config)
     found = horizon(model, {"input_ids": torch.randint(50, (2, 40))}, probes=2)
     assert (found.source, found.length) == ("embedding of input_ids", 40)
+    assert found.findings == ()
     assert found.curve.isfinite().all()
     assert (horizon(model, torch.randint(50, (2, 40)), at=10, probes=1).ahead == -math.inf).all()
 
