@@ -16,6 +16,8 @@ from inspect import getsource
 from itertools import groupby
 from textwrap import indent
 
+import torch
+
 from isograd.prescription import ROOTS, Edit, Prescription, combined, named, printed
 
 OURS = ("surgery", "modules")
@@ -81,7 +83,8 @@ def _draws(edit: Edit) -> bool:
     if edit.verb == "fill":
         return not edit.of.startswith(".") and edit.of not in FIXED
     if edit.verb == "replace" and edit.of.startswith("nn."):
-        return any(True for _ in named(edit.of)(**edit.arguments).parameters())
+        with torch.device("meta"):  # nothing is drawn there
+            return any(True for _ in named(edit.of)(**edit.arguments).parameters())
     return edit.verb != "set"
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, Literal
@@ -311,9 +311,12 @@ def apply(
     model = unwrapped(model)[0]
     changed = model if in_place else _copied(model)
     old, names = dict(model.named_parameters()), _names(changed)
+    # a copied Keras model calls its parameters by other names, in the same order
+    places = dict(zip(old, (name for name, _ in changed.named_parameters()), strict=False))
     with surgery.drawing(changed, seed=0):
         for edit in whole.edits:
-            changed = perform(changed, edit)
+            place = edit.place if edit.verb != "fill" else places.get(edit.place, edit.place)
+            changed = perform(changed, replace(edit, place=place))
     if optimizer is not None:
         filled = {edit.place for edit in whole.edits if edit.verb == "fill"}
         surgery.rebind(optimizer, old, changed, _renamed(names, changed), filled)

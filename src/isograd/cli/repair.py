@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -13,6 +14,7 @@ from isograd.cli.inputs import InputSpec, InputType
 from isograd.cli.progress import progress
 
 if TYPE_CHECKING:
+    from isograd.proof import Proof
     from isograd.repair import Repair
 
 NOT_CURED = 1
@@ -37,14 +39,18 @@ INTERRUPTED = 130
 )
 @click.option(
     "--train",
-    "steps",
-    type=click.IntRange(min=1),
-    metavar="STEPS",
-    help="Judge by so many steps of Adam on the target's loss too; a healthy flow is then repaired if that helps.",
+    metavar="FILE:NAME",
+    help="train(model, seed) -> score, higher is better: judges the repair, and a healthy flow is repaired if it helps.",
 )
 @click.option(
-    "--lr", type=float, default=1e-3, show_default=True, help="Learning rate of the training by --train."
+    "--steps",
+    type=click.IntRange(min=1),
+    help="Judge by so many steps of Adam on the target's own batch instead.",
 )
+@click.option(
+    "--prove", is_flag=True, help="Train with and without the repair, beside controls, from several seeds."
+)
+@click.option("--seeds", type=click.IntRange(min=3), default=5, show_default=True, help="Of the proof.")
 @click.option(
     "--budget",
     type=click.FloatRange(min=0, min_open=True),
@@ -65,8 +71,10 @@ def repair(
     target: str,
     inputs: tuple[InputSpec, ...],
     unsafe: bool,
+    train: str | None,
     steps: int | None,
-    lr: float,
+    prove: bool,
+    seeds: int,
     budget: float | None,
     form: Literal["text", "json"],
     output: Path | None,
@@ -80,47 +88,82 @@ def repair(
     \b
     isograd repair net.py:build
     isograd repair net.py:build -o patch.py
-    isograd repair net.py:Net --input 32,64 --budget 60 --train 50
+    isograd repair net.py:Net --input 32,64 --budget 60
+    isograd repair net.py:build --prove --train net.py:train --seeds 5
     """
-    found = _repair(target, inputs, unsafe, steps, lr, budget, seed)
-    click.echo(found.to_json() if form == "json" else f"{found}\n", nl=False)
+    if train is not None and steps is not None:
+        raise click.UsageError("--train and --steps are two ways to train: give one of them")
+    found, proof = _repair(target, inputs, unsafe, train, steps, seeds if prove else 0, budget, seed)
+    _print(found, proof, form)
     if output is not None:
-        if found.prescription is None:
-            click.echo(f"nothing to write to {output}: {found.note}", err=True)
-        else:
-            output.write_text(found.to_code(), encoding="utf-8")
-            use = f"from {output.stem} import repair; model = repair(model)"
-            click.echo(f"written to {output}; before the optimizer is made: {use}", err=True)
+        _write(found, output)
     if found.note.startswith("interrupted"):
         ctx.exit(INTERRUPTED)
-    ctx.exit(0 if found.cured else NOT_CURED)
+    ctx.exit(0 if found.cured and (proof is None or proof.helps) else NOT_CURED)
+
+
+def _print(found: Repair, proof: Proof | None, form: Literal["text", "json"]) -> None:
+    if form == "json":
+        told = json.loads(found.to_json())
+        told["proof"] = None if proof is None else json.loads(proof.to_json())
+        click.echo(json.dumps(told, indent=2))
+    else:
+        click.echo(found)
+        if proof is not None:
+            click.echo(f"\n{proof}")
+
+
+def _write(found: Repair, output: Path) -> None:
+    if found.prescription is None:
+        click.echo(f"nothing to write to {output}: {found.note}", err=True)
+    else:
+        output.write_text(found.to_code(), encoding="utf-8")
+        use = f"from {output.stem} import repair; model = repair(model)"
+        click.echo(f"written to {output}; before the optimizer is made: {use}", err=True)
 
 
 def _repair(
     text: str,
     inputs: tuple[InputSpec, ...],
     unsafe: bool,
+    train: str | None,
     steps: int | None,
-    lr: float,
+    seeds: int,
     budget: float | None,
     seed: int,
-) -> Repair:
+) -> tuple[Repair, Proof | None]:
+    """The repair, and its proof from so many seeds; no proof for 0 seeds."""
     with progress("importing torch") as say:
         import torch
 
         import isograd
+        from isograd.cli.prove import named, proof
         from isograd.cli.target import load
         from isograd.repair import short_training
 
         say(f"importing {text}")
         torch.manual_seed(seed)
         target = load(text, inputs, seed=seed)
+        judge = named(train) if train is not None else None
+        if steps is not None:
+            judge = short_training(target.loss, steps=steps)
         say(f"measuring {text}")
-        train = None if steps is None else short_training(target.loss, steps=steps, lr=lr)
         try:
             found = isograd.repair(
-                target.model, target.loss, budget=budget, unsafe=unsafe, train=train, progress=say
+                target.model, target.loss, budget=budget, unsafe=unsafe, train=judge, progress=say
             )
         except (TypeError, ValueError) as error:  # what cannot be measured, in the user's words
             raise TargetError(f"{text}: {error}") from error
-    return dataclasses.replace(found, target=text)
+        found = dataclasses.replace(found, target=text)
+        if not seeds or found.prescription is None:
+            return found, None
+        say(f"proving: {found.prescription.title}")
+        return found, proof(
+            text,
+            inputs,
+            found.prescription,
+            target.loss,
+            train=train,
+            seeds=seeds,
+            progress=lambda done, of: say(f"proving: {done} of {of} trainings done"),
+        )
