@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from isograd.diagnosis import Finding
+from isograd.flow import Flow
 from isograd.monitor.reading import Reading
 from isograd.monitor.updates import number
 from isograd.sinks import Sink
@@ -63,6 +64,7 @@ class Ended:
     scalars: dict[str, float | Tensor]
     notes: list[str]
     time: float
+    flow: Flow | None = None
     logged_early: set[str] = field(default_factory=set[str])
     """Names that were logged before the step ended."""
 
@@ -97,8 +99,31 @@ def reading_of(ended: Ended) -> Reading:
         known = norms[~norms.isnan() | (columns["nonfinite"] > 0)]
         scalars["grad_norm"] = float(torch.linalg.vector_norm(known)) if len(known) else math.nan
     return Reading(
-        ended.step, ended.sites, columns, scalars, tuple(ended.notes), ended.time, shapes=ended.shapes
+        ended.step,
+        ended.sites,
+        columns,
+        scalars,
+        tuple(ended.notes),
+        ended.time,
+        shapes=ended.shapes,
+        flow=ended.flow,
     )
+
+
+def on_its_way(values: Tensor, columns: int) -> Callable[[], Tensor]:
+    """Start the copy of rows to the host, and return a function that waits for them: (column, site)."""
+    if values.device.type != "cuda":
+        return lambda: values.view(columns, -1)
+    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    copy.copy_(values, non_blocking=True)
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def wait() -> Tensor:
+        arrived.synchronize()
+        return copy.view(columns, -1)
+
+    return wait
 
 
 def value(scalar: float | Tensor) -> float:
@@ -111,13 +136,13 @@ class Host:
 
     Attributes:
         newest: the last reading that was made, or None.
-        findings: what the detectors have found so far.
+        findings: what the detectors have found so far, with the step.
         dropped: readings that were dropped because the record could not keep up.
     """
 
     def __init__(self, observer: Observer | None, record: Record | None, sinks: Sequence[Sink]) -> None:
         self.newest: Reading | None = None
-        self.findings: list[Finding] = []
+        self.findings: list[tuple[int, Finding]] = []
         self.dropped = 0
         self._observer, self._record, self._sinks = observer, record, list(sinks)
         self._queue: SimpleQueue[Ended | None] = SimpleQueue()
@@ -167,7 +192,7 @@ class Host:
         if self._observer is not None:
             observe = self._observer.observe
             found = self._guarded("detectors", lambda: tuple(observe(reading))) or ()
-            self.findings.extend(found)
+            self.findings += [(reading.step, finding) for finding in found]
         if self._record is not None:
             append = self._record.append
             self._guarded("record", lambda: append(reading, found))

@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 import weakref
-from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from statistics import median
 from types import TracebackType
 from typing import Any, Self
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from isograd.diagnosis import Diagnosis
+from isograd.diagnosis import Diagnosis, diagnose
 from isograd.flow import Flow
 from isograd.monitor import scaling
 from isograd.monitor.clipping import clip
+from isograd.monitor.cost import Cost
+from isograd.monitor.deep import Deep
 from isograd.monitor.detectors import Detectors
-from isograd.monitor.host import Ended, Host, Packed, Record, reading_of
+from isograd.monitor.host import Ended, Host, Packed, Record, on_its_way, reading_of
 from isograd.monitor.names import Names
 from isograd.monitor.parts import Part
 from isograd.monitor.provenance import inner
 from isograd.monitor.reading import Reading
 from isograd.monitor.sharding import Shards, rank
 from isograd.monitor.tap import Tap
+from isograd.monitor.unexamined import together, unexamined
 from isograd.monitor.updates import number
 from isograd.record import Run
+from isograd.record.verdict import examined
 from isograd.sinks import Sink, bound
 
 FIRST = 10
@@ -86,7 +87,7 @@ def watch(
     optimizers: list[Any] = [] if optimizer is None else [optimizer]
     if isinstance(optimizer, Sequence):
         optimizers = list(optimizer)
-    return Monitor(model, optimizers, run=run, every=every, budget=budget, sinks=sinks)
+    return Monitor(model, optimizers, run=run, every=every, deep_every=deep_every, budget=budget, sinks=sinks)
 
 
 class Monitor:
@@ -99,11 +100,16 @@ class Monitor:
         *,
         run: str | PathLike[str] | Record | None = None,
         every: int = 1,
+        deep_every: int | None = None,
         budget: float = 0.01,
         sinks: Sequence[Sink] = (),
     ) -> None:
-        self._names = Names(model)
+        self._model, self._names = model, Names(model)
+        self._logged: set[str] = set()
+        self._looked_at: Flow | None = None
         self._every, self._budget = every, budget
+        self._deep, self._deep_every = Deep(model), deep_every
+        self._flow: Flow | None = None
         self._taps: list[Tap] = []
         self._step = self._done = 0  # of the run, and under this monitor
         self._closed = self._begun = self._asked = False
@@ -113,7 +119,7 @@ class Monitor:
         self._cost = Cost()
         self._last_full = -1
         self._shards = Shards(model.parameters())
-        detectors = Detectors()
+        self._detectors = detectors = Detectors()
         record: Record | None = None
         if rank() == 0:  # the readings are the same in all processes
             record = Run.create(Path(run), detectors=detectors) if isinstance(run, str | PathLike) else run
@@ -125,6 +131,8 @@ class Monitor:
         if not optimizers:
             self._taps.append(Tap(self, None, lambda: list(model.parameters())))
         self._finalizer = weakref.finalize(self, Host.close, self._host)
+        if deep_every is not None:
+            self._deep.arm()
 
     # What the user calls.
 
@@ -146,6 +154,7 @@ class Monitor:
 
         What is logged after `optimizer.step()` and before the next backward belongs to the step that ended.
         """
+        self._logged |= scalars.keys()
         for name, value in scalars.items():
             held = self._held
             if held is not None and name not in held.logged_early and not self._begun:
@@ -201,7 +210,11 @@ class Monitor:
         self._flush()
         self._release()
         self._host.drain()
-        return Diagnosis(Flow((), {}), tuple(self._host.findings))
+        diagnosis = examined(self._host.findings, self._detectors, flow=self._looked_at)
+        if self._looked_at is not None:
+            diagnosis = together(diagnosis, diagnose(self._looked_at))
+        unknown = unexamined(self._model, self._taps, self._done, self._logged, self._deep, self._deep_every)
+        return replace(diagnosis, unexamined=unknown | diagnosis.unexamined)
 
     def close(self) -> None:
         """Stop watching, and write what is waiting. May be called again."""
@@ -210,6 +223,7 @@ class Monitor:
         self._closed = True
         self._flush()
         self._release()
+        self._deep.disarm()
         for tap in self._taps:
             tap.remove()
         self._finalizer()
@@ -259,6 +273,12 @@ class Monitor:
             self._flush()
         self._release()
 
+    def stepping(self) -> None:
+        """Look at the step from inside, if it is the turn of one."""
+        if self._deep_every is not None and self._done % self._deep_every == 0 and self._flow is None:
+            self._flow = self._deep.measure()
+            self._looked_at = self._flow or self._looked_at
+
     def ended(self, tap: Tap, part: Part) -> None:
         """One optimizer has stepped; the step ends when all have, or when one is about to step again."""
         if any(stepped is tap for stepped, _ in self._open):
@@ -273,7 +293,7 @@ class Monitor:
             return
         self._release()
         parts, self._open = self._open, []
-        step = Ended(self._step, (), (), [], {}, [], time.time(), set(self._scalars))
+        step = Ended(self._step, (), (), [], {}, [], time.time(), logged_early=set(self._scalars))
         for i, (tap, part) in enumerate(parts):
             step.packed += self._packed(part)
             step.notes += part.notes
@@ -288,20 +308,22 @@ class Monitor:
         full = any(part.full for _, part in parts)
         if full:
             self._last_full, self._asked = self._done, False
-        self._cost.ended(full)
+        self._cost.ended(full, deep=self._flow is not None)
         self._scalars, self._begun = {}, False
+        step.flow, self._flow = self._flow, None
         self._held = step
         self._step += 1
         self._done += 1
+        if self._deep_every is not None and self._done % self._deep_every == 0:
+            self._deep.arm()
 
     def _packed(self, part: Part) -> list[Packed]:
         packed: list[Packed] = []
         for bucket in part.buckets:
             if not bucket.sharded:
                 sites, elements = self._names.find(bucket.parameters)
-                packed.append(
-                    Packed(sites, list(bucket.rows), on_its_way(bucket.pack()), elements, part.scale)
-                )
+                values = on_its_way(bucket.pack(), len(bucket.rows))
+                packed.append(Packed(sites, list(bucket.rows), values, elements, part.scale))
         for parameters in self._shards.split(part.sharded):
             sites, elements = self._names.find(parameters)
             columns, values = self._shards.reduce(parameters, part.shares(parameters))
@@ -313,52 +335,6 @@ class Monitor:
         if self._held is not None:
             self._host.put(self._held)
             self._held = None
-
-
-class Cost:
-    """Seconds that watching takes of the training thread, and how often a full reading is worth it."""
-
-    def __init__(self) -> None:
-        self.spent = 0.0
-        """In the step that is under way."""
-        self._steps: deque[float] = deque(maxlen=32)
-        self._full: deque[float] = deque(maxlen=8)
-        self._lean: deque[float] = deque(maxlen=32)
-        self._since = time.perf_counter()
-
-    def ended(self, full: bool) -> None:
-        """A step has ended."""
-        now = time.perf_counter()
-        self._steps.append(now - self._since - self.spent)
-        (self._full if full else self._lean).append(self.spent)
-        self._since, self.spent = now, 0.0
-
-    def interval(self, budget: float) -> int:
-        """Steps from one full reading to the next that keep the share of time below `budget`."""
-        if not self._full or not self._steps:
-            return 1
-        lean = median(self._lean) if self._lean else 0.0
-        extra = max(median(self._full) - lean, 0.0)
-        room = budget * median(self._steps) - lean
-        # Where the sentinel alone takes the budget, full readings may take a tenth of it more.
-        room = max(room, 0.1 * budget * median(self._steps), 1e-9)
-        return max(1, math.ceil(extra / room))
-
-
-def on_its_way(values: Tensor) -> Callable[[], Tensor]:
-    """Start the copy of a tensor to the host, and return a function that waits for it."""
-    if values.device.type != "cuda":
-        return lambda: values
-    copy = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    copy.copy_(values, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record()
-
-    def wait() -> Tensor:
-        arrived.synchronize()
-        return copy
-
-    return wait
 
 
 def kept(value: float | Tensor) -> float | Tensor:

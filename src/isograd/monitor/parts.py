@@ -22,15 +22,14 @@ class Bucket:
         gradients: what this process holds of their gradients: plain, dense, not empty.
         sharded: several processes hold them: what is read here is not yet the whole.
         rows: by column, one scalar tensor a parameter.
-        counted: non-finite elements by position, where any were suspected.
     """
 
     parameters: list[Tensor]
     gradients: list[Tensor]
     sharded: bool = False
     rows: dict[str, list[Tensor]] = field(default_factory=dict[str, "list[Tensor]"])
-    finite: bool | None = None
-    """All gradients are finite; None: not known without waiting for the device."""
+    _norms: Tensor | None = None
+    """The row of norms as one tensor, where it was looked at."""
 
     @property
     def weights(self) -> list[Tensor]:
@@ -42,9 +41,9 @@ class Bucket:
         rows = {"grad_norm": norms(self.gradients)}
         suspicious: list[int] = []
         if self.gradients[0].device.type == "cpu":  # there the values can be looked at without waiting
-            values: list[float] = torch.stack(rows["grad_norm"]).tolist()
+            self._norms = torch.stack(rows["grad_norm"])
+            values: list[float] = self._norms.tolist()
             suspicious = [i for i, value in enumerate(values) if not math.isfinite(value) or value == 0]
-            self.finite = True
         if suspicious:
             self._scrutinise(rows, suspicious)
         if full:
@@ -60,11 +59,12 @@ class Bucket:
             count[i] = nonfinite(gradient).float()
             rows["grad_norm"][i] = torch.linalg.vector_norm(gradient, dtype=torch.float64).float()
         rows["nonfinite"] = count
-        self.finite = not any(c.tolist() for c in count)
 
     def pack(self) -> Tensor:
-        """All rows as one tensor (column, parameter), in the order of `rows`."""
-        return torch.stack([value for row in self.rows.values() for value in row]).view(len(self.rows), -1)
+        """All rows as one tensor, one after the other, in their order."""
+        if len(self.rows) == 1 and self._norms is not None:
+            return self._norms
+        return torch.stack([value for row in self.rows.values() for value in row])
 
 
 @dataclass

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from isograd.flow import Flow
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -29,3 +31,5 @@ class Reading:
     """Seconds since the epoch when the step ended."""
     shapes: tuple[tuple[int, ...], ...] = ()
     """Shape of each parameter, whole where it is sharded, in the order of the sites; empty: not known."""
+    flow: Flow | None = None
+    """The flow along the backbone, on steps that were looked at from inside (`deep_every`)."""

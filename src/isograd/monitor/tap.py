@@ -41,6 +41,10 @@ class Watcher(Protocol):
         """A backward has ended, or a step begins."""
         ...
 
+    def stepping(self) -> None:
+        """The optimizer is about to step: the weights are still those of the backward."""
+        ...
+
     def ended(self, tap: Tap, part: Part) -> None:
         """A step has ended, or was left out."""
         ...
@@ -136,6 +140,7 @@ class Tap:
 
     def _before_step(self) -> None:
         part = self.take()
+        self._watcher.stepping()
         if part.full and self._moved is not None and not self._moved.known:
             self._sampled.before(part.parameters)
 

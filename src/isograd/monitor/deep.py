@@ -1,0 +1,107 @@
+"""Now and then a step is looked at from inside: its flow along the backbone, with its own batch.
+
+The loss is not known to the monitor, but its gradient at the model's outputs is: with that as cotangent the
+backward is the user's own. So the step's forward and backward are repeated on the side, once, by
+`isograd.measure`, with the random state of the first: the same dropout, the same gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from isograd.flow import Flow
+from isograd.measure import measure
+from isograd.monitor.sharding import is_sharded
+
+
+class Deep:
+    """Keeps one step's batch and cotangent, and measures its flow.
+
+    Attributes:
+        refused: why this model cannot be looked at; '' where it can.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.refused = ""
+        if hasattr(model, "_orig_mod"):
+            self.refused = "the model is compiled: hooks would compile it again"
+        while isinstance(inner := getattr(model, "module", None), nn.Module):  # DDP: no reduction on the side
+            if isinstance(model, nn.DataParallel):
+                self.refused = (
+                    "replicas of a data-parallel model (DataParallel) cannot be looked at one by one"
+                )
+            model = inner
+        if any(is_sharded(p) for p in model.parameters()):
+            self.refused = "the model is sharded"
+        self._model = model
+        self._handles: list[Any] = []
+        self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._state: Tensor | None = None
+        self._context: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self._cotangents: dict[int, Tensor] = {}
+
+    def arm(self) -> None:
+        """Keep the next batch."""
+        if self.refused or self._handles:
+            return
+        self._handles = [
+            self._model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
+            self._model.register_forward_hook(self._after),
+        ]
+
+    def measure(self) -> Flow | None:
+        """The flow of the step whose backward has ended; None if its batch was not seen."""
+        call, cotangents = self._call, self._cotangents
+        self.disarm()
+        if call is None or not cotangents:
+            return None
+
+        def loss(model: nn.Module) -> Tensor:
+            if self._state is not None:
+                torch.set_rng_state(self._state)
+            with self._context():
+                outputs = tree_leaves(model(*call[0], **call[1]))
+            return torch.stack(
+                [(outputs[i] * cotangent).sum().float() for i, cotangent in cotangents.items()]
+            ).sum()
+
+        with torch.enable_grad():
+            return measure(self._model, loss)
+
+    def disarm(self) -> None:
+        """Let go of the batch and of the model."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles, self._call, self._cotangents = [], None, {}
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.is_grad_enabled():  # a validation pass
+            return
+        self._call, self._cotangents = (args, kwargs), {}
+        self._state = torch.get_rng_state()
+        device = next((p.device.type for p in module.parameters()), "cpu")
+        if torch.is_autocast_enabled(device):
+            dtype = torch.get_autocast_dtype(device)
+            self._context = lambda: torch.autocast(device, dtype)
+        else:
+            self._context = nullcontext
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not torch.is_grad_enabled():
+            return
+        for i, leaf in enumerate(tree_leaves(output)):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(self._keep(i, self._cotangents))
+
+    @staticmethod
+    def _keep(place: int, cotangents: dict[int, Tensor]) -> Callable[[Tensor], None]:
+        def hook(gradient: Tensor) -> None:
+            cotangents[place] = gradient.detach()
+
+        return hook
