@@ -29,6 +29,7 @@ GRANTED = {
     ("spectrum.py", "isograd.render"),
     ("horizon.py", "isograd.render"),
     ("proof.py", "isograd.render"),
+    ("trainability.py", "isograd.render"),
 }
 HARD_DEPENDENCIES = {"torch", "click", "rich", "msgspec", "cloudpickle"}
 WITHOUT_TORCH = ["--help", "--version", "check --help", "explain", "explain VG101"]

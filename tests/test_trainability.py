@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
 
 import isograd
 from gallery import trainability as gallery
+from gallery.nets import HE, mlp, residual_mlp, scaled_normal
+from gallery.theory.measured import DIGITS, LABELS
 from isograd import trials
 from isograd.trainability import DEPTH_SCALES, Point, trainability
 
@@ -58,6 +64,26 @@ def test_an_activation_of_ones_own_has_a_depth_too() -> None:
     assert ours.gain == pytest.approx(theirs.gain, rel=1e-6)
 
 
+def test_a_model_is_read_off_and_stands_in_the_picture() -> None:
+    def loss(model: nn.Module) -> Tensor:
+        return functional.cross_entropy(model(DIGITS), LABELS)
+
+    torch.manual_seed(0)
+    deep = trainability(mlp(nn.Tanh, 40, 64, scaled_normal(2.0)), loss)
+    assert deep.own is not None
+    assert deep.own.depth == 40
+    assert deep.own.sigma_w == pytest.approx(2.0, rel=0.01)
+    assert deep.own.sigma_b2 == 0.0
+    assert deep.trains is False
+    assert "beyond" in repr(deep)
+    assert "this model" in deep.to_svg()
+    assert json.loads(deep.to_json())["own"]["trains"] is False
+    assert trainability(mlp(nn.ReLU, 40, 64, HE), loss).columns
+    assert trainability(mlp(nn.Tanh, 5, 64, scaled_normal(1.0)), loss).trains
+    with pytest.raises(ValueError, match="no plain chain"):
+        trainability(residual_mlp(3, 64, torch.tensor(1.0), nn.ReLU), loss)
+
+
 def test_trials_that_go_as_theory_says_agree_with_it() -> None:
     found = trainability("tanh", **GRID, train=by_theory, map=map)
     assert found.agreement(0.5) == 1.0
@@ -71,6 +97,12 @@ def test_the_same_wherever_the_trials_run() -> None:
     with ThreadPoolExecutor(2) as threads:
         assert trainability("tanh", **GRID, train=by_theory, map=threads).scores == here.scores
     assert trainability("tanh", **GRID, train=by_theory).scores == here.scores
+    joblib = pytest.importorskip("joblib")
+
+    def parallel(function: Callable[[object], object], items: Iterable[object]) -> list[object]:
+        return joblib.Parallel(n_jobs=2)(joblib.delayed(function)(item) for item in items)
+
+    assert trainability("tanh", **GRID, train=by_theory, map=parallel).scores == here.scores
 
 
 @pytest.mark.timeout(180)

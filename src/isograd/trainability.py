@@ -13,10 +13,16 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+
+from torch import nn
 
 from isograd import theory, trials
+from isograd.flow import Flow
+from isograd.measure import measure
+from isograd.theory.operations import Operations
 from isograd.theory.quadrature import activation
+from isograd.traced import Loss
 
 DEPTH_SCALES = 6
 """Depth scales over which a network still trains (Schoenholz et al. 2017, figure 5)."""
@@ -76,11 +82,23 @@ class Trainability:
     without a trial."""
     failed: tuple[str, ...] = ()
     """Trials that raised, and what."""
+    own: Point | None = None
+    """Where the model lies that was given; its sigma_w is among the columns."""
 
     @property
     def critical(self) -> Column:
         """The column that trains deepest."""
         return max(self.columns, key=lambda c: c.depth_scale)
+
+    @property
+    def trains(self) -> bool | None:
+        """Is the model that was given shallow enough? None: none was given."""
+        if self.own is None:
+            return None
+        return self.own.depth <= self._column(self.own.sigma_w).deepest
+
+    def _column(self, sigma_w: float) -> Column:
+        return next(c for c in self.columns if c.sigma_w == sigma_w)
 
     def agreement(self, enough: float) -> float:
         """Share of the trained networks of which theory says rightly whether they reach the score `enough`.
@@ -105,6 +123,13 @@ class Trainability:
             trained = f"{self._reached(i):>12}" if self.scores else ""
             lines.append(
                 f"{c.sigma_w:>8.3g}{c.gain:>9.4f}{_layers(c.depth_scale):>9}{_layers(c.deepest):>9}  {c.phase:<8}{trained}"
+            )
+        if self.own is not None:
+            column = self._column(self.own.sigma_w)
+            way = "within" if self.trains else "beyond"
+            lines.append(
+                f"this model: sigma_w {self.own.sigma_w:.3g}, {self.own.depth} layers, "
+                f"{way} the {_layers(column.deepest)} to which it is expected to train"
             )
         return "\n".join((*lines, *self.failed))
 
@@ -131,6 +156,7 @@ class Trainability:
             "depths": self.depths,
             "scores": [[plain(score) for score in row] for row in self.scores],
             "failed": self.failed,
+            "own": None if self.own is None else asdict(self.own) | {"trains": self.trains},
         }
         return json.dumps(found, indent=1) + "\n"
 
@@ -144,7 +170,9 @@ class Trainability:
 
         x = [c.sigma_w for c in self.columns]
         top = float(max(self.depths))
-        curve = chart.Curve(x, [min(c.deepest, top) for c in self.columns], style="--")
+        over = {f"{DEPTH_SCALES} ξ": chart.Curve(x, [min(c.deepest, top) for c in self.columns], style="--")}
+        if self.own is not None:
+            over["this model"] = chart.Curve([self.own.sigma_w], [min(self.own.depth, top)], style="o")
         values = self.scores or [[d * math.log10(c.gain) for d in self.depths] for c in self.columns]
         return chart.heat(
             list(zip(*values, strict=True)),
@@ -154,7 +182,7 @@ class Trainability:
             y="hidden layers",
             title=f"{self.phi}, sigma_b² = {self.sigma_b2:g}",
             unit="score of the trained network" if self.scores else "decades of gradient, expected",
-            over={f"{DEPTH_SCALES} ξ": curve},
+            over=over,
         )
 
     def _repr_html_(self) -> str:
@@ -162,10 +190,11 @@ class Trainability:
 
 
 def trainability(
-    phi: theory.Phi,
+    of: theory.Phi | nn.Module,
+    loss: Loss | None = None,
     *,
     sigma_w: Sequence[float] = SIGMA_W,
-    sigma_b2: float = 0.05,
+    sigma_b2: float | None = None,
     depths: Sequence[int] = DEPTHS,
     train: Callable[[Point], float] | None = None,
     map: trials.Map | Executor | None = None,
@@ -175,9 +204,11 @@ def trainability(
     """The depth to which networks of one kind train, over the scale of their weights.
 
     Args:
-        phi: activation, a name of `theory.NAMES` or any elementwise function.
-        sigma_w: standard deviations of the weights times sqrt(fan_in), rising.
-        sigma_b2: variance of the biases.
+        of: an activation, that is a name of `theory.NAMES` or any elementwise function; or, with its `loss`, a
+            model that is a plain chain of layers with one activation, whose kind is read off.
+        loss: `loss(model)`, as for `measure`.
+        sigma_w: standard deviations of the weights times sqrt(fan_in), rising; a model's own is added.
+        sigma_b2: variance of the biases; by default the model's own, or 0.05.
         depths: hidden layers, rising.
         train: trains the network of one `Point` and returns its score, higher is better; a picklable
             closure of the point alone, so that trials may run anywhere. Without it there is only theory.
@@ -186,16 +217,23 @@ def trainability(
         progress: called with (done, all) trials.
 
     Raises:
-        ValueError: an unknown activation, or a scale that is not positive.
+        ValueError: an unknown activation, a scale that is not positive, or a model that is no plain chain.
         trials.Interrupted: Ctrl-C during the trials; those that were done are in `store`.
 
     Example:
         >>> trainability("tanh", sigma_w=[1.0, 1.76], depths=[10]).columns[0].phase
         'ordered'
     """
+    own: Point | None = None
+    if loss is not None and isinstance(of, nn.Module):
+        phi, own = _read(measure(of, loss))
+        sigma_w, depths = sorted({*sigma_w, own.sigma_w}), sorted({*depths, own.depth})
+        sigma_b2 = own.sigma_b2 if sigma_b2 is None else sigma_b2
+    else:
+        phi, sigma_b2 = of, 0.05 if sigma_b2 is None else sigma_b2
     name = activation(phi).name
-    columns = tuple(_column(phi, scale, sigma_b2) for scale in sigma_w)
-    found = Trainability(name, sigma_b2, columns, tuple(depths))
+    columns = tuple(_predicted(phi, scale, sigma_b2) for scale in sigma_w)
+    found = Trainability(name, sigma_b2, columns, tuple(depths), own=own)
     if train is None:
         return found
     points = [Point(name, scale, sigma_b2, depth) for scale in sigma_w for depth in depths]
@@ -208,10 +246,36 @@ def trainability(
     scores = [math.nan if isinstance(r, trials.Failed) else float(r) for r in results]
     width = len(found.depths)
     rows = tuple(tuple(scores[i : i + width]) for i in range(0, len(scores), width))
-    return Trainability(name, sigma_b2, columns, found.depths, rows, tuple(failed))
+    return replace(found, scores=rows, failed=tuple(failed))
 
 
-def _column(phi: theory.Phi, sigma_w: float, sigma_b2: float) -> Column:
+def _read(flow: Flow) -> tuple[theory.Phi, Point]:
+    """The activation and the scales of a plain chain, as they are in its hidden layers.
+
+    Raises:
+        ValueError: it has skips, normalisation, several activations, or a layer that theory has no word for.
+    """
+    operations = Operations(flow)
+    hidden = range(*flow.hidden.indices(len(flow.sites)))
+    rms = [float(v) for v in flow.column("activation_rms")]
+    chain = [operations.site(i, rms[i - 1], gaussian=True) for i in hidden]
+    steps = [step for part in chain if part is not None for step in part]
+    layers = [step for step in steps if isinstance(step, theory.Linear)]
+    functions = dict.fromkeys(step.phi for step in steps if isinstance(step, theory.Elementwise))
+    if None in chain or len(layers) + sum(isinstance(s, theory.Elementwise) for s in steps) < len(steps):
+        raise ValueError(
+            "the model is no plain chain of layers and one activation, of which alone the depth is known: "
+            "isograd.extrapolate(model, loss, depths) carries its own gain to other depths"
+        )
+    if not layers or len(functions) != 1:
+        raise ValueError(f"need hidden layers with one kind of activation; found {len(functions)} kinds")
+    phi = next(iter(functions))
+    sigma_w = math.sqrt(sum(s.fan_in * s.weight_std**2 for s in layers) / len(layers))
+    sigma_b2 = sum(s.bias_std**2 for s in layers) / len(layers)
+    return phi, Point(activation(phi).name, sigma_w, sigma_b2, flow.layers - 1 or 1)
+
+
+def _predicted(phi: theory.Phi, sigma_w: float, sigma_b2: float) -> Column:
     point = theory.fixed_point(phi, sigma_w=sigma_w, sigma_b2=sigma_b2)
     return Column(sigma_w, point.q, point.gain, point.depth_scale)
 
