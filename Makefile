@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # Two cores, two workers; each test then runs on one torch thread.
 WORKERS ?= 2
 
-.PHONY: demo test lint types format bench gallery zoo schema clean
+.PHONY: demo test lint types format bench repair-bench gallery zoo schema clean
 
 demo: .venv/installed
 	$(BIN)/isograd demo
@@ -28,6 +28,13 @@ format: .venv/installed-dev
 
 bench: .venv/installed-dev
 	$(BIN)/python -m benchmarks
+
+# Resumable: what was trained is kept in benchmarks/, and stopping costs one training.
+repair-bench: .venv/installed-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.twins run
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.replay run
+	$(BIN)/python -m benchmarks.twins table
+	$(BIN)/python -m benchmarks.replay table
 
 gallery: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "slow and not gpu"

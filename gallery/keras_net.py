@@ -35,6 +35,7 @@ SHORT: dict[str, Spec] = {
         "mode": "fan_in",
         "distribution": "truncated_normal",
     },
+    "lecun_uniform": {"class": "VarianceScaling", "scale": 1.0, "mode": "fan_in", "distribution": "uniform"},
     "zeros": {"class": "Zeros"},
     "RandomUniform": {"class": "RandomUniform", "minval": -0.05, "maxval": 0.05},
 }
@@ -53,6 +54,7 @@ ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "sigmoid": nn.Sigmoid,
     "tanh": nn.Tanh,
     "elu": nn.ELU,
+    "selu": nn.SELU,
     "exponential": Exponential,
     "softmax": lambda: nn.Softmax(-1),
 }

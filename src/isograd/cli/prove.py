@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -42,13 +43,13 @@ def proof(
 
     def build(seed: int) -> nn.Module:
         torch.manual_seed(seed)
-        found = resolve(text)
+        found: Any = resolve(text)
         if (
             callable(found)
             and not isinstance(found, nn.Module)
             and "seed" in inspect.signature(found).parameters
         ):
-            made = found(seed=seed)
+            made: Any = cast(Any, found)(seed=seed)
             return made if isinstance(made, nn.Module) else made[0]
         return load(text, inputs, seed=seed).model
 
@@ -57,7 +58,7 @@ def proof(
 
 def named(text: str) -> Train:
     """The training function that `file.py:train` names."""
-    found = resolve(text)
+    found: Any = resolve(text)
     takes = list(inspect.signature(found).parameters) if callable(found) else []
     if len(takes) < 2:
         raise TargetError(
@@ -65,7 +66,7 @@ def named(text: str) -> Train:
             why="it is called as train(model, seed) and returns a score, higher being better",
             type_="def train(model, seed, lr_scale=1.0): …; return held_out_accuracy",
         )
-    return found
+    return cast(Train, found)
 
 
 def fitting(loss: Loss) -> Callable[..., float]:
