@@ -326,7 +326,7 @@ def short_training(loss: Loss, *, steps: int = 40, lr: float = 1e-3) -> Train:
 
 
 def _judged(search: _Search, train: Train) -> Repair:
-    """The search's result held against training; where the flow was healthy, the candidates are trained too."""
+    """The search's result held against training; where the flow was healthy, candidates are trained too."""
     found = search.result()
 
     def score(model: nn.Module) -> float:
@@ -334,34 +334,37 @@ def _judged(search: _Search, train: Train) -> Repair:
             value = float(train(copy.deepcopy(model), 0))
         return value if math.isfinite(value) else -math.inf
 
+    before = score(search.model)
+    found = replace(found, score_before=before)
+    if found.prescription is not None:
+        after = score(found.model)
+        note = "" if after >= before else "the flow is healthy, but the model trains worse"
+        return replace(
+            found, cured=found.cured and after >= before, score_after=after, note=found.note or note
+        )
+    if found.before.errors:
+        return found
+    best, note = replace(found, score_after=before), f"{search.note}, and no change trains better"
     try:
-        before = score(search.model)
-        if found.prescription is not None:
-            after = score(found.model)
-            return replace(
-                found, cured=found.cured and after >= before, score_before=before, score_after=after
-            )
-        if found.before.errors:
-            return replace(found, score_before=before)
-        best, reached = found, before
         for rx in _for_training(search):
+            if time.perf_counter() > search.ends:
+                note = "the budget is used up: the best so far"
+                break
             search.say(f"training with: {rx.title}")
             changed = apply(search.model, rx)
             after = search._examined(changed)
             value = score(changed) if not after.errors else -math.inf
-            helps = value > reached + BETTER * abs(before)
             why = f"healthy, and the score goes from {before:.4g} to {value:.4g}"
+            why = why if not after.errors else f"{', '.join(f.code for f in after.errors)} with it"
             search.tried.append(Tried(rx, why, distance(after.flow), after.verdict))
-            if helps:
-                best, reached = replace(found, cured=True, model=changed, prescription=rx, after=after), value
+            if value > best.score_after + BETTER * abs(before):
+                best = replace(
+                    best, cured=True, model=changed, prescription=rx, after=after, score_after=value
+                )
+                note = ""
     except KeyboardInterrupt:
-        search.note = "interrupted: the best so far"
-        return replace(found, tried=tuple(search.tried), note=search.note)
-    seconds = time.perf_counter() - search.began
-    note = "" if best.prescription is not None else f"{search.note}, and no change trains better"
-    return replace(
-        best, tried=tuple(search.tried), seconds=seconds, note=note, score_before=before, score_after=reached
-    )
+        note = "interrupted: the best so far"
+    return replace(best, tried=tuple(search.tried), seconds=time.perf_counter() - search.began, note=note)
 
 
 def _for_training(search: _Search) -> Iterator[Prescription]:
