@@ -77,7 +77,7 @@ def test_theory_says_the_same(diagnosed: dict[str, Diagnosis], scheme: str) -> N
     assert abs(part.measured - part.decades) < 3 * part.spread
 
 
-def test_a_measurement_needs_no_more_memory_than_a_training_step() -> None:
+def test_a_diagnosis_needs_no_more_memory_than_a_training_step() -> None:
     setting = Setting(quick=True, device="cpu", threads=1)
-    step, measured = (deep.cost("pre-norm", LAYERS, method, setting) for method in ("step", "measure"))
-    assert measured.megabytes < 1.2 * step.megabytes
+    step, checked = (deep.cost("pre-norm", LAYERS, method, setting) for method in ("step", "check"))
+    assert checked.megabytes < 1.2 * step.megabytes
