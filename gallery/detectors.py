@@ -263,11 +263,11 @@ def atlas(store: Path, seeds: Iterable[int] = ATLAS_SEEDS) -> Iterator[str]:
     yield f"| **all** | **{right} / {total}** | their authors' rules, with the validation to look at: 124 / 130 |"
 
 
-PARTS: dict[str, Callable[[Path], Iterator[str]]] = {
-    "judged": lambda store: table(store, slice(1, None, 2)),
-    "developed": lambda store: table(store, slice(0, None, 2)),
-    "misses": lambda store: misses(store, slice(0, None)),
-    "atlas": atlas,
+PARTS: dict[str, Callable[[Path, int], Iterator[str]]] = {
+    "judged": lambda store, _: table(store, slice(1, None, 2)),
+    "developed": lambda store, _: table(store, slice(0, None, 2)),
+    "misses": lambda store, _: misses(store, slice(0, None)),
+    "atlas": lambda store, seeds: atlas(store, ATLAS_SEEDS[:seeds]),
 }
 
 
@@ -277,12 +277,13 @@ def main() -> None:
     )
     parser.add_argument("part", nargs="*", help=f"of: {', '.join(PARTS)}; all by default")
     parser.add_argument("--store", type=Path, default=STORE, help=f"default: {STORE}")
+    parser.add_argument("--seeds", type=int, default=10, help="seeds of each scenario of the atlas, of 10")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", category=UserWarning, module="torch")
     for part in arguments.part or PARTS:
         print(f"\n## {part}\n")
-        for line in PARTS[part](arguments.store):
+        for line in PARTS[part](arguments.store, arguments.seeds):
             print(line, flush=True)
 
 

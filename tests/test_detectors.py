@@ -96,7 +96,7 @@ LOW = falling(200)[-1]
 CASES: dict[str, tuple[list[Step], str]] = {
     "the gradient fades along depth": ([replace(step, slope=-1.0) for step in falling(40)], "VG103"),
     "layers die": (falling(100) + [replace(LOW, zero=True)] * 20, "SA303"),
-    "most units of a layer die": (falling(100) + [replace(LOW, dead=0.9)] * 40, "SA303"),
+    "most units of a layer die": (falling(100) + [replace(LOW, loss=1.5, dead=0.9)] * 50, "SA303"),
     "early layers stay": ([replace(step, early_update=-7.0) for step in falling(60)], "UP505"),
     "steps too large from the start": (
         [Step(2.3, update=0.0), Step(20.0, update=0.3), Step(40.0, update=0.0)],
@@ -140,6 +140,10 @@ WELL: dict[str, list[Step]] = {
     "a head drawn at zero: nothing below it at the first step": [
         replace(falling(1)[0], zero=True),
         *falling(200)[1:],
+    ],
+    "a layer that grew sparse and trains": falling(100) + [replace(s, dead=0.9) for s in falling(300)[100:]],
+    "batches of one class": [
+        replace(s, dead=0.0 if i < 50 else 0.8 + 0.1 * (i % 3 == 0)) for i, s in enumerate(falling(200)[::-1])
     ],
     "half of the units off": [replace(step, dead=0.5) for step in falling(200)],
     "no loss": [replace(step, loss=NAN) for step in falling(300)],

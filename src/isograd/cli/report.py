@@ -10,6 +10,7 @@ from statistics import median
 
 import click
 
+from isograd.cli.progress import progress
 from isograd.cli.runs import number, state
 from isograd.record import NotARun, Row, Run
 
@@ -48,7 +49,8 @@ def report(run: Run, output: Path | None) -> None:
     isograd report isograd-runs/20260314-091500-train
     isograd check isograd-runs/20260314-091500-train     # the verdict, with its exit status
     """
-    text = "\n".join(lines(run)) + "\n"
+    with progress(f"reading {run.path}"):
+        text = "\n".join(lines(run)) + "\n"
     if output is None:
         click.echo(text, nl=False)
     else:
@@ -58,14 +60,14 @@ def report(run: Run, output: Path | None) -> None:
 
 def lines(run: Run) -> Iterator[str]:
     """The report, line by line."""
-    progress = run.progress()
-    if progress.step < 0:
-        yield f"{run.path}  {state(progress)}, no step was recorded"
+    so_far = run.progress()
+    if so_far.step < 0:
+        yield f"{run.path}  {state(so_far)}, no step was recorded"
         return
     parts = _parts(list(run.rows()))
     first, last = parts[0][0], parts[-1][-1]
     took = f", {_duration(last.time - first.time)}" if last.time > first.time else ""
-    yield f"{run.path}  {state(progress)}, steps {first.step} to {last.step}, {len(run)} kept{took}"
+    yield f"{run.path}  {state(so_far)}, steps {first.step} to {last.step}, {len(run)} kept{took}"
     yield ""
     yield _line("steps", [f"{part[0].step}" for part in parts])
     for name in _scalars(parts):

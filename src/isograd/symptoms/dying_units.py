@@ -11,8 +11,8 @@ Why it happens
 
 Evidence
     Gradients of exactly zero: of the first weight matrix and at least half of all, while other parameters still
-    get some, in 10 readings in a row; or of at least 90% of a layer's biases in 16 in a row, where it was below
-    half at the start. Experts that saw no token and rows of an embedding that were not looked up do not count.
+    get some, in 10 readings in a row; or of at least 75% of a layer's biases in 32 in a row, where it was below
+    half at the start, hardly changes from batch to batch, and the loss is worse than it has been. Experts that saw no token and rows of an embedding that were not looked up do not count.
 
 What helps
     A lower learning rate or warm-up, biases at zero, leaky ReLU, ELU or GELU.
@@ -24,21 +24,26 @@ References
 from __future__ import annotations
 
 import math
+from statistics import median
 
 from isograd.diagnosis import Finding, Severity
-from isograd.monitor.history import Detector, History
+from isograd.monitor.history import WINDOW, Detector, History
 
 CODE = "SA303"
 NAME = "dying-units"
 
 LAYER = 0.75
-"""Share of a layer's units: a tenth of a layer still passes a gradient that trains."""
+"""Share of a layer's units. In healthy trainings it stays near the half that is off by symmetry."""
 START = 0.5
 """A layer that was half dead from the start did not die: in deep ReLU networks half is off by symmetry."""
 DEAD_FOR = 10
 """Readings: a batch without gradient happens, ten in a row do not."""
-DYING_FOR = 16
-"""Readings: small batches leave units without gradient by chance."""
+DYING_FOR = 32
+"""Readings: small batches, or batches of one class, leave units without gradient by chance."""
+JITTER = 0.02
+"""Mean change of the share from batch to batch: a dead unit is dead whatever the batch."""
+WORSE = 0.25
+"""Share of what had been gained that is lost again: a layer that is merely sparse trains as well as before."""
 UNITS = 8
 """Fewer are no share to speak of."""
 
@@ -50,6 +55,9 @@ class Dying(Detector):
         super().__init__()
         self.first: dict[str, float] = {}
         self.since: dict[str, int] = {}
+        self.last: dict[str, float] = {}
+        self.jitter: dict[str, float] = {}
+        """Sum of the changes of the share since then."""
         self.largest = math.nan
 
     unexamined = "needs the gradients of weight matrices and the zeros in those of their biases"
@@ -61,14 +69,21 @@ class Dying(Detector):
             self.first.setdefault(name, share)
             dying = LAYER <= share < 1 and self.first[name] < START
             self.since[name] = self.since.get(name, 0) + 1 if dying else 0
+            change = abs(share - self.last.get(name, share))
+            self.jitter[name] = self.jitter.get(name, 0.0) + change if dying else 0.0
+            self.last[name] = share
         self.largest = max(seen.dead.values(), default=math.nan)
         zero = [value == -math.inf for value in seen.grad.tolist() if not math.isnan(value)]
         silent = bool(zero) and zero[0] and sum(zero) * 2 >= len(zero)
         alive = seen.bias > -math.inf or not all(zero)
         if self.holds(silent and alive, DEAD_FOR):
             return self._dead(history, sum(zero), len(zero))
-        dying = [name for name, times in self.since.items() if times >= DYING_FOR]
-        return self._dying(seen.dead, dying) if dying else None
+        dying = [
+            name
+            for name, times in self.since.items()
+            if times >= DYING_FOR and self.jitter[name] <= JITTER * times
+        ]
+        return self._dying(seen.dead, dying) if dying and _worse(history) else None
 
     def _dead(self, history: History, count: int, total: int) -> Finding:
         return Finding(
@@ -101,3 +116,10 @@ class Dying(Detector):
         if math.isnan(self.largest):
             return None
         return f"at most {self.largest:.0%} of a layer's units get no gradient (a warning from {LAYER:.0%})"
+
+
+def _worse(history: History) -> bool:
+    """Has the training lost part of what it had gained? True where no loss is known."""
+    if not history.losses:
+        return True
+    return median(history.losses[-WINDOW:]) - history.best >= WORSE * (history.first_loss - history.best)

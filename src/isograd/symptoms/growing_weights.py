@@ -10,7 +10,7 @@ Why it happens
 
 Evidence
     The logarithm of each matrix's norm over 64 steps, or over 32 where it goes faster: it has risen by half and
-    more, in the second half of that time as much as in the first. Healthy weights grow too, but ever more slowly.
+    more, in each quarter of that time, and in the second half as much as in the first. Healthy weights grow too, but ever more slowly.
 
 What helps
     Weight decay, a lower learning rate, normalisation, gradient clipping.
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import WINDOW, Detector, History
@@ -34,6 +35,8 @@ GROWTH = 0.18
 """Decades within 32 or 64 steps: half as large again."""
 STEADY = 0.85
 """Growth in the second half over that in the first. Growth by equal amounts has log(1.5/1.25)/log(1.25) = 0.82."""
+EACH = 0.6
+"""Growth in each quarter over the mean of the four: by leaps grow the weights of a training that is merely noisy."""
 EVERY = 4
 """Steps between two looks: 64 do not change so fast."""
 READINGS = 2
@@ -86,9 +89,11 @@ class Growing(Detector):
 
 
 def exponential(logs: Sequence[float], span: int) -> float:
-    """Decades of growth over the last `span` steps, if each half of them brought as much; else 0."""
-    then, middle, now = logs[-1 - span], logs[-1 - span // 2], logs[-1]
-    if not (math.isfinite(then) and math.isfinite(now)):
+    """Decades of growth over the last `span` steps, if it was steady: else 0."""
+    points = [logs[-1 - span * part // 4] for part in (4, 3, 2, 1, 0)]
+    if not (math.isfinite(points[0]) and math.isfinite(points[-1])):
         return 0.0
-    early, late = middle - then, now - middle
-    return now - then if early > 0 and late >= STEADY * early else 0.0
+    growth = points[-1] - points[0]
+    parts = [b - a for a, b in pairwise(points)]
+    steady = parts[2] + parts[3] >= STEADY * (parts[0] + parts[1]) and min(parts) >= EACH * growth / 4
+    return growth if steady else 0.0

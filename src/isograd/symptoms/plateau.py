@@ -9,8 +9,8 @@ Why it happens
     learning rate that is far too high or too low. What was told beside this says which.
 
 Evidence
-    Over the last 128 losses at full pace (steps of warm-up and annealing do not count) the level does not change
-    beyond its spread, and of the way from the start to zero, less than a tenth was gained, or more than half of
+    The medians of the two halves of the last 256 losses differ by less than 3 standard errors, 200 steps were taken
+    at full pace (those of warm-up and annealing do not count), and of the way from the start to zero, less than a tenth was gained, or more than half of
     what had been gained is lost again. Losses whose noise is as large as their level, or that change sign, are
     left alone: there a plateau cannot be told from noise.
 
@@ -27,12 +27,14 @@ import math
 from statistics import median
 
 from isograd.diagnosis import Finding, Severity
-from isograd.monitor.history import WINDOW, Detector, History
+from isograd.monitor.history import Detector, History
 from isograd.monitor.seen import spread
 
 CODE = "TR701"
 NAME = "plateau"
 
+ERRORS = 3.0
+"""Standard errors by which the medians of two halves may differ: a loss that falls slowly is no plateau."""
 STEPS = 200
 """Steps at full pace before anything is said."""
 GAINED = 0.1
@@ -53,16 +55,16 @@ class Plateau(Detector):
     unexamined = f"needs a loss (monitor.log(loss=…)) that is positive and no mere noise, over {STEPS} steps"
 
     def examine(self, history: History) -> Finding | None:
-        losses = history.losses
-        first = history.first_loss
-        if len(losses) < 2 * WINDOW or min(*losses[-2 * WINDOW :], first) <= 0:
+        losses, first = history.losses, history.first_loss
+        if len(losses) < STEPS or min(*losses, first) <= 0:
             return None
-        before, now = median(losses[-2 * WINDOW : -WINDOW]), median(losses[-WINDOW:])
-        noise = spread(losses[-WINDOW:])
+        half = len(losses) // 2
+        before, now = median(losses[:half]), median(losses[half:])
+        noise = spread(losses[half:])
         if noise > NOISE * now:
             return None
         self.share = (first - now) / first
-        flat = abs(now - before) <= noise
+        flat = abs(now - before) <= ERRORS * 1.25 * noise / math.sqrt(half)  # the error of a median
         stuck = self.share < GAINED
         fallen_back = now - history.best > LOST * (first - history.best) and first > history.best
         paced = history.moving if math.isfinite(history.pace) else history.count

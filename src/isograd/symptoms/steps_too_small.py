@@ -1,7 +1,7 @@
 """UP507 steps-too-small: the weights hardly move, and the loss has far to go.
 
 What it means
-    In hundreds of steps no weight matrix has moved by more than a few thousandths of itself, and the loss falls at
+    In hundreds of steps the typical weight matrix has moved by a few percent of itself at most, and the loss falls at
     the end as slowly and as steadily as at the beginning, or not at all: nothing has been learned yet.
 
 Why it happens
@@ -9,7 +9,7 @@ Why it happens
     its gradients.
 
 Evidence
-    The largest update norm over weight norm of any matrix, median of 16 readings, that the run has ever had, so
+    The largest update norm over weight norm of the median matrix, over 16 readings, that the run has ever had, so
     that annealing does not count; and the medians of the four quarters of the remembered losses, which fall evenly
     where nothing bends yet. A run whose updates still grow is warming up.
 
@@ -28,13 +28,13 @@ from statistics import median
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import RECENT, WINDOW, Detector, History
-from isograd.monitor.seen import finite, spread
+from isograd.monitor.seen import spread
 
 CODE = "UP507"
 NAME = "steps-too-small"
 
 SMALL = -3.7
-"""log10 of the largest relative update: 2e-4, where healthy trainings from scratch reach 1e-3 and more."""
+"""log10 of the relative update: 2e-4, where healthy trainings from scratch reach 1e-3 and more."""
 NONE = -5.5
 """log10: 3e-6, at which nothing moves, whatever the loss does."""
 EVEN = 0.4
@@ -43,7 +43,7 @@ STEPS = 200
 
 
 class TooSmall(Detector):
-    """Remembers how fast the fastest matrix ever went."""
+    """Remembers how fast the typical matrix ever went."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,12 +53,12 @@ class TooSmall(Detector):
     unexamined = f"needs update norms and {STEPS} steps"
 
     def examine(self, history: History) -> Finding | None:
-        if len(history.updates) < RECENT or self.pace > SMALL:
+        if len(history.typical_updates) < RECENT or self.pace > SMALL:
             return None
-        fastest = median(max(finite(row), default=-math.inf) for row in history.updates)
+        typical = median(history.typical_updates)
         if history.count % WINDOW == 0:
-            self.warming = fastest - self.pace
-        self.pace = max(self.pace, fastest)
+            self.warming = typical - self.pace
+        self.pace = max(self.pace, typical)
         if history.count < STEPS or self.pace > SMALL or self.warming > 0.02:
             return None
         if self.pace > NONE and not self._steady(history.losses):
@@ -67,7 +67,7 @@ class TooSmall(Detector):
             CODE,
             NAME,
             Severity.WARNING,
-            f"no weight matrix has moved by more than {10**self.pace:.1g} of itself a step in {history.count} steps, "
+            f"the typical weight matrix moved by at most {10**self.pace:.1g} of itself a step in {history.count} steps, "
             "and the loss has not bent yet",
             cause="the learning rate is too low",
             sites=tuple(history.names[:1]),
@@ -90,4 +90,4 @@ class TooSmall(Detector):
     def outcome(self, history: History) -> str | None:
         if not math.isfinite(self.pace) or history.count < STEPS:
             return None
-        return f"the fastest weight matrix changed by {10**self.pace:.1g} of itself a step (a warning below {10**SMALL:.0e})"
+        return f"the typical weight matrix moved by up to {10**self.pace:.1g} of itself a step (a warning below {10**SMALL:.0e})"
