@@ -323,6 +323,26 @@ def test_time_is_found_in(name: str) -> None:
     assert ("not causal" in str(middle)) == (name == "attention")
 
 
+def test_a_packed_batch_is_an_input_like_any_other() -> None:
+    torch.manual_seed(0)
+    x, kernel = torch.randn(3, 20, 4), nn.GRU(4, 8, batch_first=True)
+    packed = pack_padded_sequence(x, [20, 20, 20], batch_first=True)
+    assert torch.allclose(horizon(kernel, packed).curve, horizon(kernel, x).curve, atol=1e-4)
+
+
+def test_attention_of_torchs_own_module_is_seen() -> None:
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.attention(x, x, x)[0]
+
+    torch.manual_seed(0)
+    assert horizon(Attending(), torch.randn(3, 20, 16)).axis == 1
+
+
 def test_attention_reaches_any_lag_and_a_default_lstm_does_not() -> None:
     torch.manual_seed(0)
     x = torch.randint(50, (2, 120))

@@ -167,15 +167,14 @@ def _chosen(shape: tuple[int, ...], tokens: bool, seen: Unrolled, time: int | No
         return time % len(axes)
     if len(axes) == 1:
         return 0
-    layouts = [(steps, axis) for steps, axis in seen.kernels if axis is not None] + seen.lengths
+    layouts = [kernel for kernel in seen.kernels if kernel[1] is not None] + seen.lengths
     for steps, axis in layouts:
         fitting = [a for a in axes if shape[a] == steps]
         if len(fitting) == 1:
             return fitting[0]
         # The layer's own layout decides where several axes have this length.
-        own = axis % len(shape)
-        if own in fitting and len(shape) == 3:
-            return own
+        if axis is not None and len(shape) == 3 and axis % 3 in fitting:
+            return axis % 3
     packed = {steps for steps, axis in seen.kernels if axis is None}
     for counts in (packed, {n for n in seen.calls.values() if n > 2}):
         fitting = [a for a in axes if shape[a] in counts and shape[a] > 1]
@@ -198,9 +197,8 @@ def output_of(result: Any) -> Tensor:
         known = cast(Mapping[str, Any], result)
         result = next((known[name] for name in MAIN_OUTPUTS if isinstance(known.get(name), Tensor)), result)
     leaves: Sequence[Any] = pytree.tree_leaves(result, is_leaf=lambda x: isinstance(x, PackedSequence))
-    for leaf in leaves:
-        if isinstance(leaf, PackedSequence):
-            return pad_packed_sequence(leaf)[0]
-        if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim:
-            return leaf
+    tensors = [pad_packed_sequence(leaf)[0] if isinstance(leaf, PackedSequence) else leaf for leaf in leaves]
+    floats = [t for t in tensors if isinstance(t, Tensor) and t.is_floating_point()]
+    if floats:
+        return next((t for t in floats if t.ndim), floats[0])
     raise TypeError(f"the model returned {type(result).__name__} without a float tensor to start from")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.parameter import is_lazy
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
 from isograd.axes import End, Place, output_of, places
@@ -384,10 +385,16 @@ def _opened(
     opened: dict[str, Tensor] = {}
 
     def opening(path: Any, value: Any) -> Any:
-        if not isinstance(value, Tensor):
-            return value
         name = pytree.keystr(path)
         name = names.get(name, name.removeprefix("[1]").strip("[]'"))
+        if isinstance(value, PackedSequence):
+            padded, lengths = pad_packed_sequence(value, batch_first=True)
+            opened[name] = padded.detach().requires_grad_()
+            return pack_padded_sequence(
+                opened[name], lengths, batch_first=True, enforce_sorted=value.sorted_indices is None
+            )
+        if not isinstance(value, Tensor):
+            return value
         if value.is_floating_point() and "mask" not in name:
             leaf = value.detach().clone().requires_grad_()
             opened[name] = leaf
@@ -396,7 +403,12 @@ def _opened(
         return value
 
     names = _argument_names(model, tuple(args))
-    return *pytree.tree_map_with_path(opening, (tuple(args), dict(kwargs))), opened
+    call = (tuple(args), dict(kwargs))
+    return *pytree.tree_map_with_path(opening, call, is_leaf=_is_packed), opened
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, PackedSequence)
 
 
 @contextmanager

@@ -66,7 +66,7 @@ class Unrolled(TorchFunctionMode):
     Attributes:
         uses: the recurrent matrices of kernels and cells, by the parameter's id.
         kernels: (steps, layout) of each kernel called; the axis of time is 0 or 1, None for packed input.
-        lengths: (steps, axis) of attention, one-dimensional convolutions and loops over slices.
+        lengths: (steps, axis) of attention, one-dimensional convolutions and loops over slices; None: unknown.
         calls: how often each parameter was used: the steps of a loop written by hand.
         lookups: embeddings of integers.
         entrances: what recurrent kernels and loops over slices were given, in the order in which they began.
@@ -77,7 +77,7 @@ class Unrolled(TorchFunctionMode):
         self._parameters = {id(p): p for p in model.parameters()}
         self.uses: dict[int, Use] = {}
         self.kernels: list[tuple[int, int | None]] = []
-        self.lengths: list[tuple[int, int]] = []
+        self.lengths: list[tuple[int, int | None]] = []
         self.calls: Counter[int] = Counter()
         self.lookups: list[Lookup] = []
         self.entrances: list[Entrance] = []
@@ -108,9 +108,9 @@ class Unrolled(TorchFunctionMode):
                 self.lookups.append(Lookup(indices, edge, tuple(out.shape)))
             case "scaled_dot_product_attention":
                 self.lengths.append((args[0].shape[-2] if args else kwargs["query"].shape[-2], -2))
-            case (
-                "conv1d"
-            ):  # padded on one side, the input is longer than time; without padding, the output shorter
+            case "multi_head_attention_forward":  # (step, batch, feature), whatever the module was given
+                self.lengths.append(((args[0] if args else kwargs["query"]).shape[0], None))
+            case "conv1d":  # padded on one side, its input is longer than time; unpadded, its output shorter
                 self.lengths += [(args[0].shape[-1], -1), (out.shape[-1], -1)]
             case "unbind":
                 axis = kwargs.get("dim", args[1] if len(args) > 1 else 0)
