@@ -42,12 +42,13 @@ class Layer:
 
     @property
     def features(self) -> int:
-        return self.site.shape[1 if self.dims else -1]
+        return self.site.shape[-1 - self.dims]
 
     @property
     def dims(self) -> int:
         """Dimensions of a convolution; 0: linear."""
-        return len(self.site.shape) - 2 if self.site.kind == "convolution" else 0
+        weight = getattr(self.module, "weight", None)
+        return weight.ndim - 2 if self.site.kind == "convolution" and isinstance(weight, Tensor) else 0
 
     @property
     def normalised(self) -> bool:
@@ -132,6 +133,8 @@ def layers(flow: Flow, model: nn.Module) -> list[Layer]:
         module = modules.get(site.module)
         fan = fan_in.get(f"{site.module}.weight", 0)
         if module is None or not fan or next(module.children(), None) is not None or site.module in found:
+            continue
+        if not site.shape:  # its result was not seen
             continue
         end = weighted[number + 1] if number + 1 < len(weighted) else len(flow.sites)
         between = tuple(s for s in flow.sites[i + 1 : end] if s.kind != "loss")
