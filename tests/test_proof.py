@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -12,6 +14,9 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
+from isograd.cli import main
+from isograd.cli.prove import proof as proof_of
+from isograd.cli.target import load
 from isograd.controls import random_edit
 from isograd.paired import paired, t_quantile, t_within
 from isograd.prescription import Edit, Prescription
@@ -248,6 +253,74 @@ def test_progress_counts_every_training() -> None:
     assert seen[0] == (0, 17)
     assert seen[-1] == (17, 17)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
+
+
+NET = """
+import torch
+from torch import nn
+from torch.nn import functional
+
+centres = 3 * torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+
+def points(seed):
+    drawn = torch.Generator().manual_seed(seed)
+    labels = torch.randint(4, (64,), generator=drawn)
+    return centres[labels] + torch.randn(64, 8, generator=drawn), labels
+
+def build(seed=0):
+    torch.manual_seed(seed)
+    layers = []
+    for fan_in in [8] + [16] * 11:
+        layers += [nn.Linear(fan_in, 16), nn.ReLU()]
+    x, y = points(0)
+    return nn.Sequential(*layers, nn.Linear(16, 4)), lambda m: functional.cross_entropy(m(x), y)
+
+def train(model, seed):
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for step in range(40):
+        x, y = points(100 * seed + step + 1)
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    x, y = points(10**6)
+    return (model(x).argmax(-1) == y).float().mean().item()
+
+def criterion(output):
+    return output.mean()
+"""
+
+
+@pytest.fixture
+def net(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "proof_net.py").write_text(NET)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    return f"{tmp_path}/proof_net.py"
+
+
+def test_repair_prove_ends_with_a_proof(net: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["repair", f"{net}:build", "--prove", "--train", f"{net}:train", "--seeds", "4"])
+    out = capsys.readouterr().out
+    assert "The repair helps: " in out
+    assert "train takes no lr_scale" in out
+    assert left.value.code == 0
+
+
+def test_a_function_that_is_no_training_is_refused_in_words(
+    net: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as left:
+        main(["repair", f"{net}:build", "--prove", "--train", f"{net}:criterion"])
+    assert left.value.code == 2
+    assert "it is called as train(model, seed)" in capsys.readouterr().err
+
+
+def test_without_a_training_the_target_s_own_batch_is_fitted(net: str) -> None:
+    rx = weights("nn.init.orthogonal_", range(0, 24, 2), gain=math.sqrt(2))
+    found = proof_of(f"{net}:build", (), rx, load(f"{net}:build").loss, train=None, seeds=3)
+    assert found.helps
+    assert set(found.arms) == {BEFORE, AFTER, RANDOM, RATE}
+    assert found.arms[AFTER].mean > found.arms[BEFORE].mean + 0.5
 
 
 # -- the controls --------------------------------------------------------------------------------------

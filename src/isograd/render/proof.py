@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import textwrap
 from typing import Any
 
 from rich.text import Text
@@ -11,6 +12,7 @@ from rich.text import Text
 from isograd.paired import Difference
 from isograd.proof import AFTER, BEFORE, RANDOM, RATE, Arm, Proof
 from isograd.render.numbers import decades, minus, signal
+from isograd.render.text import WIDTH
 
 WORDS = {RANDOM: "a random edit of the same kind", RATE: "the best learning rate alone"}
 
@@ -50,7 +52,8 @@ def document(proof: Proof) -> Text:
         if proof.helps
         else ("not proven", "bold red")
     )
-    text.append(title, style).append(f"  {proof.prescription.title}\n  ").append(sentence(proof))
+    said = textwrap.fill(sentence(proof), WIDTH, initial_indent="  ", subsequent_indent="  ")
+    text.append(title, style).append(f"  {proof.prescription.title}\n{said}")
     rows = [("", "mean", "by seed", "s")]
     for arm in proof.arms.values():
         name = f"{arm.name} {arm.said}".strip()
