@@ -32,7 +32,7 @@ def batches() -> Iterator[tuple[Tensor, Tensor]]:
 
 def by_hand(model: nn.Module) -> tuple[list[float], list[float]]:
     """Raw norms and losses of accumulation, then clipping, then AdamW."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     norms, losses, loss = [], [], 0.0
     for number, (x, y) in enumerate(batches(), 1):
         part = F.cross_entropy(model(x), y) / ACCUMULATED
@@ -73,7 +73,7 @@ def test_lightning(tmp_path: Path) -> None:
             return F.cross_entropy(self.net(batch[0]), batch[1])
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.AdamW(self.parameters(), lr=1e-2)
+            return torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.0)
 
     module, twin = Module(), net()
     trainer = L.Trainer(
@@ -121,7 +121,7 @@ def test_hugging_face_trainer(tmp_path: Path) -> None:
         per_device_train_batch_size=8,
         gradient_accumulation_steps=ACCUMULATED,
         learning_rate=1e-2,
-        weight_decay=1e-2,
+        weight_decay=0.0,
         lr_scheduler_type="constant",
         max_grad_norm=CLIP,
         save_strategy="no",
@@ -141,7 +141,9 @@ def test_accelerate(tmp_path: Path) -> None:
 
     accelerator = accelerate.Accelerator(cpu=True, gradient_accumulation_steps=ACCUMULATED)
     model, twin = net(), net()
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    model, optimizer = accelerator.prepare(
+        model, torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    )
     with watch(accelerator, model, optimizer, run=tmp_path / "run") as monitor:
         total = 0.0
         for number, (x, y) in enumerate(batches(), 1):
@@ -164,7 +166,7 @@ def test_fabric(tmp_path: Path) -> None:
 
     fabric = fabrics.Fabric(accelerator="cpu", devices=1)
     model, twin = net(), net()
-    model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=1e-2))
+    model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0))
     with watch(fabric, model, optimizer, run=tmp_path / "run") as monitor:
         total = torch.zeros(())
         for number, (x, y) in enumerate(batches(), 1):

@@ -107,6 +107,7 @@ def test_wandb_offline(tmp_path: Path) -> None:
     run = wandb.init(project="isograd", dir=str(tmp_path), settings=settings)
     readings = train(run.log)
     run.finish()
+    wandb.teardown()  # its service writes the file
     from wandb.proto import wandb_internal_pb2
 
     found: dict[str, dict[int, float]] = {name: {} for name in NAMES}
