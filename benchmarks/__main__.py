@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks import deep, depth, flow, spectrum
+from benchmarks import deep, depth, flow, monitor, spectrum
 from benchmarks.report import machine, save
 from benchmarks.workloads import Setting
 
@@ -21,6 +21,7 @@ BENCHMARKS: dict[str, Callable[[Setting], Iterator[str]]] = {
     "depth": depth.run,
     "deep": deep.run,
     "spectrum": spectrum.run,
+    "monitor": monitor.run,
 }
 
 

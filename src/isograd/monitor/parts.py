@@ -109,6 +109,8 @@ def read(parameters: Sequence[Tensor], full: bool) -> Part:
     """Read the gradients of these parameters as they are now."""
     groups: dict[tuple[torch.device, torch.dtype, bool], Bucket] = {}
     sharded: list[Tensor] = []
+    bucket = Bucket([], [])
+    of: tuple[torch.device, torch.dtype, bool] | None = None
     with torch.no_grad():
         for parameter in parameters:
             gradient = parameter.grad
@@ -118,11 +120,13 @@ def read(parameters: Sequence[Tensor], full: bool) -> Part:
             if several:
                 sharded.append(parameter)
             gradient = local(gradient)
-            if gradient.numel():
-                key = gradient.device, gradient.dtype, several
-                bucket = groups.setdefault(key, Bucket([], [], several))
-                bucket.parameters.append(parameter)
-                bucket.gradients.append(gradient)
+            if not gradient.numel():
+                continue
+            key = gradient.device, gradient.dtype, several
+            if key != of:
+                bucket, of = groups.setdefault(key, Bucket([], [], several)), key
+            bucket.parameters.append(parameter)
+            bucket.gradients.append(gradient)
         for bucket in groups.values():
             bucket.read(full)
     return Part(list(groups.values()), full, sharded)

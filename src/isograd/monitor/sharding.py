@@ -8,16 +8,20 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 
 SQUARES = ("grad_norm", "weight_norm", "update_norm")
 COUNTS = ("nonfinite", "nonzero")
+PLAIN = frozenset({Tensor, nn.Parameter})
+"""Types that need no second look: this is asked of every parameter at every step."""
 PATIENCE = timedelta(seconds=120)
 """How long the host thread waits for a process that takes no part any more."""
 
 
 def local(tensor: Tensor) -> Tensor:
     """The values this process holds: its shard of a DTensor, the values of a sparse tensor, or all."""
+    if type(tensor) in PLAIN and tensor.layout is torch.strided:
+        return tensor
     if is_sharded(tensor):
         spread: Any = tensor
         if any(
@@ -30,7 +34,7 @@ def local(tensor: Tensor) -> Tensor:
 
 def is_sharded(tensor: Tensor) -> bool:
     """A DTensor: several processes hold it, in parts or as copies."""
-    return hasattr(tensor, "_local_tensor") and hasattr(tensor, "device_mesh")
+    return type(tensor) not in PLAIN and hasattr(tensor, "_local_tensor") and hasattr(tensor, "device_mesh")
 
 
 def _whole(placement: Any) -> Any:
