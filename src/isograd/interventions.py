@@ -1,7 +1,8 @@
 """Changes of one property on a copy of a model, each of which tests one candidate cause.
 
-Weights are changed in place on the copy, everything else where it acts: in the torch calls themselves, by
-a `TorchFunctionMode` around the loss, so that functional code is treated like modules.
+Weights are changed in place on the copy, by the edits of the remedy where there is one that says the same;
+everything else where it acts: in the torch calls themselves, by a `TorchFunctionMode` around the loss, so that
+functional code is treated like modules.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from isograd import theory
+from isograd.diagnosis import Diagnosis
 from isograd.flow import Flow
-from isograd.operations import ACTIVATIONS, WEIGHTED, kind_of_call, parameter_of
+from isograd.operations import ACTIVATIONS, kind_of_call, parameter_of
+from isograd.prescription import Patient, Prescription, apply
+from isograd.remedies import reset_norm_epsilon, reset_norm_gain
+from isograd.remedies.critical_initialisation import scale
+from isograd.remedies.scale_residual_branches import ends
 
 
 @dataclass(frozen=True)
@@ -58,19 +64,20 @@ def candidates(flow: Flow, model: nn.Module) -> Iterator[Intervention]:
     """Changes that apply to this model at all, the most specific first, the most invasive last."""
     names = _functions(flow)
     common = names.most_common(1)[0][0] if names else "linear"
-    norms = [m for m in model.modules() if _is_norm(m)]
+    patient = Patient(model, Diagnosis(flow))
     kinds = {s.kind for s in flow.sites} | {s.site.kind for steps in flow.ledgers.values() for s in steps}
     flat = set(names) - SELF_GATED
     dead = {a.function for a in flow.activations if a.bottleneck and a.dead > 0.5}
 
     if any(seen.rms > 3 or 0 < seen.rms < 0.1 for seen in flow.inputs.values()):
         yield Intervention("unnormalised-input", "inputs standardised", edit=_standardise)
-    if any(not 1e-8 <= _epsilon(m) <= 1e-2 for m in norms):
-        yield Intervention(
-            "norm-epsilon", "epsilon of the normalisation layers set to 1e-5", edit=_reset_epsilon
-        )
-    if any(_gain_off(m) for m in norms):
-        yield Intervention("norm-gain", "gains of the normalisation layers set to 1", edit=_reset_gains)
+    for remedy, cause, change in (
+        (reset_norm_epsilon, "norm-epsilon", "epsilon of the normalisation layers set to 1e-5"),
+        (reset_norm_gain, "norm-gain", "gains of the normalisation layers set to 1"),
+    ):
+        for rx in remedy.prescribe(patient):
+            if rx.applicable:
+                yield Intervention(cause, change, edit=partial(_made, rx))
     if dead:
         yield Intervention(
             "dead-units",
@@ -78,7 +85,7 @@ def candidates(flow: Flow, model: nn.Module) -> Iterator[Intervention]:
             edit=_zero_biases,
             mode=lambda: _Exchange(dead, lambda x: F.leaky_relu(x, 0.5)),
         )
-    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in norms) and not flow.splits:
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules()) and not flow.splits:
         yield Intervention(
             "batchnorm-without-skips",
             "batch normalisation taken out and the weights scaled to the critical gain",
@@ -119,26 +126,15 @@ def candidates(flow: Flow, model: nn.Module) -> Iterator[Intervention]:
 # -- edits of a copy's weights ---------------------------------------------------------------------
 
 
-EPSILONS = ("eps", "variance_epsilon", "epsilon")
-
-
-def _is_norm(module: nn.Module) -> bool:
-    return "norm" in type(module).__name__.lower() and next(module.children(), None) is None
-
-
-def _gain_off(module: nn.Module) -> bool:
-    gain = getattr(module, "weight", None)
-    return (
-        isinstance(gain, Tensor)
-        and gain.ndim == 1
-        and not 0.3 < float(gain.detach().float().square().mean().sqrt()) < 3
-    )
+def _made(rx: Prescription, model: nn.Module) -> None:
+    """The edits of a remedy, on a copy that is thrown away."""
+    apply(model, rx, in_place=True)
 
 
 @torch.no_grad()
 def _critical(model: nn.Module, flow: Flow, activation: str) -> None:
     """Scale the weights of every layer to the standard deviation that keeps the gradient at criticality."""
-    sigma_w, sigma_b = _sigma(activation)
+    sigma_w, sigma_b = scale(activation)
     parameters = dict(model.named_parameters())
     for known in flow.parameters:
         parameter, deviation = parameters[known.name], sigma_w / math.sqrt(max(known.fan_in, 1))
@@ -148,46 +144,6 @@ def _critical(model: nn.Module, flow: Flow, activation: str) -> None:
             parameter.sub_(parameter.mean()).mul_(deviation / spread)
         elif known.fan_in:  # constant: nothing to scale, so drawn
             nn.init.normal_(parameter, 0.0, deviation)
-
-
-def _sigma(activation: str) -> tuple[float, float]:
-    """Critical standard deviations of weights (times sqrt(fan_in)) and biases.
-
-    Where there is none (softplus), or only deep in saturation (the sigmoid's 10.1), no initialisation
-    makes the network trainable; then the better of Xavier's and He's.
-    """
-    if activation not in ACTIVATIONS:
-        return 1.0, 0.0
-    try:
-        point = theory.critical(activation)
-        if point.sigma_w <= 2:
-            return point.sigma_w, math.sqrt(point.sigma_b2)
-    except ValueError:
-        pass
-    return min((1.0, math.sqrt(2)), key=lambda s: abs(math.log(theory.gain(activation, sigma_w=s)))), 0.0
-
-
-@torch.no_grad()
-def _reset_gains(model: nn.Module) -> None:
-    for module in model.modules():
-        gain, shift = getattr(module, "weight", None), getattr(module, "bias", None)
-        if _is_norm(module) and isinstance(gain, Tensor) and gain.ndim == 1:
-            nn.init.ones_(gain)
-            if isinstance(shift, Tensor):
-                nn.init.zeros_(shift)
-
-
-def _epsilon(module: nn.Module) -> float:
-    return next(
-        (float(v) for v in (getattr(module, n, None) for n in EPSILONS) if isinstance(v, float)), 1e-5
-    )
-
-
-def _reset_epsilon(model: nn.Module) -> None:
-    for module in filter(_is_norm, model.modules()):
-        for name in EPSILONS:
-            if hasattr(module, name):
-                setattr(module, name, 1e-5)
 
 
 @torch.no_grad()
@@ -213,19 +169,9 @@ def _standardise(model: nn.Module) -> None:
 @torch.no_grad()
 def _scale_branches(model: nn.Module, flow: Flow) -> None:
     """Scale the last layer with parameters of every residual branch by 1/sqrt(branches)."""
-    modules = dict(model.named_modules())
-    factor = len(flow.splits) ** -0.5
-    scaled: set[str] = set()
-    for depth in flow.splits:
-        for step in flow.ledgers.get(depth, ()):
-            module = modules.get(step.site.module)
-            if step.site.kind not in (*WEIGHTED, "normalisation") or module is None:
-                continue
-            if step.site.module not in scaled:
-                scaled.add(step.site.module)
-                for parameter in module.parameters(recurse=False):
-                    parameter.mul_(factor)
-            break
+    for name in ends(flow, model):
+        for parameter in model.get_submodule(name).parameters(recurse=False):
+            parameter.mul_(len(flow.splits) ** -0.5)
 
 
 # -- edits of torch calls --------------------------------------------------------------------------

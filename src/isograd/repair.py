@@ -20,7 +20,7 @@ from torch import nn
 
 from isograd.causes import distance
 from isograd.check import along_time
-from isograd.diagnosis import Diagnosis, diagnose
+from isograd.diagnosis import Diagnosis, Severity, diagnose
 from isograd.measure import measure
 from isograd.prescription import Patient, Prescription, Reach, Safety, apply, combined, prescriptions
 from isograd.remedies import critical_initialisation, exchange_activation, orthogonal_initialisation, slugs
@@ -43,6 +43,8 @@ FIRST = {*ORDER, "leaky-activation"}
 """Remedies that leave the structure as it is; the others are not even looked for before these have failed."""
 MOST = 40
 """Measurements after which a search gives up."""
+SPARE = 4
+"""Further candidates of the same reach that are measured when one leaves a warning about depth, and no error."""
 BETTER = 0.05
 """Share of the score's distance that training has to gain before a change is said to help."""
 
@@ -174,7 +176,13 @@ class _Search:
             self.note = "the flow is healthy: nothing to repair"
             return
         try:
+            spare = SPARE
             for candidate in self._candidates():
+                _, found, after = self.best
+                if found is not None and not after.errors:  # healthy but for a warning
+                    if spare == 0 or candidate.reach > found.reach:
+                        return
+                    spare -= 1
                 if self._try(candidate):
                     return
             self.note = "no prescription makes the flow healthy"
@@ -255,7 +263,7 @@ class _Search:
     # -- one candidate -----------------------------------------------------------------------------
 
     def _try(self, rx: Prescription) -> bool:
-        """Is the model healthy with it?"""
+        """Is the model healthy with it, without a warning about depth?"""
         if any(rx.edits == known.prescription.edits for known in self.tried):
             return False
         limit = max(threshold(self.before.flow.layers), 2.0)
@@ -278,10 +286,12 @@ class _Search:
         remaining, seconds = distance(after.flow), time.perf_counter() - began
         codes = ", ".join(f"{f.code} {f.name}" for f in after.errors)
         why = "healthy" if not after.errors else f"{codes}: {remaining:.1f} decades remain"
+        if not after.errors and _warned(after):
+            why = f"healthy, with a warning: {remaining:.1f} decades remain"
         self.tried.append(Tried(rx, why, remaining, after.verdict, seconds))
         if _badness(after) < _badness(self.best[2]):
             self.best = (changed, rx, after)
-        return not after.errors
+        return not after.errors and not _warned(after)
 
     def _examined(self, model: nn.Module) -> Diagnosis:
         return diagnose(along_time(measure(model, self.loss), model, self.loss))
@@ -295,8 +305,14 @@ class _Spent(Exception):
     """The budget of a search is used up."""
 
 
-def _badness(diagnosis: Diagnosis) -> tuple[bool, float, int]:
-    return bool(diagnosis.errors), distance(diagnosis.flow), len(diagnosis.errors)
+def _badness(diagnosis: Diagnosis) -> tuple[bool, bool, float]:
+    return bool(diagnosis.errors), _warned(diagnosis), distance(diagnosis.flow)
+
+
+def _warned(diagnosis: Diagnosis) -> bool:
+    """A warning about the gradient along depth or time."""
+    depth = ("VG", "EG", "RN")
+    return any(f.code[:2] in depth and f.severity >= Severity.WARNING for f in diagnosis.findings)
 
 
 def _first_line(error: Exception) -> str:

@@ -29,7 +29,7 @@ from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.remedies.critical_initialisation import biases, expected, remaining, scale, weight
 
 SLUG = "orthogonal-initialisation"
-TREATS = ("initialisation", "VG101", "EG201", "EG202")
+TREATS = ("initialisation", "VG101", "EG201", "EG202", "NF401", "NF402")
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:

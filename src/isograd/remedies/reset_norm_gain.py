@@ -36,7 +36,8 @@ NEAR = (0.3, 3.0)
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
     """Ones and zeros for every normalisation layer whose gain is far off."""
-    off = {name: (module, size) for name, module, size in _gains(patient.model) if not _fine(size)}
+    meant = bool(patient.flow.splits)
+    off = {name: (module, size) for name, module, size in _gains(patient.model) if not _fine(size, meant)}
     if not off:
         yield not_applicable(SLUG, "no normalisation layer has a gain far from 1")
         return
@@ -49,7 +50,7 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         for name, (module, _) in off.items()
         if isinstance(shift := getattr(module, "bias", None), Tensor)
     ]
-    gained = sum(-math.log10(size) for _, size in off.values())
+    gained = sum(-math.log10(size) if size > 0 else math.inf for _, size in off.values())
     yield Prescription(
         SLUG,
         f"gain 1 for {len(off)} normalisation layers",
@@ -68,5 +69,5 @@ def _gains(model: nn.Module) -> Iterator[tuple[str, nn.Module, float]]:
             yield name, module, rms(gain)
 
 
-def _fine(size: float) -> bool:
-    return size == 0 or NEAR[0] < size < NEAR[1]
+def _fine(size: float, residual: bool) -> bool:
+    return (residual and size == 0) or NEAR[0] < size < NEAR[1]
