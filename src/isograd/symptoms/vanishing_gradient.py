@@ -15,6 +15,7 @@ Evidence
     the head are left out where they change the width. A loss of 3 decades stopped SGD at every learning
     rate, and slowed AdamW, in 109 networks trained on digits (`python -m gallery.border`); at 30 layers
     and more, 2 decades did. Luck of a narrow network (five times its finite-width spread) is never called sick.
+    Where theory applies to all layers, `expected` is what it says of random weights of these sizes (docs/theory.md).
 
 What helps
     An initialisation at the critical gain of the activation; ReLU, GELU or tanh in place of sigmoid;
