@@ -19,7 +19,7 @@ from isograd.modules import Residual as WrappedResidual
 from isograd.prescription import Patient, Prescription, Safety, apply
 from isograd.remedies import NAMES, Remedy
 from isograd.remedies.insert_normalisation import groups_of
-from tests.families import FAMILIES, SEQUENCE, Functional, PostNorm, Recurrent
+from tests.families import FAMILIES, IMAGES, LABELS, SEQUENCE, Functional, PostNorm, Recurrent
 from tests.models import HE, Built, Residual, Tied, classified, mlp
 
 
@@ -435,3 +435,43 @@ def test_tied_weights_stay_tied_and_a_frozen_layer_is_left_as_it_is() -> None:
     rx = first("insert_normalisation", frozen)
     assert "0" not in {e.place for e in rx.edits}
     assert not any(p.requires_grad for p in apply(frozen[0], rx)[0].parameters())
+
+
+def test_a_branch_that_widens_the_stream_is_normalised_over_what_enters_it() -> None:
+    hf = pytest.importorskip("transformers")
+    sizes = {
+        "embedding_size": 8,
+        "hidden_sizes": [8, 16],
+        "depths": [2, 2],
+        "layer_type": "basic",
+        "num_labels": 4,
+    }
+    torch.manual_seed(0)
+    model = hf.ResNetForImageClassification(hf.ResNetConfig(**sizes))
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.BatchNorm2d):
+                setattr(module, name, nn.Identity())
+    loss = lambda m: m(pixel_values=IMAGES, labels=LABELS).loss  # noqa: E731
+    rx = first("insert_normalisation", (model, loss))
+    assert {8, 16} <= {e.arguments["channels"] for e in rx.edits if e.of == "modules.PreGroupNorm"}
+    assert loss(apply(model, rx)).isfinite()
+
+
+class Paired(nn.Module):
+    """Returns its result with something beside it, as attention returns its weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.tanh(self.layer(hidden)), hidden
+
+
+def test_a_skip_around_several_results_is_added_to_the_first() -> None:
+    x = torch.randn(3, 64)
+    paired = Paired()
+    for result in (WrappedResidual(paired, 0.5)(x), WrappedResidual(paired, 0.5)(hidden=x)):
+        assert torch.allclose(result[0], x + 0.5 * paired(x)[0])
+        assert result[1] is x

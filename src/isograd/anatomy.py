@@ -86,6 +86,8 @@ class Branch:
     entrance: str
     """Path of the largest module that holds the start of the branch and not the addition; '': none does."""
     addition: Site
+    entered: tuple[int, ...]
+    """Shape of the stream where the branch leaves it."""
     first: Site
     """The operation at its start."""
     inside: bool
@@ -168,6 +170,7 @@ def branches(flow: Flow, model: nn.Module) -> list[Branch]:
             Branch(
                 _climbed(first.module, addition.module) if first.module in classes else "",
                 addition,
+                flow.sites[max(depth - 1, 0)].shape,
                 first,
                 any(s.kind == "normalisation" or "norm" in classes.get(s.module, "") for s in steps),
                 following if following is not None and following.kind == "normalisation" else None,

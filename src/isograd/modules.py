@@ -248,9 +248,13 @@ class Residual(Around):
         if self.projection is not None:
             nn.init.orthogonal_(self.projection.weight)
 
-    def forward(self, h: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        h = args[0] if args else next(value for value in kwargs.values() if isinstance(value, Tensor))
         skip = h if self.projection is None else self.projection(h)
-        return skip + self.scale * self.inner(h, *args, **kwargs)
+        result = self.inner(*args, **kwargs)
+        if isinstance(result, tuple):  # an attention that returns its weights too
+            return (skip + self.scale * result[0], *result[1:])
+        return skip + self.scale * result
 
     def extra_repr(self) -> str:
         return f"scale={self.scale:.4g}"

@@ -132,7 +132,7 @@ def _entrances(kind: str, streams: list[Branch], patient: Patient) -> Iterator[E
     """A norm at each branch, once for a module that several layers share, and one before the head."""
     of = "modules.PreRMSNorm" if kind == "RMSNorm" else "modules.PreLayerNorm"
     for entrance, branch in {b.entrance: b for b in streams}.items():
-        shape = branch.addition.shape
+        shape = branch.entered
         if branch.convolutional:
             sizes = {"groups": groups_of(shape[1]), "channels": shape[1]}
             yield Edit(entrance, "wrap", "modules.PreGroupNorm", {**sizes})

@@ -109,6 +109,6 @@ def _moved(post: list[Branch], model: nn.Module) -> Iterator[Edit]:
         assert branch.after is not None
         norm = model.get_submodule(branch.after.module)
         of = "modules.PreRMSNorm" if "rms" in type(norm).__name__.lower() else "modules.PreLayerNorm"
-        yield Edit(branch.entrance, "wrap", of, {"features": branch.addition.shape[-1]})
+        yield Edit(branch.entrance, "wrap", of, {"features": branch.entered[-1]})
         if branch is not post[-1]:
             yield Edit(branch.after.module, "replace", "nn.Identity", before=str(norm))
