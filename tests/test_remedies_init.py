@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
+import pickle
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -275,6 +277,18 @@ def test_a_gate_and_the_output_keep_their_sigmoid() -> None:
     assert known.loss is not None
     found = measure(changed, known.loss)
     assert [a.function for a in found.activations] == ["tanh"] * 6 + ["sigmoid"] * 2
+
+
+def test_an_exchanged_forward_is_copied_pickled_and_read_like_the_original() -> None:
+    known, rx = first(exchange_activation, functional_net)
+    changed = apply(known.model, rx)
+    assert inspect.signature(changed.forward) == inspect.signature(known.model.forward)
+    x = torch.randn(4, 16)
+    for twin in (copy.deepcopy(changed), pickle.loads(pickle.dumps(changed))):
+        assert torch.equal(twin(x), changed(x))
+        with torch.no_grad():
+            next(twin.parameters()).zero_()
+        assert not torch.equal(twin(x), changed(x))  # its forward is its own, not the original's
 
 
 def test_an_activation_held_as_an_attribute_is_set() -> None:

@@ -135,9 +135,9 @@ def _made(rx: Prescription, model: nn.Module) -> None:
 def _critical(model: nn.Module, flow: Flow, activation: str) -> None:
     """Scale the weights of every layer to the standard deviation that keeps the gradient at criticality."""
     sigma_w, sigma_b = scale(activation)
-    parameters = dict(model.named_parameters())
-    for known in flow.parameters:
-        parameter, deviation = parameters[known.name], sigma_w / math.sqrt(max(known.fan_in, 1))
+    # by their order: a copied Keras model calls its parameters by other names
+    for known, parameter in zip(flow.parameters, model.parameters(), strict=True):
+        deviation = sigma_w / math.sqrt(max(known.fan_in, 1))
         if known.bias:
             nn.init.normal_(parameter, 0.0, sigma_b) if sigma_b else nn.init.zeros_(parameter)
         elif known.fan_in and (spread := float(parameter.float().std())) > 0:

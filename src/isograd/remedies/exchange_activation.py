@@ -83,7 +83,7 @@ def exchange(
     edits, by_hand = exchanges(patient, names, target, *arguments)
     called, old = TARGETS[target][1], ", ".join(names)
     if not edits:
-        why = f"the call of {old} cannot be told from a gate or the output on the same line"
+        why = f"no call of {old} can be told from a gate or the output by its line"
         return not_applicable(slug, why, *by_hand)
     found = layers(patient.flow, patient.model, dict.fromkeys(names, target))
     title, drawn = f"{called} in place of {old} ({len(edits)})", ()
@@ -140,6 +140,8 @@ def exchanges(
             place = f"{path}.{attribute}".lstrip(".")
             of = f"nn.functional.{target}"
             edits[place] = Edit(place, "set", of, before=function, source=a.site.source)
+        elif not a.site.source:  # exchanged before, or called from generated code
+            by_hand.append(f"{path or 'the model'}: the line that calls {function} is not known")
         elif (path, function, a.site.source) in elsewhere:
             by_hand.append(_by_hand(a.site.source, function, target, "a call here gates or is the output: "))
         else:
