@@ -1,8 +1,8 @@
-"""Published training problems, replayed: python -m benchmarks.replay [run ARM …|table] [--every N] [--seeds N]
+"""Published training problems, replayed: python -m benchmarks.replay [run ARM …|table|forget ARM …] [--every N] [--seeds N]
 
 `run` adds to replay.jsonl what is not yet in it, and can be stopped and started at any time. ARM is 'check' (is it
 detected, before training?), 'none', 'isograd', 'autotrainer', 'selu', 'random' or 'lr'; all by default. `table`
-prints what is there. Detection covers all published cases of the gallery; repair the networks of AutoTrainer's
+prints what is there, `forget isograd` drops what an older isograd did. Detection covers all published cases of the gallery; repair the networks of AutoTrainer's
 benchmark whose data can be made here in full (circle and blob), with its 300 epochs of Adam.
 """
 
@@ -24,6 +24,7 @@ from scipy.stats import ttest_ind
 
 from benchmarks.autotrainer import SELU, Recipe, Watched, activation, initialiser, repaired, trained
 from benchmarks.report import table
+from benchmarks.twins.results import forget
 from gallery.autotrainer import Data, autotrainer_build, autotrainer_facts, data, key
 from gallery.case import Case
 from gallery.cases import published
@@ -349,7 +350,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("verb", choices=("run", "table"))
+    parser.add_argument("verb", choices=("run", "table", "forget"))
     parser.add_argument("arms", nargs="*", metavar="ARM")
     parser.add_argument("--every", type=int, default=1, help="each n-th case only: a slice")
     parser.add_argument("--seeds", type=int, default=SEEDS)
@@ -357,6 +358,9 @@ def main() -> None:
     options = parser.parse_args()
     if options.verb == "table":
         print(report())
+        return
+    if options.verb == "forget":
+        print(f"{forget(RESULTS, options.arms)} results forgotten")
         return
     for arm in options.arms or ("check", *ARMS):
 

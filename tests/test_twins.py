@@ -13,7 +13,7 @@ from benchmarks.twins import __main__ as command
 from benchmarks.twins.arms import BLIND, drawn
 from benchmarks.twins.case import Case, train
 from benchmarks.twins.cases import cases
-from benchmarks.twins.results import Store
+from benchmarks.twins.results import Store, forget
 from benchmarks.twins.table import report
 from benchmarks.twins.trial import attempt, model_of, setting
 
@@ -117,6 +117,13 @@ def test_a_repair_counts_by_its_distance_to_the_healthy_twin(tmp_path: Path) -> 
     assert "## What isograd does not restore" in text
     assert DEFAULT.name in text
     assert model_of(DEFAULT) == "relu mlp 16"
+
+
+def test_what_an_older_version_did_can_be_forgotten(tmp_path: Path) -> None:
+    store(tmp_path, {"twin": [0.9], "isograd": [0.1, 0.2]})
+    path = tmp_path / "results.jsonl"
+    assert forget(path, ["isograd"]) == 2
+    assert [json.loads(line)["setting"]["arm"] for line in path.read_text().splitlines()] == ["twin"]
 
 
 def test_a_slice_runs_and_prints_its_table(

@@ -1,8 +1,8 @@
-"""Train the twins and print the tables: python -m benchmarks.twins [run ARM …|table] [--only PATTERN] [--every N] [--seeds N]
+"""Train the twins and print the tables: python -m benchmarks.twins [run ARM …|table|forget ARM …] [--only PATTERN] [--every N] [--seeds N]
 
 `run` adds to results.jsonl what is not yet in it, and can be stopped and started at any time. ARM is 'twin',
 'fault', 'check', 'isograd', 'selu', 'he', 'layernorm', 'random', 'lr', or any of them behind 'twin ' to treat
-the healthy twin; without one, all. `table` prints what is there.
+the healthy twin; without one, all. `table` prints what is there; `forget isograd` drops what an older isograd did.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from benchmarks.twins.arms import CHOOSING_SEED, DRAWS, RATES
 from benchmarks.twins.case import Case
 from benchmarks.twins.cases import cases
-from benchmarks.twins.results import RESULTS
+from benchmarks.twins.results import RESULTS, forget
 from benchmarks.twins.table import report
 from benchmarks.twins.trial import SEEDS, Setting, attempt, model_of, setting
 from isograd import trials
@@ -71,7 +71,7 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("verb", choices=("run", "table"))
+    parser.add_argument("verb", choices=("run", "table", "forget"))
     parser.add_argument("arms", nargs="*", metavar="ARM")
     parser.add_argument("--only", default="", help="a pattern that the case's name must match")
     parser.add_argument("--every", type=int, default=1, help="each n-th of these cases only: a slice")
@@ -80,6 +80,9 @@ def main() -> None:
     chosen = [case for case in cases() if re.search(options.only, case.name)][:: options.every]
     if options.verb == "table":
         print(report())
+        return
+    if options.verb == "forget":
+        print(f"{forget(RESULTS, options.arms)} results forgotten")
         return
     for arm in options.arms or (*FIRST, *ARMS):
         if arm in ("random", "lr"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -91,6 +92,15 @@ class Store:
             return None
         same = [twin.by_seed[seed] for seed in found.by_seed]
         return found.mean >= fmean(same) - max(POINTS, RESTORED * (twin.mean - case.task().chance))
+
+
+def forget(path: Path, arms: Iterable[str]) -> int:
+    """Drop the results of some arms, as when what they measure has changed. Returns how many."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    dropped = set(arms)
+    kept = [line for line in lines if json.loads(line)["setting"]["arm"] not in dropped]
+    path.write_text("".join(kept))
+    return len(lines) - len(kept)
 
 
 def differ(first: list[float], second: list[float]) -> float:
