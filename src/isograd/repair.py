@@ -387,5 +387,6 @@ def _for_training(search: _Search) -> Iterator[Prescription]:
     """What changes how a healthy flow trains: the residual branches and where the normalisation stands."""
     for cause in ("residual-branch-growth", "post-norm"):
         for rx in prescriptions(search.patient, {cause}):
-            if rx.applicable and (search.unsafe or rx.safety is Safety.SAFE):
+            changes = any(edit.verb != "configure" for edit in rx.edits)
+            if rx.applicable and changes and (search.unsafe or rx.safety is Safety.SAFE):
                 yield rx
