@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch.optim import Optimizer
 
 import isograd
 from isograd.monitor import Reading
+from isograd.record import Run
 
 
 def net(width: int = 16) -> nn.Sequential:
@@ -126,3 +129,77 @@ def test_latest_before_any_step_says_what_to_do() -> None:
         pytest.raises(RuntimeError, match=r"call latest\(\) after optimizer\.step\(\)"),
     ):
         monitor.latest()
+
+
+def test_every_third_step_and_those_that_are_not_finite() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    steps: list[int] = []
+    with isograd.watch(model, optimizer, every=3, sinks=[lambda _, step: steps.append(step)]):
+        for step, (x, y) in enumerate(batches(10)):
+            optimizer.zero_grad()
+            (functional.cross_entropy(model(x), y) * (math.nan if step == 4 else 1.0)).backward()
+            optimizer.step()
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.nan_to_num_()
+    assert steps == [0, 3, 4, 6, 9]
+
+
+@pytest.mark.parametrize(("option", "value"), [("every", 0), ("deep_every", 0), ("budget", 0.0)])
+def test_options_out_of_range_say_what_to_give(option: str, value: float) -> None:
+    model = net()
+    with pytest.raises(ValueError, match="give"):
+        isograd.watch(model, torch.optim.SGD(model.parameters()), **{option: value})  # type: ignore[arg-type]
+
+
+def test_another_kind_of_optimizer() -> None:
+    """Keras and the like: the loop says when a step has ended."""
+    model = net()
+    with isograd.watch(model, None) as monitor:
+        for x, y in batches(3):
+            model.zero_grad()
+            functional.cross_entropy(model(x), y).backward()
+            expected = by_hand(model)
+            monitor.step()
+            same(monitor.latest(), expected)
+    with pytest.raises(TypeError, match=r"monitor\.step\(\)"):
+        isograd.watch(model, object())  # type: ignore[arg-type]
+
+
+def test_a_record_is_written_and_continued(tmp_path: Path) -> None:
+    for start in (0, 5):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with isograd.watch(model, optimizer, run=tmp_path / "run") as monitor:
+            for x, y in batches(5):
+                optimizer.zero_grad()
+                loss = functional.cross_entropy(model(x), y)
+                loss.backward()
+                optimizer.step()
+                monitor.log(loss=loss)
+            assert monitor.latest().step == start + 4
+    with Run.open(tmp_path / "run") as run:
+        assert run.last == 9
+        assert len(run.series("loss")[1]) == 10
+
+
+def test_a_scalar_may_be_logged_before_or_after_the_step() -> None:
+    for early in (True, False):
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        kept: dict[int, float] = {}
+        with isograd.watch(
+            model, optimizer, sinks=[lambda s, step, kept=kept: kept.update({step: s["isograd/loss"]})]
+        ) as monitor:
+            for step, (x, y) in enumerate(batches(5)):
+                optimizer.zero_grad()
+                loss = functional.cross_entropy(model(x), y)
+                if early:
+                    monitor.log(loss=step)
+                loss.backward()
+                optimizer.step()
+                if not early:
+                    monitor.log(loss=-1.0)
+                    monitor.log(loss=step)  # the last value wins
+        assert kept == {i: i for i in range(5)}, early

@@ -102,11 +102,9 @@ def test_accumulation_that_ends_early(clip: Callable[[nn.Module], None] | None) 
             optimizer.step()
             optimizer.zero_grad()
             reading = monitor.latest()
-            if not reading.notes:
-                same(reading, expected)
-            else:  # only where it is clipped, and only the first time
-                assert clip is not None
-                assert reading.step == 4
+            assert reading.notes == ()
+            norms = torch.stack([reading.columns["grad_norm"], expected["grad_norm"].float()])
+            torch.testing.assert_close(norms[0], norms[1], rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("clip", [False, True])

@@ -65,6 +65,8 @@ class Ended:
     notes: list[str]
     time: float
     flow: Flow | None = None
+    due: bool = True
+    """To be kept; others only if something in them is not finite."""
     logged_early: set[str] = field(default_factory=set[str])
     """Names that were logged before the step ended."""
 
@@ -188,6 +190,9 @@ class Host:
 
     def _take(self, ended: Ended) -> None:
         reading = reading_of(ended)
+        counts = reading.columns.get("nonfinite")
+        if not ended.due and (counts is None or not (counts > 0).any() | counts.isnan().all()):
+            return
         found: Sequence[Finding] = ()
         if self._observer is not None:
             observe = self._observer.observe

@@ -59,7 +59,7 @@ def watch(
         model: the model, wrapped (DDP, compiled) or not.
         optimizer: one of torch's optimizers, or several. None for another kind: call `monitor.step()`.
         run: directory to keep the record in; None keeps none. A run that is there is continued.
-        every: read every so many steps.
+        every: keep every so many steps; of the others only those whose gradients are not finite.
         deep_every: measure the flow along the backbone every so many steps, with the batch of that step.
         budget: share of the training time that may be spent. The norm of every gradient, and with it
             whether all values are finite, is read at each step; the other columns as often as this
@@ -240,6 +240,8 @@ class Monitor:
 
     def full(self) -> bool:
         """Read all columns at this step?"""
+        if self._done % self._every:
+            return False
         if self._shards:  # every process must come to the same answer, and their clocks differ
             return self._done < FIRST or self._done % FIRST == 0
         return (
@@ -311,6 +313,7 @@ class Monitor:
         self._cost.ended(full, deep=self._flow is not None)
         self._scalars, self._begun = {}, False
         step.flow, self._flow = self._flow, None
+        step.due = self._done % self._every == 0
         self._held = step
         self._step += 1
         self._done += 1

@@ -55,7 +55,7 @@ class Provenance:
         self._steps = 0
         self.read_early = False
         self.unversioned = any(is_sharded(p) for p in parameters())
-        self.backwards = 0
+        self.backwards = self._taken_after = 0
         self.listen(parameters())
 
     def listen(self, parameters: Sequence[Tensor]) -> None:
@@ -77,10 +77,13 @@ class Provenance:
 
     @property
     def early(self) -> bool:
-        """The gradients should be read at the end of this backward: it may be the last before the step."""
-        if self.unversioned:
-            return True
-        return (self.learning or self.read_early) and self.backwards >= min(self._counts, default=1)
+        """The gradients are to be read at the end of this backward: it may be the last before the step."""
+        return self.learning or self.read_early or self.unversioned
+
+    @property
+    def complete(self) -> bool:
+        """As many backward passes as a step has had; an epoch may end with fewer."""
+        return self.backwards >= min(self._counts, default=1)
 
     @property
     def touched(self) -> bool:
@@ -92,14 +95,19 @@ class Provenance:
         if self._versions is not None:
             self._versions = self._now()
 
+    def taken(self) -> None:
+        """The gradients of this step have been taken; a closure may run its backward again."""
+        self._taken_after = self.backwards
+        self.settle()
+
     def stepped(self) -> None:
         """A step has ended: what follows belongs to the next."""
         if self.backwards:
-            self._counts.append(self.backwards)
+            self._counts.append(self._taken_after or self.backwards)
         elif self.read_early:  # the one parameter that is listened to had no gradient: listen to all again
             self._steps = 0
             self.listen(self._parameters())
-        self.backwards, self._versions = 0, None
+        self.backwards, self._taken_after, self._versions = 0, 0, None
         self._steps += 1
         last = self._last() if self._last is not None else None
         if self._steps == LEARNING and last is not None:

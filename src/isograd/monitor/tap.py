@@ -179,12 +179,13 @@ class Tap:
             provenance.read_early = True
             if part.full and self.clipped is None:
                 self.clipped = _norm(part)
-        provenance.settle()
+        provenance.taken()
         self._taken = True
         return part
 
     def _read(self) -> Part:
-        self._part = read(self.parameters(), self._watcher.full())
+        # All columns only where more of the step is not to be expected: micro-batches are read for the norm.
+        self._part = read(self.parameters(), self._watcher.full() and self.provenance.complete)
         self._read_at = self.provenance.backwards
         return self._part
 
