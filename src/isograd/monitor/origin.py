@@ -19,6 +19,10 @@ SPAN = 1.5
 initialisation has put there."""
 WEIGHT_GROWTH = 0.3
 """Decades: weights that are twice as large as they were in the window before."""
+LARGE = -1.5
+"""log10 update over weight: three percent a step, where healthy trainings settle at a tenth of that."""
+FASTER = 0.3
+"""Decades by which the updates have grown within 16 steps."""
 FAST = -1.0
 """log10 update over weight: a tenth a step doubles weights within ten, and is the cause of their growth."""
 
@@ -53,11 +57,12 @@ def origin(history: History) -> Cause:
     if grown >= WEIGHT_GROWTH and max(history.typical_updates, default=FAST) < FAST:
         words = f"{name} has grown {10**grown:.3g} times within {len(history.weights) - 1} steps"
         return Cause(words, "weight-growth", ("lower-learning-rate", "reduce weight growth: weight decay"))
-    return Cause(
-        "the steps are too large for the curvature: the learning rate",
-        "learning-rate",
-        ("lower-learning-rate", "warm-up", "clip-gradients"),
-    )
+    updates = finite(history.typical_updates)
+    if updates and (max(updates) >= LARGE or updates[-1] - updates[0] >= FASTER):
+        words = f"the steps are too large for the curvature, {10 ** max(updates):.2g} of the weights: the learning rate"
+        return Cause(words, "learning-rate", ("lower-learning-rate", "warm-up", "clip-gradients"))
+    words = "not told by the run: inputs, weights and the size of the steps were as before; look at the batch"
+    return Cause(words, "unclear", ("clip-gradients", "lower-learning-rate"))
 
 
 def _first(values: Sequence[float]) -> float:

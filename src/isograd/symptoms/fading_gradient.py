@@ -10,8 +10,9 @@ Why it happens
 
 Evidence
     The gradient norm of each weight matrix, in the order of the model's parameters, median of 10 readings: the
-    first quarter against the global norm, and against the second half of the layers, so that one large layer
-    does not decide. Only ratios count; the scale of the loss falls out. What happens between the layers,
+    first quarter against the global norm. So that one large layer does not decide, either the second half of the
+    layers must get far more than the first quarter, or the signal itself must fade on its way forward: then all
+    hidden layers get equally little. The rms of what a layer is fed with is read off its gradients. Only ratios count; the scale of the loss falls out. What happens between the layers,
     operation by operation, says `isograd check` on the model.
 
 What helps
@@ -27,7 +28,7 @@ import math
 from statistics import median
 
 from isograd.diagnosis import Finding, Severity
-from isograd.monitor.history import Detector, History
+from isograd.monitor.history import Detector, History, early, late
 
 CODE = "VG103"
 NAME = "fading-gradient"
@@ -35,7 +36,8 @@ NAME = "fading-gradient"
 LOST = -3.0
 """Decades below the global norm. The loss along depth from which plain SGD trains at no learning rate."""
 SPREAD = -1.5
-"""Decades between the early and the late layers: less is one large layer, and no loss along depth."""
+"""Decades between the early and the late layers, of gradient or of signal: less is one large layer, and no loss
+along depth."""
 LAYERS = 4
 """Matrices from which on one may speak of depth."""
 READINGS = 10
@@ -54,9 +56,13 @@ class Fading(Detector):
     def examine(self, history: History) -> Finding | None:
         if len(history.early_grads) < READINGS or len(history.names) < LAYERS:
             return None
-        early, late = median(history.early_grads[-READINGS:]), median(history.late_grads[-READINGS:])
-        self.share, between = early - median(history.norms[-READINGS:]), early - late
-        if not (math.isfinite(self.share) and self.share <= LOST and between <= SPREAD):
+        first = median(history.early_grads[-READINGS:])
+        self.share = first - median(history.norms[-READINGS:])
+        between = first - median(history.late_grads[-READINGS:])
+        if not (math.isfinite(self.share) and self.share <= LOST):
+            return None
+        signal = median(late(row) - early(row) for row in history.scales[-READINGS:])
+        if between > SPREAD and not signal <= SPREAD:
             return None
         return Finding(
             CODE,
@@ -70,6 +76,7 @@ class Fading(Detector):
                 "decades": self.share,
                 "threshold": LOST,
                 "early_over_late": between,
+                "signal": signal,
                 "readings": READINGS,
             },
             remedies=(
