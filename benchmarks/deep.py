@@ -86,7 +86,7 @@ def readings_row(layers: int, said: dict[str, Any]) -> tuple[str, ...]:
     """One depth in the table of what was found."""
 
     def ends(values: list[float]) -> str:
-        return f"{min(values):.3f} … {max(values):.3f}" if values else ""
+        return f"{min(values):.4g} … {max(values):.4g}" if values else ""
 
     gains = said["gains"]
     decades = sum(math.log10(gain) for gain in gains)
