@@ -137,3 +137,12 @@ def test_a_flow_without_its_parameters_expects_nothing() -> None:
     columns = {"decades": column, "activation_rms": torch.ones(2), "weighted": torch.tensor([0.0, 1.0])}
     parameter = Parameter("w", (8, 8), "measured", 0.0, 1.0, 0.0, 0, 1.0, fan_in=8)
     assert Flow(sites, columns, parameters=(parameter,)).expected.over(slice(1, 2)) is None
+
+
+def test_relu6_under_the_name_of_hardtanh() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(m for _ in range(12) for m in (nn.Linear(64, 64), nn.ReLU6())), nn.Linear(64, 1))
+    x = torch.randn(32, 64)
+    flow = isograd.measure(model, lambda m: m(x).square().mean())
+    assert flow.activations[0].function == "relu6"
+    assert isograd.diagnose(flow).flow.expected is not None

@@ -260,7 +260,7 @@ def _function(operation: str, settings: tuple[tuple[str | int, object], ...]) ->
     telling = [(key, value) for key, value in settings if not isinstance(value, bool)]  # in place or not
     if operation == "gelu":
         return "gelu_tanh" if "tanh" in dict(telling).values() else "gelu"
-    if not telling:
+    if not telling or operation == "relu6":  # its limits are told to hardtanh, under whose name it is called
         return operation if operation in NAMES else None
     function = cast("Callable[..., Tensor] | None", getattr(F, operation, None))
     named = {key: value for key, value in telling if isinstance(key, str)}
