@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -316,6 +318,13 @@ def test_a_run_is_diagnosed(tmp_path: Path) -> None:
     assert "NF405" in diagnosis.healthy
     well = diagnose(Run.open(recorded(tmp_path / "well", falling(300))))
     assert (well.verdict, well.findings) == ("healthy", ())
+
+
+def test_a_run_is_diagnosed_by_a_fresh_process(tmp_path: Path) -> None:
+    path = recorded(tmp_path / "run", falling(20))
+    command = [sys.executable, "-m", "isograd", "check", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout.split()[0]) == (0, "healthy"), done.stderr
 
 
 def test_a_run_that_no_detector_watched_is_diagnosed_too(tmp_path: Path) -> None:

@@ -5,15 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from isograd.diagnosis import Diagnosis, Finding
 from isograd.flow import Flow
-from isograd.monitor.detectors import Detectors
 from isograd.record.run import Run
+
+if TYPE_CHECKING:
+    from isograd.monitor.detectors import Detectors
 
 
 def verdict(run: Run) -> Diagnosis:
     """What was found while it was recorded; steps that no detector had seen are shown to them now."""
+    from isograd.monitor.detectors import Detectors  # the monitor, beside them, imports `examined` from here
+
     detectors = Detectors()
     again = run.remember(detectors)
     told = list(run.findings)
