@@ -333,3 +333,29 @@ def test_a_residual_segment_that_no_gradient_enters_has_no_split() -> None:
     flow = measure(model, lambda m: functional.cross_entropy(m(tokens).flatten(0, 1), tokens.flatten()))
     assert flow.splits
     assert all(math.isnan(split.skip) and math.isnan(split.branch) for split in flow.splits.values())
+
+
+class Split(nn.Module):
+    """One node with two outputs, whose gradients come by ways of very different length."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.near, self.head = nn.Linear(16, 24), nn.Linear(8, 16), nn.Linear(16, 1)
+        self.far = nn.ModuleList(nn.Linear(16, 16) for _ in range(30))
+
+    def forward(self, x: Tensor) -> Tensor:
+        u, v = self.first(x).split([16, 8], 1)
+        for layer in self.far:
+            u = torch.sigmoid(layer(u))
+        return self.head(u + 1e-12 * self.near(v))
+
+
+def test_gradients_of_different_scale_reach_two_outputs_of_one_node() -> None:
+    torch.manual_seed(0)
+    model, x = Split(), torch.randn(8, 16)
+    flow = measure(model, lambda m: m(x).square().mean())
+    exact = model.double()
+    found = torch.autograd.grad(exact(x.double()).square().mean(), list(exact.parameters()))
+    norms = {p.name: p.grad_norm_log10 for p in flow.parameters}
+    for (name, _), gradient in zip(exact.named_parameters(), found, strict=True):
+        assert norms[name] == pytest.approx(math.log10(float(gradient.norm())), abs=1e-5)

@@ -9,8 +9,9 @@ all blocks, a memory that every decoder block reads - they are added at the larg
 from __future__ import annotations
 
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,11 +30,17 @@ Gradients = tuple[Tensor | None, ...]
 
 @dataclass
 class _Meeting:
-    """A node where gradients of different scales are added; the sum so far and its exponent."""
+    """A node where gradients of different scales are added.
+
+    Attributes:
+        key: of the exponent of the sums.
+        pending: contributions that have not arrived, by the output of the node that they belong to.
+        sums: so far, by output; all at one scale.
+    """
 
     key: int
-    pending: int
-    total: Tensor | None = None
+    pending: Counter[int]
+    sums: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
 
 
 class Backward:
@@ -65,30 +72,34 @@ class Backward:
         self._between = {n for s in line.segments[line.exit :] for n in s.nodes[EVERY::EVERY]}
         self._held: dict[int, Tensor] = {}
         self._after: dict[Node, int] = {}
-        self._meetings: dict[Node, list[tuple[int, int, _Meeting]]] = {}
+        self._meetings: dict[Node, list[tuple[int, int, int, _Meeting]]] = {}
+        self._joint: dict[Node, _Meeting] = {}
         self._plan()
 
     def _plan(self) -> None:
         """Which scale each node's gradient has, and the edges by which different scales meet."""
-        incoming: dict[Node, list[tuple[Node, int]]] = {}
+        incoming: dict[Node, list[tuple[Node, int, int]]] = {}
         for node in self.graph.order:
             edges = incoming.pop(node, [])
-            keys = {self._after[source] for source, _ in edges} or {0}
+            keys = {self._after[source] for source, _, _ in edges} or {0}
             if len(keys) == 1:
                 key = keys.pop()
             else:
                 key = len(self.rescalings)
                 self.rescalings[key] = min(self.rescalings[k] for k in keys)
-                meeting = _Meeting(key, len(edges))
-                for source, index in edges:
-                    self._meetings.setdefault(source, []).append((index, self._after[source], meeting))
+                meeting = _Meeting(key, Counter(output for _, _, output in edges))
+                for source, index, output in edges:
+                    scale = self._after[source]
+                    self._meetings.setdefault(source, []).append((index, output, scale, meeting))
+                if len(meeting.pending) > 1:
+                    self._joint[node] = meeting
             self.scale[node] = self._after[node] = key
             if node in self._tops or node in self._between:
                 self._after[node] = len(self.rescalings)
                 self.rescalings[self._after[node]] = self.rescalings[key] + (node in self._tops)
-            for index, (child, _) in enumerate(node.next_functions):
+            for index, (child, output) in enumerate(node.next_functions):
                 if child is not None:
-                    incoming.setdefault(child, []).append((node, index))
+                    incoming.setdefault(child, []).append((node, index, output))
 
     def run(
         self, value: Tensor, wanted: Sequence[Tensor], read: Callable[[Node], bool]
@@ -103,6 +114,8 @@ class Backward:
                 edges = [edge for source, edge in segment.skip if source is node]
                 handles.append(node.register_hook(self._hold(i, edges)))
         handles += [node.register_hook(self._meet(edges)) for node, edges in self._meetings.items()]
+        # before those that read what enters the node
+        handles += [node.register_prehook(self._take_up(meeting)) for node, meeting in self._joint.items()]
         for node in self.graph.order:
             if node in self._tops or node in self._between:
                 handles.append(node.register_prehook(self._renormalise(self._tops.get(node), node)))
@@ -166,34 +179,48 @@ class Backward:
 
         return hook
 
-    def _meet(self, edges: list[tuple[int, int, _Meeting]]) -> Callable[[Gradients, Gradients], Gradients]:
+    def _meet(
+        self, edges: list[tuple[int, int, int, _Meeting]]
+    ) -> Callable[[Gradients, Gradients], Gradients]:
         """Hold contributions back until all have arrived, and pass on their sum with the last."""
 
         def hook(grad_inputs: Gradients, grad_outputs: Gradients) -> Gradients:
             passed = list(grad_inputs)
-            for edge, key, meeting in edges:
+            for edge, output, key, meeting in edges:
                 part, passed[edge] = passed[edge], None
-                meeting.pending -= 1
+                meeting.pending[output] -= 1
                 if part is not None:
-                    self._add(meeting, part, self.exponents[key])
-                if not meeting.pending:
-                    passed[edge], meeting.total = meeting.total, None
+                    self._add(meeting, output, part, self.exponents[key])
+                if not meeting.pending[output]:
+                    passed[edge] = meeting.sums.get(output)
+                    if len(meeting.pending) == 1:
+                        meeting.sums.clear()
             return tuple(passed)
 
         return hook
 
-    def _add(self, meeting: _Meeting, part: Tensor, exponent: Tensor) -> None:
-        """total * 2**a + part * 2**b, both of norm about 1, at the larger exponent: no factor exceeds 1."""
+    def _take_up(self, meeting: _Meeting) -> Callable[[Gradients], Gradients]:
+        """The sums of a node's outputs at their common scale: each was passed on at the scale of its time."""
+
+        def hook(grads: Gradients) -> Gradients:
+            taken = tuple(meeting.sums.get(output, grad) for output, grad in enumerate(grads))
+            meeting.sums.clear()
+            return taken
+
+        return hook
+
+    def _add(self, meeting: _Meeting, output: int, part: Tensor, exponent: Tensor) -> None:
+        """sum * 2**a + part * 2**b, both of norm about 1, at the larger exponent: no factor exceeds 1."""
         shift = _exponent(norm([part]), part.dtype)
         part, exponent = part * _power(-shift, part.dtype), exponent.to(shift.device) + shift
-        if meeting.total is None:
-            meeting.total, self.exponents[meeting.key] = part, exponent
-            return
-        before = self.exponents[meeting.key]
-        largest = torch.maximum(before, exponent)
-        old, new = (_power(e - largest, part.dtype) for e in (before, exponent))
-        meeting.total = meeting.total * old + part * new
-        self.exponents[meeting.key] = largest
+        if meeting.sums:
+            before = self.exponents[meeting.key]
+            largest = torch.maximum(before, exponent)
+            part = part * _power(exponent - largest, part.dtype)
+            meeting.sums = {n: s * _power(before - largest, s.dtype) for n, s in meeting.sums.items()}
+            exponent = largest
+        self.exponents[meeting.key] = exponent
+        meeting.sums[output] = meeting.sums[output] + part if output in meeting.sums else part
 
 
 def _exponent(length: Tensor, dtype: torch.dtype) -> Tensor:
