@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 import isograd
+from isograd.monitor.host import Sink
 from isograd.monitor.reading import Reading
-from isograd.sinks import Sink, scalars, tensorboard
+from isograd.sinks import tensorboard
 
 STEPS = 3
 
@@ -39,7 +40,7 @@ def train(sink: Sink) -> list[Reading]:
 
 def same(found: dict[int, float], readings: list[Reading], name: str) -> None:
     """Found values by step are those of the readings, as float32."""
-    expected = {r.step: scalars(r)[name] for r in readings}
+    expected = {r.step: r.flat()[name] for r in readings}
     assert found.keys() == expected.keys()
     for step, value in expected.items():
         assert found[step] == pytest.approx(value, rel=1e-6)
@@ -52,14 +53,14 @@ def test_scalars_leave_out_what_was_not_measured_and_keep_what_is_not_finite() -
     reading = Reading(
         0, ("a", "b"), {"grad_norm": torch.tensor([math.nan, math.inf])}, scalars={"loss": math.inf}
     )
-    assert scalars(reading) == {"isograd/loss": math.inf, "isograd/grad_norm/b": math.inf}
-    assert scalars(reading, prefix="", sites=False) == {"loss": math.inf}
+    assert reading.flat() == {"isograd/loss": math.inf, "isograd/grad_norm/b": math.inf}
+    assert reading.flat(prefix="", sites=False) == {"loss": math.inf}
 
 
 def test_any_callable_is_a_sink() -> None:
     got: dict[int, dict[str, float]] = {}
     readings = train(lambda values, step: got.__setitem__(step, values))
-    assert [got[r.step] for r in readings] == [scalars(r) for r in readings]
+    assert [got[r.step] for r in readings] == [r.flat() for r in readings]
     assert readings[0].scalars["loss"] > 0
 
 

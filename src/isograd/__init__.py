@@ -27,10 +27,10 @@ if TYPE_CHECKING:
     from isograd.prescription import Prescription as Prescription
     from isograd.prescription import apply as apply
     from isograd.prescription import prescribe as prescribe
-    from isograd.repair import Repair as Repair
-    from isograd.repair import repair as repair
     from isograd.proof import Proof as Proof
     from isograd.proof import prove as prove
+    from isograd.repair import Repair as Repair
+    from isograd.repair import repair as repair
     from isograd.spectrum import Spectrum as Spectrum
     from isograd.spectrum import spectrum as spectrum
     from isograd.trainability import trainability as trainability

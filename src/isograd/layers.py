@@ -109,21 +109,6 @@ def batch_norms(flow: Flow) -> int:
     return 0 if flow.splits else sum("batch_norm" in site.operation for site in flow.sites)
 
 
-def batch_norms(flow: Flow) -> int:
-    """Batch normalisations that the signal cannot get round."""
-    return 0 if flow.splits else sum("batch_norm" in site.operation for site in flow.sites)
-
-
-def batch_norms(flow: Flow) -> int:
-    """Batch normalisations that the signal cannot get round."""
-    return 0 if flow.splits else sum("batch_norm" in site.operation for site in flow.sites)
-
-
-def batch_norms(flow: Flow) -> int:
-    """Batch normalisations that the signal cannot get round."""
-    return 0 if flow.splits else sum("batch_norm" in site.operation for site in flow.sites)
-
-
 def norms(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Normalisation layers, of torch or of anybody: known by their name, as all of them are called."""
     for name, module in model.named_modules():

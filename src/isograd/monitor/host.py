@@ -6,9 +6,11 @@ Nothing here runs on the training thread. What raises here is one warning, and t
 from __future__ import annotations
 
 import math
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass, field
 from queue import SimpleQueue
 from typing import Any, Protocol
@@ -20,10 +22,22 @@ from isograd.diagnosis import Finding
 from isograd.flow import Flow
 from isograd.monitor.reading import Reading
 from isograd.monitor.updates import number
-from isograd.sinks import Sink
+
+Sink = Callable[[dict[str, float], int], None]
+"""Takes the numbers of a step, and the step: the log function of most loggers is one."""
 
 WAITING = 10_000
 """Readings that may wait for the record; further ones are dropped, and counted."""
+
+
+def bound(sink: Sink) -> Sink:
+    """The sink as another thread can call it: loggers keep the run that is active per context or per thread."""
+    if sink is getattr(sys.modules.get("mlflow"), "log_metrics", None):
+        mlflow = sys.modules["mlflow"]
+        run = mlflow.active_run() or mlflow.start_run()
+        return lambda scalars, step: mlflow.log_metrics(scalars, step, run_id=run.info.run_id)
+    context = copy_context()
+    return lambda scalars, step: context.run(sink, scalars, step)
 
 
 class Record(Protocol):
@@ -202,9 +216,7 @@ class Host:
             append = self._record.append
             self._guarded("record", lambda: append(reading, found))
         if self._sinks:
-            from isograd.sinks import scalars
-
-            flat = scalars(reading)
+            flat = reading.flat()
             for sink in self._sinks:
                 self._guarded(f"sink {sink!r}", lambda sink=sink: sink(flat, reading.step))
         self.newest = reading

@@ -22,7 +22,7 @@ from isograd.monitor.clipping import clip
 from isograd.monitor.cost import Cost
 from isograd.monitor.deep import Deep
 from isograd.monitor.detectors import Detectors
-from isograd.monitor.host import Ended, Host, Packed, Record, on_its_way, reading_of
+from isograd.monitor.host import Ended, Host, Packed, Record, Sink, bound, on_its_way, reading_of
 from isograd.monitor.names import Names
 from isograd.monitor.parts import Part
 from isograd.monitor.provenance import inner
@@ -33,7 +33,6 @@ from isograd.monitor.unexamined import together, unexamined
 from isograd.monitor.updates import number
 from isograd.record import Run
 from isograd.record.verdict import examined
-from isograd.sinks import Sink, bound
 
 FIRST = 10
 """Steps that are read in full whatever it costs: faults of the initialisation show in them."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -33,3 +34,17 @@ class Reading:
     """Shape of each parameter, whole where it is sharded, in the order of the sites; empty: not known."""
     flow: Flow | None = None
     """The flow along the backbone, on steps that were looked at from inside (`deep_every`)."""
+
+    def flat(self, *, prefix: str = "isograd/", sites: bool = True) -> dict[str, float]:
+        """The numbers as loggers take them: `isograd/loss`, `isograd/grad_norm`, `isograd/grad_norm/fc1.weight` …
+
+        Absent values (nan) are left out; not-finite values that were measured stay as they are. With `sites`
+        false, only what holds for the whole model.
+        """
+        flat = {prefix + name: value for name, value in self.scalars.items()}
+        if sites:
+            for column, values in self.columns.items():
+                for site, value in zip(self.sites, values.tolist(), strict=True):
+                    if not math.isnan(value):
+                        flat[f"{prefix}{column}/{site}"] = value
+        return flat
