@@ -25,7 +25,7 @@ from benchmarks.memory import MB, ROOT, in_use
 from benchmarks.report import progress, table
 from benchmarks.workloads import Setting
 from gallery.nets import Shape, Transformer
-from isograd.traced import Loss
+from isograd.graph.traced import Loss
 
 SCHEMES = {"pre-norm": "pre", "post-norm": "post", "DeepNorm": "deep", "no norm": "none"}
 TOKENS, BATCH, WIDTH, VOCABULARY = 32, 8, 64, 64

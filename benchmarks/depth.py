@@ -21,10 +21,10 @@ from benchmarks.methods import plain
 from benchmarks.report import progress, table
 from benchmarks.timing import paired
 from benchmarks.workloads import Setting, transformer
-from isograd.backbone import Graph, backbone, sinks
-from isograd.backward import Backward
-from isograd.trace import Trace
-from isograd.traced import Loss
+from isograd.graph.backbone import Graph, backbone, sinks
+from isograd.graph.backward import Backward
+from isograd.graph.trace import Trace
+from isograd.graph.traced import Loss
 
 STAGES = ("graph", "sinks", "backbone", "plan of the backward")
 

@@ -16,7 +16,7 @@ from benchmarks.methods import METHODS, plain
 from benchmarks.report import progress, table
 from benchmarks.timing import Sample, paired
 from benchmarks.workloads import FLOW, Setting, Workload
-from isograd.traced import Loss
+from isograd.graph.traced import Loss
 
 PLAIN = "plain step"
 PROCESSES = 3

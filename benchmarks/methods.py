@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import isograd
-from isograd.traced import Loss
+from isograd.graph.traced import Loss
 
 Method = Callable[[nn.Module, Loss], object]
 

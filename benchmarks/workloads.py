@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gallery.nets import HE, Shape, Transformer, mlp
-from isograd.traced import Loss
+from isograd.graph.traced import Loss
 
 transformers.logging.set_verbosity_error()
 

@@ -16,7 +16,7 @@ from torch.autograd.graph import Node
 from torch.nn import functional
 
 from isograd import measure
-from isograd.backbone import Graph
+from isograd.graph.backbone import Graph
 from tests.models import Residual, branch, line_of, log10, projected
 
 

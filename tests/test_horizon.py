@@ -20,9 +20,9 @@ from torch.utils import _pytree as pytree
 import isograd
 from isograd import horizon
 from isograd.cli import main
+from isograd.graph.scaled import ScaledBackward, log10_norms
 from isograd.horizon import Horizon, horizon_of_loss
-from isograd.scaled import ScaledBackward, log10_norms
-from isograd.unrolled import KERNELS, Unrolled
+from isograd.recurrent.unrolled import KERNELS, Unrolled
 
 KERNEL = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
 FORMS: dict[str, dict[str, Any]] = {

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 import isograd
-from isograd import singular
 from isograd.cli import main
+from isograd.spectra import singular
 from isograd.spectrum import SingularValues
 
 Loss = Callable[[nn.Module], Tensor]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import isograd
-from isograd import singular
+from isograd.spectra import singular
 from isograd.spectrum import Spectrum
 
 Loss = Callable[[nn.Module], Tensor]

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from isograd.diagnosis import Diagnosis, Effect, Finding
 from isograd.flow import Flow
+from isograd.graph.traced import Loss
 from isograd.interventions import Intervention, both, candidates
 from isograd.measure import measure
-from isograd.traced import Loss
 
 FAR = 400.0
 """Decades that stand for a gradient that is exactly zero or not finite: beyond any that is measured."""

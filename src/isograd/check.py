@@ -11,9 +11,9 @@ from torch import nn
 from isograd.causes import explained
 from isograd.diagnosis import Diagnosis, diagnose
 from isograd.flow import Flow
+from isograd.graph.traced import Loss, unwrapped
 from isograd.horizon import horizon_of_loss
 from isograd.measure import measure
-from isograd.traced import Loss, unwrapped
 
 
 def check(

@@ -18,9 +18,9 @@ import torch
 from torch import nn
 
 from isograd.flow import Flow
+from isograd.graph.traced import Loss, unwrapped
 from isograd.measure import measure
 from isograd.theory.law import Law, law
-from isograd.traced import Loss, unwrapped
 
 DEPTH_FIELDS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 """What transformers configurations call their number of blocks."""

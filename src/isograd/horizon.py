@@ -19,13 +19,13 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
-from isograd.axes import End, Place, output_of, places
-from isograd.preserve import preserved
-from isograd.recurrence import Recurrence, recurrences
-from isograd.scaled import ScaledBackward, log10_norms
-from isograd.trace import _argument_names
-from isograd.traced import Loss, _eager, unwrapped
-from isograd.unrolled import Unrolled
+from isograd.graph.preserve import preserved
+from isograd.graph.scaled import ScaledBackward, log10_norms
+from isograd.graph.trace import _argument_names
+from isograd.graph.traced import Loss, _eager, unwrapped
+from isograd.recurrent.axes import End, Place, output_of, places
+from isograd.recurrent.recurrence import Recurrence, recurrences
+from isograd.recurrent.unrolled import Unrolled
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from isograd.diagnosis import Diagnosis
 from isograd.flow import Flow
-from isograd.operations import ACTIVATIONS, kind_of_call, parameter_of
+from isograd.graph.operations import ACTIVATIONS, kind_of_call, parameter_of
 from isograd.prescription import Patient, Prescription, apply
 from isograd.remedies import reset_norm_epsilon, reset_norm_gain
 from isograd.remedies.critical_initialisation import scale

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from isograd.flow import Flow
-from isograd.operations import ACTIVATIONS, WEIGHTED
+from isograd.graph.operations import ACTIVATIONS, WEIGHTED
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,11 +7,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from isograd.assembly import Assembly
-from isograd.backbone import Backbone, backbone
-from isograd.backward import Backward
 from isograd.flow import Failure, Flow
-from isograd.traced import Loss, Traced, independent, traced
+from isograd.graph.assembly import Assembly
+from isograd.graph.backbone import Backbone, backbone
+from isograd.graph.backward import Backward
+from isograd.graph.traced import Loss, Traced, independent, traced
 
 
 def measure(model: nn.Module, loss: Loss, *, optimizer: torch.optim.Optimizer | None = None) -> Flow:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from isograd import surgery
 from isograd.diagnosis import Diagnosis
 from isograd.flow import Flow
-from isograd.traced import Loss, unwrapped
+from isograd.graph.traced import Loss, unwrapped
 
 if TYPE_CHECKING:
     from rich.text import Text

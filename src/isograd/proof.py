@@ -21,11 +21,11 @@ from torch import nn
 
 from isograd import trials
 from isograd.controls import random_edit
+from isograd.graph.preserve import preserved
+from isograd.graph.traced import Loss
 from isograd.measure import measure
 from isograd.paired import Difference, paired
 from isograd.prescription import Prescription, Value, apply, combined
-from isograd.preserve import preserved
-from isograd.traced import Loss
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from isograd.preserve import preserved
+from isograd.graph.preserve import preserved
 
 Loss = Callable[[nn.Module], Tensor]
 Direction = Callable[[Tensor], Tensor]

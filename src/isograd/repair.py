@@ -21,11 +21,11 @@ from torch import nn
 from isograd.causes import distance
 from isograd.check import along_time
 from isograd.diagnosis import Diagnosis, Severity, diagnose
+from isograd.graph.traced import Loss, unwrapped
 from isograd.measure import measure
 from isograd.prescription import Patient, Prescription, Reach, Safety, apply, combined, prescriptions
 from isograd.remedies import critical_initialisation, exchange_activation, orthogonal_initialisation, slugs
 from isograd.symptoms.vanishing_gradient import threshold
-from isograd.traced import Loss, unwrapped
 
 if TYPE_CHECKING:
     from rich.text import Text

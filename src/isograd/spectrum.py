@@ -21,13 +21,13 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from isograd.backbone import Graph
-from isograd.distribution import Distribution
 from isograd.flow import Site
-from isograd.jacobian import Jacobian, Place, Product
-from isograd.readings import log10
-from isograd.singular import estimate
-from isograd.traced import Loss, Traced, traced, unwrapped
+from isograd.graph.backbone import Graph
+from isograd.graph.readings import log10
+from isograd.graph.traced import Loss, Traced, traced, unwrapped
+from isograd.spectra.distribution import Distribution
+from isograd.spectra.jacobian import Jacobian, Place, Product
+from isograd.spectra.singular import estimate
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -19,10 +19,10 @@ from torch import nn
 
 from isograd import theory, trials
 from isograd.flow import Flow
+from isograd.graph.traced import Loss
 from isograd.measure import measure
 from isograd.theory.operations import Operations
 from isograd.theory.quadrature import activation
-from isograd.traced import Loss
 
 DEPTH_SCALES = 6
 """Depth scales over which a network still trains (Schoenholz et al. 2017, figure 5)."""

@@ -13,9 +13,9 @@ from isograd import trials
 from isograd.cli.errors import TargetError
 from isograd.cli.inputs import InputSpec
 from isograd.cli.target import load, resolve
+from isograd.graph.traced import Loss
 from isograd.prescription import Prescription
 from isograd.proof import Proof, Train, prove
-from isograd.traced import Loss
 
 STEPS = 60
 LR = 1e-3

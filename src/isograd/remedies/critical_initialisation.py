@@ -28,8 +28,8 @@ from functools import cache
 
 from isograd import theory
 from isograd.flow import Flow
+from isograd.graph.operations import ACTIVATIONS
 from isograd.layers import Layer, batch_norms, is_chain, layers
-from isograd.operations import ACTIVATIONS
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
 
 SLUG = "critical-initialisation"

@@ -33,8 +33,8 @@ from dataclasses import replace
 from torch import nn
 
 from isograd.flow import Activation, Flow
+from isograd.graph.operations import ACTIVATIONS
 from isograd.layers import Layer, is_chain, layers
-from isograd.operations import ACTIVATIONS
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
 from isograd.remedies.critical_initialisation import biases, gain, weight
 

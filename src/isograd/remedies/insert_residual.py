@@ -28,7 +28,7 @@ from collections.abc import Iterator
 
 from isograd import theory
 from isograd.anatomy import Part, expected, in_words, parts
-from isograd.operations import ACTIVATIONS
+from isograd.graph.operations import ACTIVATIONS
 from isograd.prescription import Edit, Patient, Prescription, Reach, Value, not_applicable
 
 SLUG = "insert-residual"

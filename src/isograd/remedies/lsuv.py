@@ -29,9 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from isograd import surgery, theory
+from isograd.graph.preserve import preserved
 from isograd.layers import Layer, batch_norms, is_chain, layers
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable, perform
-from isograd.preserve import preserved
 from isograd.remedies.critical_initialisation import remaining, weight
 from isograd.symptoms.vanishing_gradient import threshold
 

@@ -29,8 +29,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from isograd.flow import Flow
+from isograd.graph.operations import WEIGHTED
 from isograd.layers import rms
-from isograd.operations import WEIGHTED
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
 
 SLUG = "scale-residual-branches"

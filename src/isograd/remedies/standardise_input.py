@@ -27,8 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from isograd.flow import Flow
+from isograd.graph.preserve import preserved
 from isograd.prescription import Edit, Patient, Prescription, Reach, Value, not_applicable
-from isograd.preserve import preserved
 
 SLUG = "standardise-input"
 TREATS = ("unnormalised-input",)

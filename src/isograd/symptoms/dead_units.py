@@ -27,7 +27,7 @@ from collections.abc import Iterator
 
 from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow
-from isograd.operations import ACTIVATIONS
+from isograd.graph.operations import ACTIVATIONS
 from isograd.symptoms import Healthy, Outcome, Unexamined
 
 CODE = "SA302"

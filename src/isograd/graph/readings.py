@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from isograd.backward import Backward
-from isograd.trace import norm
-from isograd.traced import Traced
+from isograd.graph.backward import Backward
+from isograd.graph.trace import norm
+from isograd.graph.traced import Traced
 
 LOG2 = math.log10(2.0)
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 
 from torch.autograd.graph import Node
 
-from isograd.backbone import Graph, step_site
-from isograd.backward import Backward
 from isograd.flow import NonFinite
-from isograd.trace import Made
-from isograd.traced import Traced
+from isograd.graph.backbone import Graph, step_site
+from isograd.graph.backward import Backward
+from isograd.graph.trace import Made
+from isograd.graph.traced import Traced
 
 
 def first_nonfinite(

@@ -15,8 +15,8 @@ from itertools import pairwise
 from torch.autograd.graph import Node
 
 from isograd.flow import Site
-from isograd.operations import IDENTITIES, WEIGHTED, kind_of_module
-from isograd.trace import Call, Made, Trace
+from isograd.graph.operations import IDENTITIES, WEIGHTED, kind_of_module
+from isograd.graph.trace import Call, Made, Trace
 
 
 class Graph:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
-from isograd.backbone import Graph
+from isograd.graph.backbone import Graph
 
 Terms = dict[int, Tensor]
 """exponent -> tensor; the gradient is the sum of tensor * 2**exponent."""

@@ -16,7 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
-from isograd.unrolled import Unrolled
+from isograd.recurrent.unrolled import Unrolled
 
 MAIN_OUTPUTS = ("logits", "last_hidden_state")
 """What a Hugging Face model is asked for, among all that it returns."""

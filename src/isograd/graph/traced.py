@@ -14,9 +14,9 @@ from torch.autograd.graph import Node
 from torch.nn.parameter import is_lazy
 from torch.utils import checkpoint
 
-from isograd.backbone import Backbone, Graph, backbone, sinks
-from isograd.preserve import preserved
-from isograd.trace import Trace
+from isograd.graph.backbone import Backbone, Graph, backbone, sinks
+from isograd.graph.preserve import preserved
+from isograd.graph.trace import Trace
 
 Loss = Callable[[nn.Module], Tensor]
 

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from isograd.backbone import Backbone, Segment, step_site
-from isograd.backward import Backward
 from isograd.flow import (
     Activation,
     Failure,
@@ -23,10 +21,12 @@ from isograd.flow import (
     Split,
     Step,
 )
+from isograd.graph.backbone import Backbone, Segment, step_site
+from isograd.graph.backward import Backward
+from isograd.graph.origin import first_nonfinite
+from isograd.graph.readings import Readings, log10
+from isograd.graph.traced import Traced
 from isograd.optimizers import first_update
-from isograd.origin import first_nonfinite
-from isograd.readings import Readings, log10
-from isograd.traced import Traced
 
 
 class Assembly:

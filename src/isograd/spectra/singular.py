@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from isograd.distribution import Distribution, pooled, standard_error
-from isograd.jacobian import Product
+from isograd.spectra.distribution import Distribution, pooled, standard_error
+from isograd.spectra.jacobian import Product
 
 LARGEST_DENSE = 512
 """Outputs of one block up to which the Jacobian is assembled: one backward each."""

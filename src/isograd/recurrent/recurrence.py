@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from isograd.unrolled import Unrolled
+from isograd.recurrent.unrolled import Unrolled
 
 LARGEST = 2048
 """Rows of a matrix whose eigenvalues are computed: a few seconds."""

@@ -23,13 +23,15 @@ from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from isograd.operations import ACTIVATIONS, LOSSES, WEIGHTED, kind_of_call, operation_of, parameter_of
+from isograd.graph.operations import ACTIVATIONS, LOSSES, WEIGHTED, kind_of_call, operation_of, parameter_of
 
 _SET_REQUIRES_GRAD = vars(torch._C.TensorBase)["requires_grad"].__set__
 TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
 LARGEST_SAMPLE = 500_000
 """Elements of an activation or a loss input that statistics are taken over: beyond, whole rows are left out."""
-OWN_FOLDER = os.path.dirname(os.path.abspath(__file__)) + os.sep
+OWN_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+IN_MODELS = tuple(OWN_FOLDER + name for name in ("modules.py", "surgery.py"))
+"""Our files that run inside a repaired model."""
 
 
 def norm(tensors: Iterable[Tensor | None]) -> Tensor:
@@ -455,10 +457,12 @@ def _source() -> str:
 def _shown(filename: str) -> str | None:
     """How a file is called to the user: relative to where they are, or inside its package.
 
-    '' for torch's own and generated code, which is passed over; None for ours, behind which it is no
+    '' for torch's own, repaired modules and generated code, which is passed over; None for ours, behind which it is no
     longer the model that calls.
     """
     path = os.path.abspath(filename)
+    if path in IN_MODELS:
+        return ""
     if path.startswith(OWN_FOLDER) and not path.endswith("demo.py"):
         return None
     if path.startswith(TORCH_FOLDER) or filename.startswith("<frozen") or "contextlib" in path:

@@ -1,0 +1,1 @@
+"""Singular values of a Jacobian that is only there as a product with vectors."""
