@@ -30,12 +30,14 @@ INTERRUPTED = 130
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(isograd.__version__, prog_name="isograd")
 def cli() -> None:
-    """Find out why gradients vanish or explode in a PyTorch model.
+    """Find out why gradients vanish or explode in a PyTorch model, repair it, and prove the repair.
 
     \b
     isograd demo                              a sick network, its diagnosis, its repair, the proof
     isograd check net.py:build                your own model, with its own loss
     isograd check net.py:Net --input 32,64    a bare module, with random data
+    isograd repair net.py:build -o patch.py   the least change that cures it
+    isograd watch -- python train.py          a training, as it is
 
     Exit status: 0 healthy, 1 an error was found in the model, 2 the command could not be carried out.
     """

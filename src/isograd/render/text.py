@@ -70,9 +70,9 @@ def _summary(flow: Flow) -> str:
 
 
 def _expected(flow: Flow) -> str:
-    """What theory says of the same layers."""
+    """What theory says of the same layers; a few of them tell nothing of the whole."""
     part = flow.expected.over(slice(1, len(flow.sites)))
-    if part is None or not math.isfinite(part.measured):
+    if part is None or not math.isfinite(part.measured) or not (part.whole or 2 * part.layers >= flow.layers):
         return ""
     said = f"{numbers.decades(part.decades)} ± {numbers.decades(part.spread)} expected of random weights of these sizes"
     if part.whole:
