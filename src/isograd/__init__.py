@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from isograd.monitor import Monitor as Monitor
     from isograd.monitor import Reading as Reading
     from isograd.monitor import watch as watch
+    from isograd.nonfinite import find_nonfinite as find_nonfinite
     from isograd.pages import explain as explain
     from isograd.prescription import Prescription as Prescription
     from isograd.prescription import apply as apply
@@ -51,6 +52,7 @@ _HOME = {
     "extrapolate": "isograd.extrapolation",
     "horizon": "isograd.horizon",
     "watch": "isograd.monitor",
+    "find_nonfinite": "isograd.nonfinite",
     "prove": "isograd.proof",
     "Proof": "isograd.proof",
     "Diagnosis": "isograd.diagnosis",
