@@ -7,7 +7,8 @@ backward is the user's own. So the step's forward and backward are repeated on t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,9 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from isograd.flow import Flow
+from isograd.flow import Flow, Site
+from isograd.graph.operations import ACTIVATIONS
 from isograd.measure import measure
+from isograd.monitor.names import ADDED
 from isograd.monitor.sharding import is_sharded
+
+SAMPLES = 8
+"""A unit that is off half of the time is off in 8 samples by chance once in 256."""
 
 
 class Deep:
@@ -105,3 +111,33 @@ class Deep:
             cotangents[place] = gradient.detach()
 
         return hook
+
+
+def dead_units(flow: Flow) -> dict[str, float]:
+    """Share of units whose derivative is zero for every sample, by the last parameter (its bias, mostly) of
+    the layer that feeds them.
+
+    Counted of functions that pass nothing on one side. Where a layer feeds several, the largest share is told.
+    """
+    shares: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for seen in flow.activations:
+        if not ACTIVATIONS[seen.function].bounded and seen.samples >= SAMPLES:
+            shares[seen.site.name, seen.site.source].append(seen.dead)
+    found: dict[str, float] = {}
+    feeding = ""
+    for site in _forward(flow):
+        if site.parameters:
+            feeding = ".".join(part for part in site.parameters[-1].split(".") if part not in ADDED)
+        waiting = shares.get((site.name, site.source))
+        if waiting and feeding:
+            found[feeding] = max(waiting.pop(0), found.get(feeding, 0.0))
+    return found
+
+
+def _forward(flow: Flow) -> Iterator[Site]:
+    """The backbone from the input on, with what happens inside each segment before the site that ends it."""
+    for depth, site in enumerate(flow.sites):
+        for step in reversed(flow.ledgers.get(depth, ())):
+            if step.site != site:
+                yield step.site
+        yield site

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from statistics import median
 from typing import Any
 
@@ -139,12 +140,15 @@ class Baseline:
     """Median and spread of what came before the last `recent` values, and the median of those."""
 
     def __init__(self, values: Sequence[float], recent: int, window: int = WINDOW) -> None:
-        before = values[-window - recent : -recent]
+        self._before = before = values[-window - recent : -recent]
         self.enough = len(before) >= window // 2
         self.level = median(before) if self.enough else math.nan
-        self.spread = spread(before) if self.enough else math.nan
         self.largest = max(before) if self.enough else math.nan
         self.now = median(values[-recent:]) if self.enough else math.nan
+
+    @cached_property
+    def spread(self) -> float:
+        return spread(self._before) if self.enough else math.nan
 
     @property
     def rise(self) -> float:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from isograd.diagnosis import Finding
 from isograd.flow import Flow
+from isograd.monitor.deep import dead_units
 from isograd.monitor.reading import Reading
 from isograd.monitor.updates import number
 
@@ -85,35 +86,43 @@ class Ended:
     """Names that were logged before the step ended."""
 
 
+COLUMNS = ("grad_norm", "grad_max", "nonfinite", "zeros", "weight_norm", "update_norm")
+COUNTED = {"nonzero": "zeros"}
+"""What is counted on the device, and the column that is made of it."""
+
+
 def reading_of(ended: Ended) -> Reading:
     """The reading of a step; waits for its device."""
-    columns: dict[str, Tensor] = {}
     scalars = {name: value(v) for name, v in ended.scalars.items()}
-
-    def column(name: str) -> Tensor:
-        return columns.setdefault(name, torch.full((len(ended.sites),), math.nan))
-
+    names = {COUNTED.get(name, name) for packed in ended.packed for name in packed.columns}
+    if "grad_norm" in names:
+        names.add("nonfinite")
+    place = {name: i for i, name in enumerate(name for name in COLUMNS if name in names)}
+    table = torch.full((len(place), len(ended.sites)), math.nan, dtype=torch.float64)  # (column, site)
     for packed in ended.packed:
-        values = packed.values().cpu()
+        values = packed.values().cpu().double()
         index = torch.tensor(packed.sites)
-        rows = dict(zip(packed.columns, values.double(), strict=True))
         if packed.scale is not None:
-            scale = value(packed.scale)
-            scalars["scale"] = scale
-            for name in ("grad_norm", "grad_max"):
-                if name in rows:
-                    rows[name] = rows[name] / scale
-        if "nonzero" in rows:
-            rows["zeros"] = torch.tensor(packed.elements, dtype=torch.float64) - rows.pop("nonzero")
-        if "nonfinite" not in rows:  # a finite sum of squares has finite terms only
-            finite = rows["grad_norm"].isfinite()
-            rows["nonfinite"] = torch.where(finite, 0.0, math.nan)
-        for name, row in rows.items():
-            column(name)[index] = row.float()
+            scalars["scale"] = scale = value(packed.scale)
+            scaled = [[scale if name in ("grad_norm", "grad_max") else 1.0] for name in packed.columns]
+            values = values / torch.tensor(scaled, dtype=torch.float64)
+        table[torch.tensor([[place[COUNTED.get(name, name)]] for name in packed.columns]), index] = values
+        if "nonzero" in packed.columns:
+            table[place["zeros"], index] = (
+                torch.tensor(packed.elements, dtype=torch.float64) - table[place["zeros"], index]
+            )
+    columns = dict(zip(place, table.float(), strict=True))
     if "grad_norm" in columns:
-        norms = columns["grad_norm"].double()
-        known = norms[~norms.isnan() | (columns["nonfinite"] > 0)]
+        norms = table[place["grad_norm"]]
+        # A finite sum of squares has finite terms only; one that is not was looked at, on the CPU.
+        finite = torch.where(norms.isfinite(), 0.0, math.nan).float()
+        counted = torch.where(columns["nonfinite"].isnan(), finite, columns["nonfinite"])
+        columns["nonfinite"] = counted
+        known = norms[~norms.isnan() | (counted > 0)]
         scalars["grad_norm"] = float(torch.linalg.vector_norm(known)) if len(known) else math.nan
+    if ended.flow is not None:
+        dead = dead_units(ended.flow)
+        columns["dead"] = torch.tensor([dead.get(site, math.nan) for site in ended.sites])
     return Reading(
         ended.step,
         ended.sites,

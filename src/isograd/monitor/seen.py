@@ -34,10 +34,13 @@ class Seen:
     """log10 of update norm over weight norm."""
     scale: Tensor
     """log10 rms of what the layer multiplies, read off its gradients (see `Plan.scale`)."""
-    dead: dict[str, float]
-    """Share of units without gradient, by the name of the layer's bias, or as a deep reading counted them."""
+    sites: tuple[str, ...]
+    dead: Tensor
+    """Share of a layer's units without gradient, at the site of its bias, shape (site,); nan: not known."""
+    inside: Tensor | None
+    """Where that was counted by a look from inside, over all samples and positions; None: nowhere."""
     bias: float
-    """log10 of the largest gradient of a parameter that is no matrix."""
+    """log10 of the largest gradient of a parameter that is no matrix; -inf: there is none, or all are zero."""
 
     @property
     def elasticity(self) -> Tensor:
@@ -51,24 +54,25 @@ class Seen:
 def seen(reading: Reading) -> Seen:
     """A reading in logarithms. Only what is finite may come here."""
     plan = _plan(reading.sites, reading.shapes)
-    missing = torch.full((len(reading.sites),), math.nan, dtype=torch.float64)
-    grad, weight, update = (
-        reading.columns[name].double().log10() if name in reading.columns else missing for name in NORMS
-    )
+    missing = torch.full((len(reading.sites),), math.nan)
+    norms = torch.stack([reading.columns.get(name, missing) for name in NORMS]).double().log10_()
+    grad, (by_matrix, weight, update) = norms[0], norms[:, plan.matrices]
     total = reading.scalars.get("grad_norm", math.nan)
-    rest = grad[plan.rest]
-    rest = rest[~rest.isnan()]
+    rest = grad[plan.rest].nan_to_num(-math.inf, neginf=-math.inf)
+    dead, inside = _dead(reading, plan)
     return Seen(
         reading.step,
         reading.scalars.get("loss", math.nan),
         math.log10(total) if total > 0 else _summed(grad),
         plan.names,
-        grad[plan.matrices],
-        weight[plan.matrices],
-        (update - weight)[plan.matrices],
+        by_matrix,
+        weight,
+        update - weight,
         plan.scale(grad),
-        _dead(reading, plan),
-        float(rest.max()) if len(rest) else math.nan,
+        reading.sites,
+        dead,
+        inside,
+        float(rest.max()) if len(rest) else -math.inf,
     )
 
 
@@ -87,8 +91,8 @@ class Plan:
     """Site of each matrix's bias; -1: it has none."""
     fan_in: Tensor
     """log10 of the root of the inputs that each output sums over."""
-    units: tuple[tuple[int, str, int], ...]
-    """Site, name and length of each bias of a matrix."""
+    units: Tensor
+    """Length of the bias of a matrix, at its site; nan at all others."""
 
     def scale(self, grad: Tensor) -> Tensor:
         """log10 rms of the inputs of each layer: ||dW|| / (||db|| sqrt(fan-in)); nan without a bias.
@@ -106,6 +110,7 @@ def _plan(sites: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> Plan:
     kept = [i for i in range(len(sites)) if not shapes or len(shapes[i]) > 1]
     places = {name: i for i, name in enumerate(sites)} if shapes else {}
     biases = [places.get(_sibling(sites[i]), -1) for i in kept]
+    fed = set(biases)
     fan_in = [math.prod(shapes[i][1:]) if shapes else 1 for i in kept]
     return Plan(
         tuple(sites[i] for i in kept),
@@ -113,7 +118,9 @@ def _plan(sites: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> Plan:
         torch.tensor(sorted(set(range(len(sites))) - set(kept)), dtype=torch.long),
         torch.tensor(biases, dtype=torch.long),
         torch.tensor(fan_in, dtype=torch.float64).log10() / 2,
-        tuple((i, sites[i], shapes[i][0]) for i in biases if i >= 0 and len(shapes[i]) == 1),
+        torch.tensor(
+            [float(shapes[i][0]) if i in fed and len(shapes[i]) == 1 else math.nan for i in range(len(sites))]
+        ),
     )
 
 
@@ -122,17 +129,15 @@ def _sibling(name: str) -> str:
     return f"{head}.{last.replace('weight', 'bias')}" if "weight" in last else ""
 
 
-def _dead(reading: Reading, plan: Plan) -> dict[str, float]:
+def _dead(reading: Reading, plan: Plan) -> tuple[Tensor, Tensor | None]:
     """A unit is dead where its bias gets a gradient of exactly zero; counted activations are better."""
-    if "dead" in reading.columns:
-        values: list[float] = reading.columns["dead"].tolist()
-        return {
-            name: value for name, value in zip(reading.sites, values, strict=True) if not math.isnan(value)
-        }
-    if "zeros" not in reading.columns:
-        return {}
-    zeros: list[float] = reading.columns["zeros"].tolist()
-    return {name: zeros[i] / units for i, name, units in plan.units if not math.isnan(zeros[i])}
+    zeros = reading.columns.get("zeros")
+    dead = torch.full_like(plan.units, math.nan) if zeros is None else zeros / plan.units
+    counted = reading.columns.get("dead")
+    if counted is None:
+        return dead, None
+    inside = ~counted.isnan()
+    return torch.where(inside, counted, dead), inside
 
 
 def _summed(logs: Tensor) -> float:
@@ -159,6 +164,7 @@ def nonfinite(reading: Reading) -> Tensor | None:
     if counted is not None and bool((counted > 0).any()):
         return counted.nan_to_num(0.0)
     values = reading.columns.get("grad_norm")
-    bad = torch.zeros(len(reading.sites)) if values is None else values.isinf().float()
-    loss = reading.scalars.get("loss", 0.0)
-    return bad if bool(bad.any()) or not math.isfinite(loss) else None
+    broken = None if values is None else values.isinf()
+    if broken is not None and bool(broken.any()):
+        return broken.float()
+    return None if math.isfinite(reading.scalars.get("loss", 0.0)) else torch.zeros(len(reading.sites))

@@ -25,9 +25,14 @@ from __future__ import annotations
 
 import math
 from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import WINDOW, Detector, History
+from isograd.monitor.seen import Seen
 
 CODE = "SA303"
 NAME = "dying-units"
@@ -44,8 +49,8 @@ JITTER = 0.02
 """Mean change of the share from batch to batch: a dead unit is dead whatever the batch."""
 WORSE = 0.25
 """Share of what had been gained that is lost again: a layer that is merely sparse trains as well as before."""
-UNITS = 8
-"""Fewer are no share to speak of."""
+LOOK = 8
+"""Readings that one look from inside (`deep_every`) is worth: it is far from the one before it."""
 
 
 class Dying(Detector):
@@ -53,11 +58,10 @@ class Dying(Detector):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first: dict[str, float] = {}
-        self.since: dict[str, int] = {}
-        self.last: dict[str, float] = {}
-        self.jitter: dict[str, float] = {}
-        """Sum of the changes of the share since then."""
+        self.sites: tuple[str, ...] = ()
+        self.by_site = torch.empty(4, 0)
+        """Share at first, share at the last reading, readings that it has been dying for, and the sum of its changes
+        since then; (4, site)."""
         self.largest = math.nan
 
     unexamined = "needs the gradients of weight matrices and the zeros in those of their biases"
@@ -65,25 +69,37 @@ class Dying(Detector):
     def examine(self, history: History) -> Finding | None:
         seen = history.now
         assert seen is not None
-        for name, share in seen.dead.items():
-            self.first.setdefault(name, share)
-            dying = LAYER <= share < 1 and self.first[name] < START
-            self.since[name] = self.since.get(name, 0) + 1 if dying else 0
-            change = abs(share - self.last.get(name, share))
-            self.jitter[name] = self.jitter.get(name, 0.0) + change if dying else 0.0
-            self.last[name] = share
-        self.largest = max(seen.dead.values(), default=math.nan)
-        zero = [value == -math.inf for value in seen.grad.tolist() if not math.isnan(value)]
-        silent = bool(zero) and zero[0] and sum(zero) * 2 >= len(zero)
-        alive = seen.bias > -math.inf or not all(zero)
-        if self.holds(silent and alive, DEAD_FOR):
-            return self._dead(history, sum(zero), len(zero))
-        dying = [
-            name
-            for name, times in self.since.items()
-            if times >= DYING_FOR and self.jitter[name] <= JITTER * times
-        ]
+        dying = self._follow(seen)
+        silent = seen.grad == -math.inf
+        if self.holds(bool(silent.any()) and _first_half(silent, seen.grad.isnan(), seen.bias), DEAD_FOR):
+            return self._dead(history, int(silent.sum()), int((~seen.grad.isnan()).sum()))
         return self._dying(seen.dead, dying) if dying and _worse(history) else None
+
+    def _follow(self, seen: Seen) -> list[int]:
+        """Sites whose units have been dying for long enough."""
+        if seen.sites != self.sites:
+            self.sites, self.by_site = seen.sites, torch.full((4, len(seen.sites)), math.nan)
+            self.by_site[2:] = 0
+        first, last, since, jitter = self.by_site
+        known = ~seen.dead.isnan()
+        first.copy_(torch.where(first.isnan(), seen.dead, first))
+        dying = (seen.dead >= LAYER) & (seen.dead < 1) & (first < START)
+        worth = 1.0 if seen.inside is None else torch.where(seen.inside, float(LOOK), 1.0)
+        change = (seen.dead - last).abs().nan_to_num(0.0) * worth
+        since.copy_(torch.where(dying, since + worth, torch.where(known, 0.0, since)))
+        jitter.copy_(torch.where(dying, jitter + change, torch.where(known, 0.0, jitter)))
+        last.copy_(torch.where(known, seen.dead, last))
+        if bool(known.any()):
+            self.largest = float(seen.dead.nan_to_num(0.0).max())
+        return ((since >= DYING_FOR) & (jitter <= JITTER * since)).nonzero().flatten().tolist()
+
+    def state(self) -> dict[str, Any]:
+        return super().state() | {"sites": list(self.sites), "by_site": self.by_site.tolist()}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        self.sites = tuple(state["sites"])
+        self.by_site = torch.tensor(state["by_site"]).view(4, len(self.sites))
 
     def _dead(self, history: History, count: int, total: int) -> Finding:
         return Finding(
@@ -98,17 +114,19 @@ class Dying(Detector):
             remedies=("lower-learning-rate", "zero-biases", "leaky-activation"),
         )
 
-    def _dying(self, shares: dict[str, float], names: list[str]) -> Finding:
-        worst = max(names, key=lambda name: shares.get(name, 0.0))
+    def _dying(self, shares: Tensor, sites: list[int]) -> Finding:
+        dead, at = shares[sites].nan_to_num(0.0).max(0)
+        worst = sites[int(at)]
+        share, first = float(dead), float(self.by_site[0, worst])
         return Finding(
             CODE,
             NAME,
             Severity.WARNING,
-            f"{shares.get(worst, math.nan):.0%} of the units of {worst.rpartition('.')[0]} have got no gradient "
-            f"for {DYING_FOR} steps, {self.first[worst]:.0%} at the start",
+            f"{share:.0%} of the units of {self.sites[worst].rpartition('.')[0]} have got no gradient "
+            f"for {DYING_FOR} steps, {first:.0%} at the start",
             cause="pre-activations drift below zero",
-            sites=tuple(names[:3]),
-            evidence={"dead": shares.get(worst, math.nan), "threshold": LAYER, "at_start": self.first[worst]},
+            sites=tuple(self.sites[i] for i in sites[:3]),
+            evidence={"dead": share, "threshold": LAYER, "at_start": first},
             remedies=("lower-learning-rate", "leaky-activation"),
         )
 
@@ -116,6 +134,12 @@ class Dying(Detector):
         if math.isnan(self.largest):
             return None
         return f"at most {self.largest:.0%} of a layer's units get no gradient (a warning from {LAYER:.0%})"
+
+
+def _first_half(silent: Tensor, missing: Tensor, bias: float) -> bool:
+    """Of the matrices that were read, are the first and half of all silent, while something else is not?"""
+    read = silent[~missing]
+    return bool(read[0]) and int(read.sum()) * 2 >= len(read) and (bias > -math.inf or not bool(read.all()))
 
 
 def _worse(history: History) -> bool:

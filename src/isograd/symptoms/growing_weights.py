@@ -23,7 +23,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+
+import torch
+from torch import Tensor
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import WINDOW, Detector, History
@@ -59,21 +61,19 @@ class Growing(Detector):
         rows = history.weights
         if history.count <= SETTLED or len(rows) <= WINDOW or history.count % EVERY:
             return None
-        grown = {
-            name: max(exponential(column, WINDOW // 2), exponential(column, WINDOW))
-            for name, *column in zip(history.names, *rows, strict=True)
-        }
-        name = max(grown, key=lambda name: grown[name], default="")
-        self.largest = grown.get(name, math.nan)
+        grown = torch.maximum(exponential(rows, WINDOW // 2), exponential(rows, WINDOW))  # (matrix,)
+        if not len(grown):
+            return None
+        self.largest = float(grown.max())
         if not self.holds(self.largest >= GROWTH, READINGS):
             return None
         return Finding(
             CODE,
             NAME,
             Severity.WARNING,
-            f"{name} has grown {10**self.largest:.2g} times within {WINDOW} steps, and does not slow down",
+            f"{history.names[int(grown.argmax())]} has grown {10**self.largest:.2g} times within {WINDOW} steps, and does not slow down",
             cause="weights and gradients drive each other up",
-            sites=tuple(sorted(grown, key=lambda name: -grown[name])[:3]),
+            sites=tuple(history.names[i] for i in grown.argsort(descending=True, stable=True)[:3].tolist()),
             evidence={"decades": self.largest, "threshold": GROWTH, "steps": WINDOW},
             remedies=(
                 "lower-learning-rate",
@@ -88,12 +88,9 @@ class Growing(Detector):
         return f"no weight matrix grows exponentially (at most {max(self.largest, 0.0):.2f} decades in {WINDOW} steps)"
 
 
-def exponential(logs: Sequence[float], span: int) -> float:
-    """Decades of growth over the last `span` steps, if it was steady: else 0."""
-    points = [logs[-1 - span * part // 4] for part in (4, 3, 2, 1, 0)]
-    if not (math.isfinite(points[0]) and math.isfinite(points[-1])):
-        return 0.0
-    growth = points[-1] - points[0]
-    parts = [b - a for a, b in pairwise(points)]
-    steady = parts[2] + parts[3] >= STEADY * (parts[0] + parts[1]) and min(parts) >= EACH * growth / 4
-    return growth if steady else 0.0
+def exponential(logs: Sequence[Sequence[float]], span: int) -> Tensor:
+    """Decades by which each matrix has grown over the last `span` rows, if it was steady: else 0; (matrix,)."""
+    points = torch.tensor([logs[-1 - span * part // 4] for part in (4, 3, 2, 1, 0)], dtype=torch.float64)
+    growth, parts = points[-1] - points[0], points.diff(dim=0)
+    steady = (parts[2] + parts[3] >= STEADY * (parts[0] + parts[1])) & (parts.amin(0) >= EACH * growth / 4)
+    return torch.where(steady & growth.isfinite(), growth, 0.0)

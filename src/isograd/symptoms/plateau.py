@@ -37,6 +37,8 @@ ERRORS = 3.0
 """Standard errors by which the medians of two halves may differ: a loss that falls slowly is no plateau."""
 STEPS = 200
 """Steps at full pace before anything is said."""
+EVERY = 8
+"""Steps between two looks: the medians of hundreds of losses do not change so fast."""
 GAINED = 0.1
 """Share of the first loss that must be gained: a classifier that learned no more than the class frequencies."""
 LOST = 0.5
@@ -56,7 +58,7 @@ class Plateau(Detector):
 
     def examine(self, history: History) -> Finding | None:
         losses, first = history.losses, history.first_loss
-        if len(losses) < STEPS or min(*losses, first) <= 0:
+        if len(losses) < STEPS or history.count % EVERY or min(*losses, first) <= 0:
             return None
         half = len(losses) // 2
         before, now = median(losses[:half]), median(losses[half:])
