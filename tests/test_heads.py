@@ -25,6 +25,17 @@ def headed(
     return model, lambda m: loss(m(X))
 
 
+def clipped_log(p: Tensor) -> Tensor:
+    """Keras: the answer sums to one and is clipped before its logarithm is taken."""
+    p = (p / p.sum(-1, keepdim=True)).clamp(1e-7, 1 - 1e-7)
+    return -(functional.one_hot(CLASSES) * p.log()).sum(-1).mean()
+
+
+def both_logs(p: Tensor) -> Tensor:
+    p = p.clamp(1e-7, 1 - 1e-7)
+    return -(BINARY * p.log() + (1 - BINARY) * (1 - p).log()).mean()
+
+
 MISFITS: dict[str, Callable[[], Built]] = {
     "softmax, then cross_entropy": lambda: headed(4, lambda p: functional.cross_entropy(p, CLASSES), lambda x: x.softmax(-1)),
     "softmax over one unit": lambda: headed(1, lambda p: functional.binary_cross_entropy(p, BINARY), lambda x: x.softmax(-1)),
@@ -34,6 +45,8 @@ MISFITS: dict[str, Callable[[], Built]] = {
     "sigmoid, then cross_entropy": lambda: headed(4, lambda p: functional.cross_entropy(p, CLASSES), torch.sigmoid),
     "relu, then cross_entropy": lambda: headed(4, lambda p: functional.cross_entropy(p, CLASSES), torch.relu),
     "softmax, then nll_loss": lambda: headed(4, lambda p: functional.nll_loss(p, CLASSES), lambda x: x.softmax(-1)),
+    "softmax, then log_softmax by hand": lambda: headed(4, lambda p: functional.nll_loss(p.log_softmax(-1), CLASSES), lambda x: x.softmax(-1)),
+    "sigmoid, then logsigmoid by hand": lambda: headed(1, lambda p: -functional.logsigmoid(p).mean(), torch.sigmoid),
     "sigmoid for targets up to 50": lambda: headed(1, lambda p: functional.mse_loss(p, BINARY * 50), torch.sigmoid),
     "relu for negative targets": lambda: headed(1, lambda p: functional.l1_loss(p, BINARY * 9 - 5), torch.relu),
     "tanh for targets up to 50, by hand": lambda: headed(1, lambda p: (p - BINARY * 50).square().mean(), torch.tanh),
@@ -50,6 +63,10 @@ FITS: dict[str, Callable[[], Built]] = {
     "linear for any target": lambda: headed(1, lambda p: functional.mse_loss(p, BINARY * 50)),
     "softmax for probabilities": lambda: headed(4, lambda p: functional.mse_loss(p, functional.one_hot(CLASSES).float()), lambda x: x.softmax(-1)),
     "relu for positive targets": lambda: headed(1, lambda p: functional.mse_loss(p, BINARY * 50), torch.relu),
+    "saturated softmax, clip, log": lambda: headed(4, clipped_log, lambda x: (20 * x).softmax(-1)),
+    "saturated softmax, log, nll_loss": lambda: headed(4, lambda p: functional.nll_loss((p + 1e-9).log(), CLASSES), lambda x: (20 * x).softmax(-1)),
+    "saturated sigmoid, binary_cross_entropy": lambda: headed(1, lambda p: functional.binary_cross_entropy(p, BINARY), lambda x: (30 * x).sigmoid()),
+    "saturated sigmoid, both logarithms by hand": lambda: headed(1, both_logs, lambda x: (30 * x).sigmoid()),
 }  # fmt: skip
 
 
@@ -73,3 +90,10 @@ def test_a_head_that_fits_is_healthy(case: str) -> None:
 def test_a_sigmoid_that_is_saturated_for_good_is_not_called_dead_below_zero() -> None:
     built = headed(1, lambda p: (p - BINARY).square().mean(), lambda x: torch.sigmoid(x + 40))
     assert "SA302" not in {f.code for f in check(*built).findings}
+
+
+def test_a_saturated_output_whose_loss_does_not_undo_it_is_an_error() -> None:
+    built = headed(1, lambda p: functional.mse_loss(p, BINARY), lambda x: torch.sigmoid(x + 12))
+    (finding,) = check(*built).errors
+    assert finding.code == "VG102"
+    assert "saturated" in finding.message

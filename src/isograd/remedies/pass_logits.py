@@ -2,8 +2,9 @@
 
 What it does
     Puts `nn.Identity` in the place of a softmax, sigmoid, tanh or ReLU module that ends the model, so that the loss is
-    given logits; a softmax over one unit becomes a sigmoid where the loss expects a probability. Where the function
-    is called in the forward, it names the line.
+    given logits; a softmax over one unit becomes a sigmoid where the loss expects a probability. Only where the loss
+    as it stands takes what the model then returns: a loss that takes the logarithm of probabilities has to be changed
+    together with the model, and is named with its line. So is a function that is called in the forward.
 
 When it helps
     `cross_entropy` on probabilities has a gradient that is flat by design; softmax over one unit is always 1 and has
@@ -23,8 +24,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from isograd.flow import Site
+from isograd.flow import Flow, Site
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.symptoms.no_gradient_at_loss import logarithm, oversteps, taken
 
 SLUG = "pass-logits"
 TREATS = ("head", "VG102")
@@ -40,35 +42,48 @@ ENDS = (
     "softplus",
     "softsign",
 )
-PROBABILITY = ("binary_cross_entropy",)
-"""Losses that go on expecting a probability."""
+OF_ONE_SIDE = ("relu", "relu6", "hardtanh", "softplus")
+"""Ends that a regression does without: they say nothing but that the output is positive, or clipped."""
+LOGITS = {
+    "softmax": "torch.nn.functional.cross_entropy",
+    "log_softmax": "torch.nn.functional.cross_entropy",
+    "sigmoid": "torch.nn.functional.binary_cross_entropy_with_logits",
+    "hardsigmoid": "torch.nn.functional.binary_cross_entropy_with_logits",
+}
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
     """Where a head does not fit its loss, the function at its end is taken off."""
+    flow = patient.flow
     wrong = [f for f in patient.diagnosis.findings if f.code == "VG102"]
     if not wrong:
         yield not_applicable(SLUG, "output, loss and target fit each other")
         return
-    end = _end(patient)
+    end = _end(flow)
     if end is None:
         yield not_applicable(
             SLUG, "the model does not end in a softmax or a bounded function", *wrong[0].remedies
         )
         return
-    module = patient.model.get_submodule(end.module)
-    if not end.module or next(module.children(), None) is not None:
+    takes, one = taken(flow), end.operation == "softmax" and end.shape[-1:] == (1,)
+    if one and any(call.function == "cross_entropy" for call in flow.losses):
+        yield not_applicable(SLUG, "logits of one class are not enough either", *wrong[0].remedies)
+        return
+    keeps = one and takes in ("probabilities", "values")
+    keeps = keeps and not any(oversteps(call) for call in flow.losses)
+    if not keeps and not _fits_without(flow, end, takes):
         yield not_applicable(
             SLUG,
-            f"{end.operation} is called in the forward",
-            f"{end.source}: return what goes into the {end.operation}",
+            f"the loss takes {takes or 'what the model returns'}: model and loss have to change together",
+            _together(flow, end),
         )
         return
-    one = end.operation == "softmax" and end.shape[-1:] == (1,)
-    keeps = one and any(call.function in PROBABILITY for call in patient.flow.losses)
-    if not keeps and any(call.function in (*PROBABILITY, "nll_loss") for call in patient.flow.losses):
+    module = patient.model.get_submodule(end.module)
+    if not end.module or next(module.children(), None) is not None or _shared(flow, end):
         yield not_applicable(
-            SLUG, "the loss expects a probability", *(f"{f.message}: {r}" for f in wrong for r in f.remedies)
+            SLUG,
+            f"the {end.operation} at the end is no module of its own",
+            f"{end.source}: return what goes into the {end.operation}",
         )
         return
     yield Prescription(
@@ -83,7 +98,34 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     )
 
 
-def _end(patient: Patient) -> Site | None:
+def _fits_without(flow: Flow, end: Site, takes: str) -> bool:
+    """Does the loss, as it stands, take what goes into the function at the model's end?"""
+    if takes == "values":
+        return any(oversteps(call) for call in flow.losses) or end.operation in OF_ONE_SIDE
+    return takes == "logits"
+
+
+def _together(flow: Flow, end: Site) -> str:
+    """What to change by hand, in the model and in the loss."""
+    log = logarithm(flow)
+    lines = [log] if log is not None else [call.site for call in flow.losses]
+    lines += [site for site in flow.sites if site.kind == "loss"]
+    where = next((site.source for site in lines if site.source), "in the loss")
+    if end.operation not in LOGITS:
+        return f"{where}: the loss is flat where the output of {end.operation} stands"
+    return (
+        f"{where}: take {LOGITS[end.operation]} of what goes into the {end.operation}, and leave the "
+        f"{end.operation} out of the model ({end.place}); never the one without the other"
+    )
+
+
+def _shared(flow: Flow, end: Site) -> bool:
+    """Is the module that ends the model at work elsewhere too?"""
+    sites = (*flow.sites, *(step.site for ledger in flow.ledgers.values() for step in ledger))
+    return len({site.depth for site in sites if site.module == end.module}) > 1
+
+
+def _end(flow: Flow) -> Site | None:
     """The function that made the model's result."""
-    inside = [site for site in patient.flow.sites if site.kind != "loss"]
+    inside = [site for site in flow.sites if site.kind != "loss"]
     return inside[-1] if inside and inside[-1].operation in ENDS else None

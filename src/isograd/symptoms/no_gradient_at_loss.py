@@ -7,13 +7,15 @@ What it means
 
 Why it happens
     Softmax over one unit (always 1, so no gradient at all); softmax or sigmoid before a loss that applies
-    it again; a bounded output (sigmoid, tanh, softmax, ReLU) for targets outside of its bounds; the
-    logarithm of a probability that is saturated, or clipped.
+    it again; a bounded output (sigmoid, tanh, softmax, ReLU) for targets outside of its bounds; an
+    output that is saturated before a loss that does not undo it, or clipped.
 
 Evidence
     Exact facts rather than thresholds: the operation that made the loss's input and its width, the range
     of the targets against the range of that operation, whether rows sum to 1, and whether the gradient at
-    the model's output is exactly zero. Of 29 real programs with a flat loss, 27 had one of these faults.
+    the model's output is exactly zero. A saturated softmax or sigmoid is judged together with the logarithm
+    behind it, which gives back what it takes: the gradient of both is p - y. Of 29 real programs with a
+    flat loss, 27 had one of these faults.
 
 What helps
     Give the loss what it expects: logits to `cross_entropy` and `binary_cross_entropy_with_logits`, a
@@ -29,7 +31,7 @@ import math
 from collections.abc import Iterator
 
 from isograd.diagnosis import Finding, Severity
-from isograd.flow import Flow, LossCall
+from isograd.flow import Flow, LossCall, Site
 from isograd.symptoms import Healthy, Outcome, Unexamined
 
 CODE = "VG102"
@@ -51,10 +53,20 @@ BOUNDS = {
 }
 """Range of the functions that end a model."""
 REGRESSIONS = {"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "subtraction"}
+OF_LOGITS = {
+    "cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "soft_margin_loss",
+    "multilabel_soft_margin_loss",
+}
+"""Losses that apply the softmax or sigmoid themselves."""
+LOGARITHMS = {"log", "log2", "log10", "log1p", "xlogy", "binary_cross_entropy"}
+NORMALISED_LOG = {"log_softmax", "logsigmoid", "log_sigmoid"}
+VIEWS = {"view", "reshape", "squeeze", "unsqueeze", "flatten", "transpose", "permute", "float", "to", "clone"}
 SLACK = 0.05
 """Share of the target's own range by which it may overstep: noise on a target in [0, 1] is no fault."""
 SATURATED = -3.0
-"""Decades that one output function may cost: a logit of 7 in a sigmoid, where p is 0.999."""
+"""Decades that one output function may cost, with the logarithm behind it: a logit of 7 in a sigmoid, p = 0.999."""
 
 
 def examine(flow: Flow) -> Iterator[Outcome]:
@@ -84,7 +96,67 @@ def examine(flow: Flow) -> Iterator[Outcome]:
             remedies=(remedy,),
         )
     if not found:
-        yield _at_output(flow)
+        yield _twice(flow) or _at_output(flow)
+
+
+def taken(flow: Flow) -> str:
+    """What the loss takes: 'logits', 'probabilities', 'log-probabilities', 'values' of any size, '' where unknown."""
+    functions = {call.function for call in flow.losses}
+    behind = _behind(flow)
+    if functions & OF_LOGITS or (behind and behind[0].operation in NORMALISED_LOG):
+        return "logits"
+    if logarithm(flow) is not None:
+        return "probabilities"
+    if "nll_loss" in functions:
+        return "log-probabilities"
+    return "values" if functions & REGRESSIONS else ""
+
+
+def logarithm(flow: Flow) -> Site | None:
+    """The site of the loss at which the logarithm of the model's output has been taken, on one way or on several."""
+    return next(
+        (
+            site
+            for site in _behind(flow)
+            if site.operation in LOGARITHMS
+            or any(step.site.operation in LOGARITHMS for step in flow.ledgers.get(site.depth, ()))
+        ),
+        None,
+    )
+
+
+def oversteps(call: LossCall) -> bool:
+    """Do the targets of a regression lie outside of the range of the function that made its input?"""
+    if call.function not in REGRESSIONS or call.source not in BOUNDS:
+        return False
+    low, high = BOUNDS[call.source]
+    slack = SLACK * (call.target_max - call.target_min)
+    return call.target_max > high + slack or call.target_min < low - slack
+
+
+def _behind(flow: Flow) -> list[Site]:
+    """The loss's own sites that compute, from the model's output on."""
+    return [site for site in flow.sites if site.kind == "loss" and site.operation not in VIEWS]
+
+
+def _twice(flow: Flow) -> Finding | None:
+    """A softmax or sigmoid at the model's output and once more, in a logarithm, at the beginning of the loss."""
+    inside, behind = [site for site in flow.sites if site.kind != "loss"], _behind(flow)
+    if not inside or not behind or behind[0].operation not in NORMALISED_LOG:
+        return None
+    output, log = inside[-1], behind[0]
+    if output.operation not in ("softmax", "sigmoid"):
+        return None
+    return Finding(
+        CODE,
+        NAME,
+        Severity.ERROR,
+        f"the loss takes {log.operation} of the output of {output.operation}: it expects logits",
+        cause=f"a {output.operation} before a loss that applies its own function; the layers are not to blame",
+        sites=(log.place,),
+        evidence={"loss": log.operation, "output": output.operation, "cause": "head"},
+        remedies=(f"pass logits: remove the {output.operation}",),
+    )
 
 
 def _misfit(call: LossCall) -> tuple[str, str, str] | None:
@@ -119,16 +191,14 @@ def _misfit(call: LossCall) -> tuple[str, str, str] | None:
             "a softmax where log_softmax is expected",
             "use cross_entropy on the logits",
         )
-    if call.function in REGRESSIONS and call.source in BOUNDS:
+    if oversteps(call):
         low, high = BOUNDS[call.source]
-        slack = SLACK * (call.target_max - call.target_min)
-        if call.target_max > high + slack or call.target_min < low - slack:
-            return (
-                f"the output is bounded to [{low:g}, {high:g}] by {call.source}, but targets reach "
-                f"from {call.target_min:.3g} to {call.target_max:.3g}",
-                f"a {call.source} at the output cannot reach the targets and saturates on its way",
-                "end the model with a linear layer, or scale the targets",
-            )
+        return (
+            f"the output is bounded to [{low:g}, {high:g}] by {call.source}, but targets reach "
+            f"from {call.target_min:.3g} to {call.target_max:.3g}",
+            f"a {call.source} at the output cannot reach the targets and saturates on its way",
+            "end the model with a linear layer, or scale the targets",
+        )
     return None
 
 
@@ -162,7 +232,11 @@ def _at_output(flow: Flow) -> Outcome:
         )
     for i, cost in costs.items():
         site = flow.sites[i]
-        if site.kind in ("softmax", "activation") and cost < SATURATED:
+        if (
+            site.kind in ("softmax", "activation")
+            and cost < SATURATED
+            and _with_logarithm(flow, i, cost) < SATURATED
+        ):
             return Finding(
                 CODE,
                 NAME,
@@ -174,3 +248,17 @@ def _at_output(flow: Flow) -> Outcome:
                 remedies=("pass logits to a loss that is safe in log space", "critical-initialisation"),
             )
     return Healthy(f"the gradient at the model's output is not zero (log10 norm {log:.1f})")
+
+
+def _with_logarithm(flow: Flow, index: int, cost: float) -> float:
+    """Decades that an output function costs together with the logarithm of the loss.
+
+    From the logarithm's output to the function's input. A mean on the way spreads the gradient over its elements,
+    which costs half a decade for each decade of them and is no loss.
+    """
+    log = logarithm(flow)
+    if log is None or index == 0:
+        return cost
+    levels = flow.column("grad_norm_log10")
+    elements = math.prod(flow.sites[index].shape) / math.prod(log.shape)
+    return float(levels[index - 1] - levels[log.depth]) + 0.5 * math.log10(max(elements, 1.0))
