@@ -75,3 +75,40 @@ def test_what_was_not_given_is_unexamined() -> None:
     assert "4.bias" in said["parameters"]
     assert "RMSprop" in said["updates"]
     assert "training" not in said
+
+
+def test_dead_units_are_counted_also_of_layers_without_biases() -> None:
+    """Nothing else tells them there: no bias has a gradient of zero. Of each look the share of the flow."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Linear(8, 16, bias=False), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4)
+    )
+    with torch.no_grad():
+        model[2].bias[:12] = -100.0
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with isograd.watch(model, optimizer, deep_every=1) as monitor:
+        for x, y in batches(1):
+            functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        reading = monitor.latest()
+    dead = dict(zip(reading.sites, reading.columns["dead"].tolist(), strict=True))
+    assert dead["2.bias"] == 0.75
+    assert 0 <= dead["0.weight"] < 0.5
+    assert all(dead[name] != dead[name] for name in ("2.weight", "4.weight", "4.bias"))
+
+
+def test_units_that_die_are_told_from_looks_alone() -> None:
+    """A layer without biases, whose inputs turn to the wrong side: looks from inside see it, four of them suffice."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 32, bias=False), nn.ReLU(), nn.Linear(32, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with isograd.watch(model, optimizer, deep_every=2) as monitor:
+        for step, (x, y) in enumerate(batches(30)):
+            if step == 10:
+                with torch.no_grad():
+                    model[0].weight[:28, 0] = -1e3
+            optimizer.zero_grad()
+            functional.cross_entropy(model(torch.cat([x[:, :1].abs() + 1, x[:, 1:]], 1)), y).backward()
+            optimizer.step()
+        found = {finding.code: finding for finding in monitor.diagnosis().findings}
+    assert found["SA303"].sites == ("0.weight",)

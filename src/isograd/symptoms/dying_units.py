@@ -63,6 +63,8 @@ class Dying(Detector):
         """Share at first, share at the last reading, readings that it has been dying for, and the sum of its changes
         since then; (4, site)."""
         self.largest = math.nan
+        self.calm = False
+        """No site is dying, and of each that has biases the first share is known."""
 
     unexamined = "needs the gradients of weight matrices and the zeros in those of their biases"
 
@@ -80,17 +82,24 @@ class Dying(Detector):
         if seen.sites != self.sites:
             self.sites, self.by_site = seen.sites, torch.full((4, len(seen.sites)), math.nan)
             self.by_site[2:] = 0
+            self.calm = False
+        largest = float(seen.dead.nan_to_num(-1.0).max()) if self.sites else -1.0
+        if largest < 0:  # nothing was counted
+            return []
+        self.largest = largest
+        if self.calm and seen.inside is None and largest < LAYER:
+            self.by_site[1] = seen.dead
+            return []
         first, last, since, jitter = self.by_site
         known = ~seen.dead.isnan()
         first.copy_(torch.where(first.isnan(), seen.dead, first))
         dying = (seen.dead >= LAYER) & (seen.dead < 1) & (first < START)
         worth = 1.0 if seen.inside is None else torch.where(seen.inside, float(LOOK), 1.0)
-        change = (seen.dead - last).abs().nan_to_num(0.0) * worth
+        change = torch.where(since > 0, (seen.dead - last).abs() * worth, 0.0)
         since.copy_(torch.where(dying, since + worth, torch.where(known, 0.0, since)))
         jitter.copy_(torch.where(dying, jitter + change, torch.where(known, 0.0, jitter)))
         last.copy_(torch.where(known, seen.dead, last))
-        if bool(known.any()):
-            self.largest = float(seen.dead.nan_to_num(0.0).max())
+        self.calm = seen.inside is None and not bool(since.any())
         return ((since >= DYING_FOR) & (jitter <= JITTER * since)).nonzero().flatten().tolist()
 
     def state(self) -> dict[str, Any]:
