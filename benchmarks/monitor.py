@@ -126,7 +126,7 @@ def section(workload: Workload, setting: Setting) -> str:
     size = sum(p.numel() for p in model.parameters()) / 1e6
     tensors = sum(1 for _ in model.parameters())
     rounds = 3 if setting.quick else workload.rounds
-    rows = [row(name, model, loss, rounds, setting) for name in METHODS]
+    rows = [row(name, model, loss, rounds, setting, METHODS[name]) for name in METHODS]
     return "\n\n".join(
         (
             f"## {'quick stand-in for ' * setting.quick}{workload.describe}: {size:.1f}M parameters in {tensors} tensors, AdamW",
@@ -137,9 +137,11 @@ def section(workload: Workload, setting: Setting) -> str:
     )
 
 
-def row(name: str, model: nn.Module, loss: Loss, rounds: int, setting: Setting) -> tuple[str, ...]:
+def row(
+    name: str, model: nn.Module, loss: Loss, rounds: int, setting: Setting, tried: tuple[str, Method]
+) -> tuple[str, ...]:
     progress(f"  {name}")
-    package, method = METHODS[name]
+    package, method = tried
     if importlib.util.find_spec(package) is None:
         return name, "", "", "not installed", ""
     twin = copy.deepcopy(model)  # hooks of the method are then not in the step alone

@@ -1,13 +1,16 @@
 """Mistakes that monitors of today make, by the number they have in our list of them; each as a test.
 
-4, 9, 10, 11, 12, 18 and 25 at the size of a step; 5, 7 and 23 with real processes in tests/distributed; 13, 16
-and 24 in the tests of the record, the detectors and the benchmarks.
+5, 7 and 23 are tested with real processes in tests/distributed, 11 and 18 by counting in test_monitor_cost.py;
+19 needs a GPU.
 """
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections import Counter
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +20,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import isograd
+from benchmarks.monitor import Step, plain, row
+from benchmarks.workloads import Setting
+from isograd.measure import Loss
 from isograd.monitor import Reading
+from isograd.monitor.detectors import Detectors
+from isograd.record import Run
 
 
 def step(model: nn.Module, optimizer: torch.optim.Optimizer, factor: float = 1.0, seed: int = 1) -> None:
@@ -80,7 +88,33 @@ def test_04_clipping_does_not_hide_where_a_nan_came_from() -> None:
         assert monitor.latest().columns["nonfinite"].tolist() == [0, 0, 0, 0, 1, 0]
 
 
-def test_06_hooks_that_do_not_fire_are_said() -> None:
+def test_06_hooks_that_will_not_fire_are_said() -> None:
+    """Of parameters and optimizers from which nothing can be heard, why; nothing of those that can be heard."""
+
+    def told(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+        with isograd.watch(model, optimizer) as monitor:
+            return monitor.diagnosis().unexamined.get("hooks", "")
+
+    model = net()
+    assert told(model, torch.optim.SGD(model.parameters())) == ""
+    with torch.inference_mode():
+        assert "inference_mode" in told(model, torch.optim.SGD(model.parameters()))
+        made = net()
+    assert "inference tensors" in told(made, torch.optim.SGD(made.parameters()))
+    assert all(p.grad is None for p in model.parameters())
+    model.requires_grad_(False)
+    assert "none of the 6 parameters" in told(model, torch.optim.SGD(model.parameters()))
+
+    class Replaced(torch.optim.SGD):
+        pass
+
+    other = net()
+    optimizer = Replaced(other.parameters())
+    Replaced.step = lambda self, closure=None: None
+    assert "was replaced" in told(other, optimizer)
+
+
+def test_06_steps_that_were_not_seen_are_said() -> None:
     """An optimizer whose steps never reach us: nothing seen is not nothing wrong."""
     model, optimizer, monitor = watched()
     with monitor:
@@ -129,6 +163,101 @@ def test_12_no_threshold_is_absolute(factor: float) -> None:
         for _ in range(20):
             step(model, optimizer, factor=factor)
         assert not monitor.diagnosis().errors
+
+
+def test_13_decades_stay_apart(tmp_path: Path) -> None:
+    """Gradients of 1e-18 beside those of 1: each keeps its own size, in the reading and in the record."""
+    model, optimizer, _ = watched()
+    model = nn.Sequential(*(nn.Linear(4, 4, bias=False) for _ in range(4)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with isograd.watch(model, optimizer, run=tmp_path / "run") as monitor:
+        for i, p in enumerate(model.parameters()):
+            p.register_hook(lambda g, i=i: g / g.norm() * 10.0 ** (-6 * i))
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+        reading = monitor.latest()
+    with Run.open(tmp_path / "run") as run:
+        (kept,) = run.readings()
+    for seen in (reading, kept):
+        assert seen.columns["grad_norm"].log10().tolist() == pytest.approx([0, -6, -12, -18], abs=1e-5)
+
+
+def test_14_the_largest_element_is_the_largest_and_the_batch_is_no_dimension() -> None:
+    """One outlier of 256 elements, whole; and samples that come twice change nothing under a mean loss."""
+    model, optimizer, monitor = watched()
+    with monitor:
+        step(model, optimizer)
+        x, y = next(batches(1))
+        optimizer.zero_grad()
+        functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        once = monitor.latest()
+        outlier = torch.zeros(16, 16)
+        outlier[3, 7] = 1e3
+        hook = model[2].weight.register_hook(lambda gradient: gradient + outlier)
+        step(model, optimizer)
+        assert monitor.latest().columns["grad_max"][2].item() == pytest.approx(1e3, rel=1e-3)
+        hook.remove()
+        optimizer.param_groups[0]["lr"] = 0.0
+        for repeats in (1, 3):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x.repeat(repeats, 1)), y.repeat(repeats)).backward()
+            optimizer.step()
+            if repeats == 1:
+                once = monitor.latest()
+        same(monitor.latest(), {name: once.columns[name] for name in ("grad_norm", "grad_max")}, rtol=1e-5)
+
+
+def test_16_a_run_goes_on_with_what_its_detectors_knew(tmp_path: Path) -> None:
+    """What was known goes through JSON, values that are not finite too, and the steps go on counting."""
+    model, optimizer, _ = watched()
+    monitor = isograd.watch(model, optimizer, run=tmp_path / "run")
+    for i in range(20):
+        step(model, optimizer, factor=torch.nan if i == 12 else 1.0)
+        monitor.log(loss=1.0)
+        if i == 12:
+            model.load_state_dict(net().state_dict())
+    monitor.close()
+    state = json.loads(json.dumps(monitor._detectors.state()))
+    fresh = Detectors()
+    fresh.restore(state)
+    assert json.dumps(fresh.state()) == json.dumps(monitor._detectors.state())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with isograd.watch(model, optimizer, run=tmp_path / "run") as resumed:
+        step(model, optimizer)
+        assert resumed.latest().step == 20
+    assert resumed._detectors.history.count == 20  # 19 finite ones before, and this
+
+
+def test_17_what_the_page_says_is_what_happens() -> None:
+    """The listing of docs/watch.md runs, and its table names the columns that a full reading has."""
+    page = (Path(__file__).parents[1] / "docs" / "watch.md").read_text(encoding="utf-8")
+    listing = page.split("```python\n")[1].split("```")[0]
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    given = {"model": model, "optimizer": optimizer, "batches": list(batches(3)), "isograd": isograd}
+    exec(listing, given | {"cross_entropy": functional.cross_entropy, "print": lambda *_: None})
+    table = [line.split("|")[1] for line in page.splitlines() if line.startswith("| `")]
+    told = {name for cell in table for name in cell.split("`")[1::2]}
+    with isograd.watch(model, optimizer, deep_every=1) as monitor:
+        step(model, optimizer)
+        assert set(monitor.latest().columns) == told
+
+
+def test_24_the_benchmark_can_fail() -> None:
+    """A method that does the step's work four times over is seen to cost it, by the same rows as ours."""
+
+    def fourfold(model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, stack: ExitStack) -> Step:
+        once = plain(model, loss, optimizer, stack)
+        return lambda: [once() for _ in range(4)] and None
+
+    model = net(256)
+    x, y = torch.randn(256, 8), torch.zeros(256, dtype=torch.long)
+    setting = Setting(True, "cpu", 1)
+    cells = row(
+        "fourfold", model, lambda m: functional.cross_entropy(m(x), y), 5, setting, ("torch", fourfold)
+    )
+    assert float(cells[3].split()[0]) > 2
 
 
 def test_15_raw_parameters_recurrences_ties_and_the_unused() -> None:

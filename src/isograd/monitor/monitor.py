@@ -27,6 +27,7 @@ from isograd.monitor.names import Names
 from isograd.monitor.parts import Part
 from isograd.monitor.provenance import inner
 from isograd.monitor.reading import Reading
+from isograd.monitor.selftest import silent
 from isograd.monitor.sharding import Shards, rank
 from isograd.monitor.tap import Tap
 from isograd.monitor.unexamined import together, unexamined
@@ -118,6 +119,7 @@ class Monitor:
         self._cost = Cost()
         self._last_full = -1
         self._shards = Shards(model.parameters())
+        self._silent = silent()
         self._detectors = detectors = Detectors()
         record: Record | None = None
         if rank() == 0:  # the readings are the same in all processes
@@ -212,7 +214,9 @@ class Monitor:
         diagnosis = examined(self._host.findings, self._detectors, flow=self._looked_at)
         if self._looked_at is not None:
             diagnosis = together(diagnosis, diagnose(self._looked_at))
-        unknown = unexamined(self._model, self._taps, self._done, self._logged, self._deep, self._deep_every)
+        unknown = unexamined(
+            self._model, self._taps, self._done, self._logged, self._deep, self._deep_every, self._silent
+        )
         return replace(diagnosis, unexamined=unknown | diagnosis.unexamined)
 
     def close(self) -> None:

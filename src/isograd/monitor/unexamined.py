@@ -11,19 +11,29 @@ from torch.nn.parallel import DataParallel
 from isograd.diagnosis import Diagnosis
 from isograd.monitor.deep import Deep
 from isograd.monitor.names import clean
+from isograd.monitor.selftest import deaf
 from isograd.monitor.tap import Tap
 
 
 def unexamined(
-    model: nn.Module, taps: Sequence[Tap], steps: int, logged: set[str], deep: Deep, deep_every: int | None
+    model: nn.Module,
+    taps: Sequence[Tap],
+    steps: int,
+    logged: set[str],
+    deep: Deep,
+    deep_every: int | None,
+    silent: str,
 ) -> dict[str, str]:
-    """By subject: why it could not be examined."""
+    """By subject: why it could not be examined. `silent`: why hooks did not fire where the monitor attached."""
     said: dict[str, str] = {}
     if not steps:
         said["training"] = (
             "no step was seen. A step that is replayed as a CUDA graph or compiled as a whole runs no Python: "
             "leave optimizer.step() out of it"
         )
+        heard = (deaf(tap.parameters(), tap.optimizer) for tap in taps)
+        if why := next(filter(None, (*heard, silent)), ""):
+            said["hooks"] = why
     if "loss" not in logged:
         said["loss"] = "it was not logged: call monitor.log(loss=loss) once a step"
     if deep_every is None:
