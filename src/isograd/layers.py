@@ -64,6 +64,10 @@ def layers(flow: Flow, model: nn.Module, exchanged: Mapping[str, str] | None = N
     deepest = max((d for d in depths.values() if not math.isnan(d)), default=math.nan)
     last = next((p.module for p in reversed(line) if p.kind in WEIGHTED), "")
     of_head = {id(p) for p in model.get_submodule(last).parameters(recurse=False)} if last else set[int]()
+    biases: dict[str, list[str]] = {}
+    for known in flow.parameters:
+        if known.bias and known.state != "frozen":
+            biases.setdefault(known.name.rpartition(".")[0], []).append(known.name)
     found: list[Layer] = []
     for known in flow.parameters:
         if not known.fan_in or known.state == "frozen" or known.name not in parameters:
@@ -75,11 +79,7 @@ def layers(flow: Flow, model: nn.Module, exchanged: Mapping[str, str] | None = N
         found.append(
             Layer(
                 known.name,
-                tuple(
-                    b.name
-                    for b in flow.parameters
-                    if _bias_of(b.name, module) and b.bias and b.state != "frozen"
-                ),
+                tuple(biases.get(module, ()) if module else ()),
                 module,
                 known.shape,
                 known.fan_in,
@@ -155,7 +155,3 @@ def _after(line: list[_Place]) -> dict[str, str]:
             found[module] = place.operation
             module = ""
     return found
-
-
-def _bias_of(name: str, module: str) -> bool:
-    return bool(module) and name.rpartition(".")[0] == module

@@ -34,7 +34,7 @@ Train = Callable[[nn.Module, int], float]
 """train(model, seed) -> score, higher is better; as `isograd.prove` takes it."""
 
 ORDER = (
-    "reset-norm-epsilon", "reset-norm-gain", "standardise-input", "scale-embeddings", "zero-biases",
+    "standardise-input", "reset-norm-epsilon", "reset-norm-gain", "scale-embeddings", "zero-biases",
     "recurrent-initialisation", "chrono-initialisation", "forget-bias", "scale-residual-branches",
     "orthogonal-initialisation", "delta-orthogonal", "critical-initialisation", "classic-initialisation", "lsuv",
 )  # fmt: skip
@@ -201,10 +201,17 @@ class _Search:
     # -- candidates --------------------------------------------------------------------------------
 
     def _candidates(self) -> Iterator[Prescription]:
-        known = self.prescribed(self.patient, FIRST)
-        for reach in (Reach.TRAINING, Reach.INITIALISATION):
-            yield from (rx for rx in known if rx.reach is reach)
-        yield from (rx for rx in known if rx.reach is Reach.ACTIVATION)
+        activations: list[Prescription] = []
+        for slug in (
+            *ORDER,
+            "leaky-activation",
+        ):  # those behind the cure are not even looked for: LSUV runs the model
+            for rx in self.prescribed(self.patient, {slug}):
+                if rx.reach <= Reach.INITIALISATION:
+                    yield rx
+                else:
+                    activations.append(rx)
+        yield from activations
         yield from self._exchanges(self.patient)
         structural = self.prescribed(self.patient, set(slugs()) - FIRST - {exchange_activation.SLUG})
         yield from structural

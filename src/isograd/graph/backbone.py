@@ -285,7 +285,8 @@ def _split(graph: Graph, trace: Trace, segment: Segment, following: Node) -> Non
     if not skip or not rest:
         return
     segment.skip = skip
-    heads = [n for n in rest if all(n not in graph.children[m] for m in rest)]
+    below = {child for n in rest for child in graph.children[n]}
+    heads = [n for n in rest if n not in below]
     segment.branch = heads[0]
     if len(heads) == 1:
         segment.spine = graph.dominators([*rest, following])[:-1]

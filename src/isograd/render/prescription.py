@@ -166,7 +166,7 @@ def _effect(found: Repair) -> str:
         parts.append(f"score {found.score_before:.4g} before")
         parts += [f"{found.score_after:.4g} after"] if not math.isnan(found.score_after) else []
     measured = sum(bool(tried.verdict) for tried in found.tried)
-    parts.append(f"{measured} candidates measured in {found.seconds:.1f} s")
+    parts.append(f"{measured} candidate{'' if measured == 1 else 's'} measured in {found.seconds:.1f} s")
     return " · ".join(parts)
 
 

@@ -102,7 +102,9 @@ def _entering(flow: Flow, rms: float) -> Signal | None:
         return None
     site = flow.sites[0]
     shared = 0.0
-    for seen in flow.inputs.values():
+    inner = (step.site for ledger in flow.ledgers.values() for step in ledger)
+    asked = any(s.operation == "batch_norm" for s in (*flow.sites, *inner))  # by nothing else
+    for seen in flow.inputs.values() if asked else ():
         if math.isclose(seen.rms, rms, rel_tol=1e-3) and len(site.shape) == 2:
             shared = max(seen.rms**2 - seen.varying**2, 0.0)
     return Signal(rms**2, shared=shared, width=width_of(site))
