@@ -21,8 +21,8 @@ from benchmarks.timing import paired
 from benchmarks.workloads import FLOW, Setting, Workload, transformer
 from isograd.measure import Loss
 
-WARM = 25
-"""Steps before any is timed: past the first, which are read in full."""
+WARM, QUICK_WARM = 25, 12
+"""Steps before any is timed: past the first ten, which are read in full."""
 BLOCK = 5
 """Steps timed at once: what is spaced out over steps is then seen."""
 
@@ -125,12 +125,12 @@ def section(workload: Workload, setting: Setting) -> str:
     model, loss = workload.built(setting)
     size = sum(p.numel() for p in model.parameters()) / 1e6
     tensors = sum(1 for _ in model.parameters())
-    rounds = 3 if setting.quick else workload.rounds
+    rounds, warm = (3, QUICK_WARM) if setting.quick else (workload.rounds, WARM)
     rows = [row(name, model, loss, rounds, setting, METHODS[name]) for name in METHODS]
     return "\n\n".join(
         (
             f"## {'quick stand-in for ' * setting.quick}{workload.describe}: {size:.1f}M parameters in {tensors} tensors, AdamW",
-            f"{rounds} pairs of {BLOCK} steps alone and {BLOCK} steps with the method, after {WARM} steps; "
+            f"{rounds} pairs of {BLOCK} steps alone and {BLOCK} steps with the method, after {warm} steps; "
             "median (min .. max).",
             table(("", "plain ms", "method ms", "ratio", "ratio of processor time"), rows),
         )
@@ -149,7 +149,7 @@ def row(
     with ExitStack() as stack:
         try:
             step = method(twin, loss, torch.optim.AdamW(twin.parameters(), lr=1e-6), stack)
-            for _ in range(3 if setting.quick else WARM):
+            for _ in range(QUICK_WARM if setting.quick else WARM):
                 step()
         except Exception as error:  # that another tool fails on a model is a result
             return name, "", "", f"fails: {type(error).__name__}", ""
