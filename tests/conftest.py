@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +18,13 @@ LAYERS = 6
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--write-snapshots", action="store_true", help="write tests/snapshots anew")
+
+
+@pytest.fixture(autouse=True)
+def _denormals() -> Iterator[None]:
+    """Trainings of the gallery and the benchmarks flush denormals in their process; here all tests share one."""
+    yield
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture
