@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from isograd.diagnosis import Diagnosis
+from isograd.flow import Flow
 from isograd.prescription import Edit, Prescription, Safety, printed
 from isograd.render import numbers
 
@@ -155,8 +156,16 @@ def repair_document(found: Repair) -> Text:
     return text
 
 
+def _measured(flow: Flow) -> str:
+    """Decades lost on the way, along the depth or, where that is no chain, along time."""
+    lost = flow.lost
+    if math.isnan(lost) and flow.horizon is not None:
+        lost = flow.horizon.decades
+    return numbers.decades(lost)
+
+
 def _effect(found: Repair) -> str:
-    before, after = numbers.decades(found.before.flow.lost), numbers.decades(found.after.flow.lost)
+    before, after = _measured(found.before.flow), _measured(found.after.flow)
     parts = [f"{before or 'unmeasured'} decades before"]
     if found.prescription is not None:
         expected = numbers.decades(found.prescription.decades)
