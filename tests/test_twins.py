@@ -14,7 +14,7 @@ from benchmarks.twins.arms import BLIND, drawn
 from benchmarks.twins.case import Case, train
 from benchmarks.twins.cases import cases
 from benchmarks.twins.results import Store, forget
-from benchmarks.twins.table import report
+from benchmarks.twins.table import _beaten, report
 from benchmarks.twins.trial import attempt, model_of, setting
 
 CASES = {case.name: case for case in cases()}
@@ -117,6 +117,25 @@ def test_a_repair_counts_by_its_distance_to_the_healthy_twin(tmp_path: Path) -> 
     assert "## What isograd does not restore" in text
     assert DEFAULT.name in text
     assert model_of(DEFAULT) == "relu mlp 16"
+
+
+def test_only_what_is_sick_is_repaired(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoy = CASES["relu mlp 8 / a small head"]
+    monkeypatch.setattr(command, "RESULTS", tmp_path / "results.jsonl")
+    scores = {"twin": [0.9, 0.91, 0.89], "fault": [0.9, 0.88, 0.91]}
+    assert command.worth("selu", [DEFAULT]) == [DEFAULT]  # not judged yet
+    store(tmp_path, scores)
+    assert command.worth("selu", [DEFAULT]) == []
+    assert command.worth("isograd", [DEFAULT, decoy]) == [decoy]
+    assert command.worth("fault", [DEFAULT, decoy]) == [DEFAULT, decoy]
+
+
+def test_the_table_says_by_how_many_cases_isograd_is_ahead() -> None:
+    ours = {f"case {i}": 0.9 for i in range(8)}
+    theirs = {f"case {i}": 0.95 if i == 0 else 0.4 - i / 100 for i in range(8)}
+    assert _beaten(ours, theirs).startswith("7, 0 (0.0")
+    assert _beaten(ours, ours) == "0, 0 (1.000)"
+    assert _beaten(ours, {"case 1": 0.1}) == ""  # too few to tell
 
 
 def test_what_an_older_version_did_can_be_forgotten(tmp_path: Path) -> None:

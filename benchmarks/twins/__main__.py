@@ -2,7 +2,8 @@
 
 `run` adds to results.jsonl what is not yet in it, and can be stopped and started at any time. ARM is 'twin',
 'fault', 'check', 'isograd', 'selu', 'he', 'layernorm', 'random', 'lr', or any of them behind 'twin ' to treat
-the healthy twin; without one, all. `table` prints what is there; `forget isograd` drops what an older isograd did.
+the healthy twin; without one, all. What is to be repaired is what training has shown to be sick, or has not judged
+yet: run 'twin fault' first. `table` prints what is there; `forget isograd` drops what an older isograd did.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Iterable, Iterator
 from benchmarks.twins.arms import CHOOSING_SEED, DRAWS, RATES
 from benchmarks.twins.case import Case
 from benchmarks.twins.cases import cases
-from benchmarks.twins.results import RESULTS, forget
+from benchmarks.twins.results import RESULTS, Store, forget
 from benchmarks.twins.table import report
 from benchmarks.twins.trial import SEEDS, Setting, attempt, model_of, setting
 from isograd import trials
@@ -32,6 +33,15 @@ def settings(arm: str, chosen: Iterable[Case], seeds: int) -> Iterator[Setting]:
         once.setdefault(model_of(case) if arm.startswith("twin") else case.name, case)
     for seed in range(seeds):
         yield from (setting(case, arm, seed) for case in once.values())
+
+
+def worth(arm: str, chosen: list[Case]) -> list[Case]:
+    """The cases on which an arm can show something: a repair needs what is sick, and isograd must leave decoys alone."""
+    if arm in FIRST or arm.startswith("twin"):
+        return chosen
+    store = Store(RESULTS)
+    decoys = ("decoy",) if arm == "isograd" else ()
+    return [case for case in chosen if case.kind in decoys or store.truth(case) in ("sick", "unknown")]
 
 
 def search(arm: str, chosen: list[Case], seeds: int) -> None:
@@ -85,10 +95,11 @@ def main() -> None:
         print(f"{forget(RESULTS, options.arms)} results forgotten")
         return
     for arm in options.arms or (*FIRST, *ARMS):
+        telling = worth(arm, chosen)
         if arm in ("random", "lr"):
-            search(arm, chosen, options.seeds)
+            search(arm, telling, options.seeds)
         else:
-            kept(arm, list(settings(arm, chosen, options.seeds)))
+            kept(arm, list(settings(arm, telling, options.seeds)))
 
 
 if __name__ == "__main__":

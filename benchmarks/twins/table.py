@@ -6,11 +6,16 @@ from collections import Counter
 from collections.abc import Iterator
 from statistics import fmean
 
+from scipy.stats import wilcoxon
+
 from benchmarks.report import table
 from benchmarks.twins.arms import DRAWS, RATES
 from benchmarks.twins.case import Case
 from benchmarks.twins.cases import cases
-from benchmarks.twins.results import Store
+from benchmarks.twins.results import RESTORED, Store
+
+FEW = 6
+"""Paired cases below which no test can tell anything (6 alike give p = .03)."""
 
 ARMS = {
     "fault": "nothing",
@@ -85,30 +90,46 @@ def _detection(store: Store, truth: dict[str, str]) -> str:
 
 def _repair(store: Store, truth: dict[str, str]) -> str:
     sick = [case for case in cases() if truth[case.name] == "sick"]
+    ours = {case.name: _lead(store, case, "isograd") for case in sick if store.of(case, "isograd")}
     rows: list[list[str]] = []
     for arm, name in ARMS.items():
         done = [case for case in sick if store.of(case, arm)]
         if not done:
             continue
         restored = [case for case in done if store.restored(case, arm)]
-        lead = [
-            (store.scores(c, arm).mean - c.task().chance) / (store.scores(c, "twin").mean - c.task().chance)
-            for c in done
-        ]
+        lead = {case.name: _lead(store, case, arm) for case in done}
         runs = [row for c in done for row in store.of(c, arm).values()]
         rows.append(
             [
                 name,
                 str(len(done)),
                 f"{len(restored)} ({len(restored) / len(done):.0%})",
-                f"{fmean(lead):.2f}",
+                f"{fmean(lead.values()):.2f}",
+                "" if arm == "isograd" else _beaten(ours, lead),
                 f"{fmean(store.scores(c, arm).mean - store.scores(c, 'fault').mean for c in done):+.3f}",
                 f"{fmean(row['edits'] for row in runs):.1f}",
                 f"{fmean(row['search_seconds'] for row in runs):.1f}",
             ]
         )
-    header = ["what is done", "sick cases", "restored", "share of the lead", "gain", "edits", "search s"]
+    header = ["what is done", "sick cases", "restored", "share of the lead", "isograd better, worse (p)"]
+    header += ["gain", "edits", "search s"]
     return "## Repair, judged by training\n\n" + table(header, rows) if rows else ""
+
+
+def _lead(store: Store, case: Case, arm: str) -> float:
+    """Share of the healthy twin's lead over guessing that an arm reaches."""
+    chance = case.task().chance
+    return (store.scores(case, arm).mean - chance) / (store.scores(case, "twin").mean - chance)
+
+
+def _beaten(ours: dict[str, float], theirs: dict[str, float]) -> str:
+    """Cases in which isograd reaches more, or less, by a tenth of the lead; p of Wilcoxon's test over all."""
+    apart = [ours[name] - theirs[name] for name in ours.keys() & theirs.keys()]
+    if len(apart) < FEW:
+        return ""
+    better, worse = sum(d > RESTORED for d in apart), sum(d < -RESTORED for d in apart)
+    p = float(wilcoxon(apart).pvalue) if any(apart) else 1.0  # type: ignore[union-attr]
+    return f"{better}, {worse} ({'< .001' if p < 0.001 else f'{p:.3f}'})"
 
 
 def _harm(store: Store) -> str:
