@@ -13,8 +13,10 @@ from typing import Any, Literal
 
 from scipy.stats import ttest_ind
 
+from benchmarks.twins.arms import CHOOSING_SEED
 from benchmarks.twins.case import Case
-from benchmarks.twins.trial import model_of
+from benchmarks.twins.cases import cases
+from benchmarks.twins.trial import model_of, recipe
 
 RESULTS = Path(__file__).with_name("results.jsonl")
 
@@ -59,10 +61,12 @@ class Store:
 
     def __init__(self, path: Path = RESULTS) -> None:
         self.rows: dict[tuple[str, str], dict[int, Row]] = defaultdict(dict)
+        recipes = {name: recipe(case) for case in cases() for name in (model_of(case), case.name)}
         for line in path.read_text().splitlines() if path.exists() else ():
             record = json.loads(line)
             setting = record["setting"]
-            if "result" in record and setting["seed"] < 100:
+            current = setting["recipe"] == recipes.get(setting["case"])
+            if "result" in record and setting["seed"] < CHOOSING_SEED and current:
                 self.rows[setting["case"], setting["arm"]][setting["seed"]] = record["result"]
 
     def of(self, case: Case, arm: str) -> dict[int, Row]:

@@ -38,8 +38,12 @@ def model_of(case: Case) -> str:
 def setting(case: Case, arm: str, seed: int, **choice: float) -> Setting:
     """`arm` 'twin' trains the healthy model, 'twin <arm>' treats it first; all others start from the fault."""
     name = model_of(case) if arm.startswith("twin") else case.name
-    recipe = f"{case.optimizer} {case.lr:g} x {case.steps}"
-    return {"case": name, "arm": arm, "seed": seed, "recipe": recipe, **choice}
+    return {"case": name, "arm": arm, "seed": seed, "recipe": recipe(case), **choice}
+
+
+def recipe(case: Case) -> str:
+    """How a case is trained; what was trained otherwise does not count."""
+    return f"{case.optimizer} {case.lr:g} x {case.steps}"
 
 
 def attempt(setting: Setting) -> dict[str, Any]:
