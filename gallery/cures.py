@@ -26,6 +26,7 @@ from gallery.nets import (
     Transformer,
     initialised,
     mlp,
+    orthogonal,
     scaled_normal,
     without_head,
 )
@@ -399,7 +400,9 @@ def cures() -> tuple[Cure, ...]:
         deep("scale_residual_branches", "40 residual blocks without norms, He", lambda: loud(40), within=2.0),
         fit("scale_embeddings", "4 pre-norm blocks, embeddings of deviation 30", language(shape(4, "pre"), embedded(30.0)),
             trained("AdamW", 1e-3), 0.15),
-        far("recurrent_initialisation", "tanh RNN as torch draws it", sequence(rnn)),
+        deep("rescale_weights", "20 ReLU layers, orthogonal of gain 0.4", chain(nn.ReLU, 20, orthogonal(0.4))),
+        far("recurrent_initialisation", "tanh RNN as torch draws it", sequence(rnn), "inputs small"),
+        far("recurrent_initialisation", "tanh RNN, weights x 6", sequence(rnn, 6.0), "orthogonal state", GROWTH),
         far("forget_bias", "LSTM as torch draws it", sequence(lstm, inputs=short), x=short),
         far("chrono_initialisation", "LSTM as torch draws it", sequence(lstm)),
         far("gated_recurrence", "tanh RNN as torch draws it", sequence(rnn), "GRU"),

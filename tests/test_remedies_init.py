@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from isograd import check
 from isograd.diagnosis import Diagnosis, diagnose
 from isograd.measure import measure
 from isograd.pages import SYMPTOMS
@@ -30,12 +31,13 @@ from isograd.remedies import (
     lsuv,
     orthogonal_initialisation,
     recurrent_initialisation,
+    rescale_weights,
     reset_norm_epsilon,
     scale_embeddings,
     scale_residual_branches,
     zero_biases,
 )
-from tests.models import Built, Residual, Tied, classified, mlp
+from tests.models import HE, Built, Residual, Tied, classified, mlp
 
 HEADINGS = ("What it does", "When it helps", "Expected effect", "Safety", "References")
 
@@ -175,7 +177,7 @@ def first(remedy: Any, build: Callable[[], Built], index: int = 0) -> tuple[Pati
 
 REMEDIES = (
     critical_initialisation, orthogonal_initialisation, delta_orthogonal, exchange_activation, leaky_activation, lsuv,
-    scale_residual_branches, recurrent_initialisation, chrono_initialisation, forget_bias, reset_norm_epsilon, scale_embeddings, zero_biases,
+    scale_residual_branches, recurrent_initialisation, rescale_weights, chrono_initialisation, forget_bias, reset_norm_epsilon, scale_embeddings, zero_biases,
 )  # fmt: skip
 
 
@@ -339,10 +341,49 @@ def test_scaled_branches_cure_an_exploding_residual_net() -> None:
 
 def test_a_recurrence_carries_its_gradient() -> None:
     known = seen(lambda: loop(100))
-    small, identity = recurrent_initialisation.prescribe(known)
+    alone, small, identity = recurrent_initialisation.prescribe(known)
+    assert {e.of for e in alone.edits} == {"nn.init.orthogonal_"}
     assert decades(known, small) == pytest.approx(-1, abs=0.5)
     assert decades(known, identity) > -1.5
     assert decades(known, next(iter(orthogonal_initialisation.prescribe(known)))) < -5
+
+
+def test_every_gate_of_a_loud_recurrence_is_drawn_for_itself() -> None:
+    def loud() -> Built:
+        model, loss = fused(nn.LSTM)
+        core = model.get_submodule("core")
+        assert isinstance(core, nn.LSTM)
+        with torch.no_grad():
+            for gate in core.weight_hh_l0.chunk(4):
+                nn.init.orthogonal_(gate)
+            core.weight_hh_l0[16:32] *= 8
+        return model, loss
+
+    known, rx = first(recurrent_initialisation, loud)
+    (edit,) = rx.edits  # the one gate that is off
+    assert edit.rows == (16, 32)
+    core = apply(known.model, rx).get_submodule("core")
+    assert isinstance(core, nn.LSTM)
+    for gate in core.weight_hh_l0.chunk(4):
+        assert torch.allclose(gate @ gate.T, torch.eye(16), atol=1e-5)
+
+
+def test_only_the_layer_that_is_off_is_scaled_and_its_directions_are_kept() -> None:
+    def faint() -> Built:
+        model = mlp(nn.ReLU, 10, HE)
+        with torch.no_grad():
+            model.get_submodule("8").weight.mul_(1e-4)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        return classified(model)
+
+    known, rx = first(rescale_weights, faint)
+    (edit,) = rx.edits
+    assert edit.place == "8.weight"
+    changed = apply(known.model, rx).get_parameter("8.weight")
+    before = known.model.get_parameter("8.weight")
+    assert torch.allclose(changed / changed.norm(), before / before.norm(), atol=1e-7)
+    assert float(changed.square().mean().sqrt()) * 8 == pytest.approx(HE, rel=0.01)
+    assert known.loss is not None
+    assert check(apply(known.model, rx), known.loss).verdict == "healthy"
 
 
 def test_the_forget_gate_has_one_bias_of_1_though_torch_has_two() -> None:

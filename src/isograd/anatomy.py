@@ -73,7 +73,7 @@ class Layer:
             if site.kind == "activation" and site.operation not in theory.NAMES:
                 raise ValueError(f"theory has no {site.operation}")
             if site.kind == "activation":
-                found.append(theory.Elementwise(site.operation))
+                found.append(theory.Interpolated(site.operation))
             elif site.operation in NORMS:
                 found.append(NORMS[site.operation])
         return found
@@ -315,13 +315,21 @@ def expected(
     rms = float(flow.column("activation_rms")[max(chain[0].index - 1, 0)])
     try:
         layers = [change(layer) for layer in chain[:LONG]]
-        result = theory.expected([operation for layer in layers for operation in layer], rms=rms)
+        operations = [operation for layer in layers for operation in layer]
+        shared = 0.0 if any(map(_asks, operations)) else math.nan
+        result = theory.expected(operations, rms=rms, shared=shared)
     except (ValueError, ArithmeticError):
         return math.nan, math.nan
     half = sum(len(layer) for layer in layers[: LONG // 2])
     rest = len(chain) - len(layers)
     each = sum(step.decades for step in result.steps[half:]) / (LONG // 2)
     return result.decades + rest * each, result.spread * math.sqrt(len(chain) / len(layers))
+
+
+def _asks(operation: Operation) -> bool:
+    """Does it need to know what two samples share?"""
+    inside = operation.branch if isinstance(operation, theory.Residual) else ()
+    return isinstance(operation, theory.BatchNorm) or any(map(_asks, inside))
 
 
 def in_words(decades: float, spread: float, layers: int) -> str:

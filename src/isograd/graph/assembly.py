@@ -146,6 +146,7 @@ class Assembly:
                 return Activation(site, seen.function, True, mean, saturated, dead, seen.units, seen.samples)
         site = step_site(self.trace.made[seen.node])
         spine = any(seen.node in s.spine for s in self.main.segments)
+        spine = spine or any(seen.node in s.nodes for other in self.towers for s in other.segments)
         return Activation(site, seen.function, spine, mean, saturated, dead, seen.units, seen.samples)
 
     def _parameter_scales(self) -> dict[str, float]:

@@ -34,6 +34,7 @@ NAMES = (
     "pre_norm",
     "query_key_norm",
     "recurrent_initialisation",
+    "rescale_weights",
     "reset_norm_epsilon",
     "reset_norm_gain",
     "safe_loss",
