@@ -1,0 +1,63 @@
+"""What a forward signal is like: how much of it tells one token from the others, what a normalisation makes of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NORMS = ("layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm")
+ROOTS = ("rsqrt", "sqrt")
+"""By these a normalisation that is written out divides."""
+LARGEST = 500_000
+"""Elements that a variance is taken over: beyond, samples are left out."""
+
+
+def distinct(tensor: Tensor) -> Tensor | None:
+    """Root mean square of what belongs to one token of one sample alone: (sample, token, feature) -> scalar.
+
+    What a position has in common in all samples, and a sample in all its tokens, is taken off. None: no tokens, or
+    nothing to compare them with.
+    """
+    if tensor.ndim != 3 or len(tensor) < 2 or tensor.shape[1] < 2:
+        return None
+    x = _sampled(tensor)
+    return (x - x.mean(0) - x.mean(1, keepdim=True) + x.mean((0, 1))).square().mean().sqrt().double()
+
+
+def denominator(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[float, Tensor] | None:
+    """Epsilon of one of torch's normalisations, and the mean variance that it is added to; None: something else."""
+    name = getattr(func, "__name__", "")
+    if name not in NORMS or not inspect.isfunction(func):
+        return None
+    call = inspect.signature(func).bind(*args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    epsilon = given["eps"] if given["eps"] is not None else torch.finfo(given["input"].dtype).eps
+    x = _sampled(given["input"])
+    fixed = not given.get("training", True) or not given.get("use_input_stats", True)
+    match name:
+        case "layer_norm":
+            spread = x.var(tuple(range(-len(given["normalized_shape"]), 0)), correction=0)
+        case "rms_norm":
+            spread = x.square().mean(tuple(range(-len(given["normalized_shape"]), 0)))
+        case _ if fixed and given["running_var"] is not None:
+            spread = given["running_var"].detach()
+        case "batch_norm":
+            spread = x.transpose(0, 1).flatten(1).var(1, correction=0)
+        case "group_norm":
+            spread = x.reshape(len(x), given["num_groups"], -1).var(-1, correction=0)
+        case _:
+            spread = x.flatten(2).var(-1, correction=0)
+    return float(epsilon), spread.double().mean()
+
+
+def _sampled(tensor: Tensor) -> Tensor:
+    """Enough samples, in at least float32."""
+    tensor = tensor.detach()
+    if tensor.numel() > LARGEST:
+        tensor = tensor[: max(2, LARGEST * len(tensor) // tensor.numel())]
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
