@@ -128,6 +128,15 @@ class Normalisation:
 
 
 @dataclass(frozen=True, slots=True)
+class Attention:
+    """One attention at work."""
+
+    site: Site
+    spread: float
+    """Mean of 1 - sum(p^2), the size of its softmax's derivative, over that of even attention."""
+
+
+@dataclass(frozen=True, slots=True)
 class Parameter:
     """One parameter and its gradient, true values: the renormalisation is undone in log space."""
 
@@ -251,6 +260,7 @@ class Flow:
     """What happens inside a segment, by the depth of the site that ends it."""
     activations: tuple[Activation, ...] = ()
     normalisations: tuple[Normalisation, ...] = ()
+    attentions: tuple[Attention, ...] = ()
     parameters: tuple[Parameter, ...] = ()
     modules: tuple[ModuleSignal, ...] = ()
     """The model's tree in registration order, the root first."""

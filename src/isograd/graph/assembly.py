@@ -11,6 +11,7 @@ from torch import Tensor
 
 from isograd.flow import (
     Activation,
+    Attention,
     Failure,
     Flow,
     InputStatistics,
@@ -73,6 +74,10 @@ class Assembly:
                 if a.node in self.run.graph.children
             ),
             normalisations=self._normalisations(),
+            attentions=tuple(
+                Attention(step_site(self.trace.made[seen.node]), spread)
+                for seen, spread in zip(self.trace.attentions, self.read.spreads, strict=True)
+            ),
             parameters=self._parameters(),
             modules=self._modules(),
             layers=_layers(self.main),
@@ -103,7 +108,10 @@ class Assembly:
         ]
         rms = [next((self.rms[n] for n in s.nodes if n in self.rms), math.nan) for s in line.segments]
         distinct = [
-            next((_ratio(v, self.rms[n]) for n in s.nodes if (v := self.read.distinct.get(n)) is not None), math.nan)
+            next(
+                (_ratio(v, self.rms[n]) for n in s.nodes if (v := self.read.distinct.get(n)) is not None),
+                math.nan,
+            )
             for s in line.segments
         ]
         forward = [_ratio(a, b) for a, b in zip(rms, [*rms[1:], math.nan], strict=True)]

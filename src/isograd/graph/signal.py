@@ -12,6 +12,8 @@ from torch import Tensor
 NORMS = ("layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm")
 ROOTS = ("rsqrt", "sqrt")
 """By these a normalisation that is written out divides."""
+MASKED = -1e9
+"""A logit below it takes no part: masks are written as the lowest number of a format, or as -inf."""
 LARGEST = 500_000
 """Elements that a variance is taken over: beyond, samples are left out."""
 
@@ -61,3 +63,44 @@ def _sampled(tensor: Tensor) -> Tensor:
     if tensor.numel() > LARGEST:
         tensor = tensor[: max(2, LARGEST * len(tensor) // tensor.numel())]
     return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def spread(func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | None:
+    """How far attention leaves several positions open: mean of 1 - sum(p^2), over that of even attention.
+
+    It is the size of the softmax's derivative: 1 where all positions count alike, 0 where one is picked. Of
+    `scaled_dot_product_attention`, and of a softmax of (sample, head, query, key); None: something else.
+    """
+    name = getattr(func, "__name__", "")
+    if name == "scaled_dot_product_attention":
+        logits = _logits(*args, **kwargs)
+    elif name == "softmax" and args and args[0].ndim == 4 and (kwargs.get("dim", args[-1]) in (-1, 3)):
+        logits = args[0].detach()[:2].float()
+    else:
+        return None
+    seen = torch.where(logits > MASKED, 0.0, -torch.inf)
+    left, even = ((1 - part.softmax(-1).square().sum(-1)).nanmean() for part in (logits + seen, seen))
+    return (left / even).double()
+
+
+def _logits(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Of the first two samples."""
+    query, key = query.detach()[:2].float(), key.detach()[:2].float()
+    if key.ndim > 2 and query.shape[-3] != key.shape[-3]:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+    logits = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        logits = logits.masked_fill(torch.ones_like(logits[0], dtype=torch.bool).triu(1), -torch.inf)
+    if attn_mask is None:
+        return logits
+    mask = attn_mask.detach()[:2] if attn_mask.ndim == query.ndim else attn_mask.detach()
+    return logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.float()

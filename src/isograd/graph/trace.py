@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +126,15 @@ class NormalisationStatistics:
 
 
 @dataclass(slots=True)
+class AttentionStatistics:
+    """One attention at work."""
+
+    node: Node
+    spread: Tensor
+    """How far it leaves several positions open: see `signal.spread`."""
+
+
+@dataclass(slots=True)
 class LossCall:
     """A loss function at work: the facts about its input and target, before any gradient."""
 
@@ -148,6 +157,7 @@ class Trace(TorchFunctionMode):
     activations: list[ActivationStatistics] = field(default_factory=list[ActivationStatistics])
     losses: list[LossCall] = field(default_factory=list[LossCall])
     norms: list[NormalisationStatistics] = field(default_factory=list[NormalisationStatistics])
+    attentions: list[AttentionStatistics] = field(default_factory=list[AttentionStatistics])
     outputs: dict[str, Node] = field(default_factory=dict[str, Node])
     """Node of each module's (last) output, by module path."""
     inputs: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -194,6 +204,7 @@ class Trace(TorchFunctionMode):
         self.activations = [seen for seen in self.activations if seen.node in nodes]
         self.losses = [call for call in self.losses if call.node in nodes]
         self.norms = [seen for seen in self.norms if seen.node in nodes]
+        self.attentions = [seen for seen in self.attentions if seen.node in nodes]
 
     # -- modules -----------------------------------------------------------------------------------
 
@@ -284,6 +295,8 @@ class Trace(TorchFunctionMode):
             if derivative is not None and activation is not None:
                 self._activation(tensors[0], name, derivative, activation.largest_slope)
             self._normalisation(func, args, kwargs, tensors[0])
+            if (spread := signal.spread(func, args, kwargs)) is not None:
+                self.attentions.append(AttentionStatistics(cast(Node, tensors[0].grad_fn), spread))
             if name in LOSSES:
                 self._loss(name, args, kwargs, tensors[0])
             elif not self._stack and name.strip("_") in ("sub", "rsub") and len(args) == 2:

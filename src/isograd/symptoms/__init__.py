@@ -44,6 +44,7 @@ NAMES = (
     "gradient_underflow",
     "dead_units",
     "saturated_units",
+    "saturated_attention",
     "parameter_without_gradient",
     "first_update_too_large",
     "first_update_too_small",

@@ -24,17 +24,18 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from isograd.diagnosis import Finding, Severity
-from isograd.flow import Flow
+from isograd.flow import Flow, Normalisation
 from isograd.symptoms import Healthy, Outcome
 
 CODE = "VG104"
 NAME = "epsilon-above-variance"
 
 ERROR = 0.1
-"""CALIBRATION"""
+"""At a tenth of the scale a pre-norm decoder lost 42% of its lead and a residual CNN 82%, at a third 15% and 36%
+(`python -m benchmarks.twins.thresholds epsilon`)."""
 WARNING = 0.5
 """Epsilon at three times the variance: half of the scale is lost, and what it is then depends on the input's."""
 
@@ -46,28 +47,34 @@ def examine(flow: Flow) -> Iterator[Outcome]:
         yield Healthy("nothing that varies is normalised")
         return
     worst = min(seen, key=lambda n: n.kept)
-    if worst.kept >= WARNING:
-        yield Healthy(f"each of {len(seen)} normalisations gives {worst.kept:.2g} of unit scale or more")
+    limit = next((limit for limit in (ERROR, WARNING) if _many(seen, limit)), None)
+    if limit is None:
+        middle = sorted(n.kept for n in seen)[len(seen) // 2]
+        yield Healthy(f"the median of {len(seen)} normalisations gives {middle:.2g} of unit scale")
         return
-    sick = [n for n in seen if n.kept < ERROR]
-    severe = len(sick) > len(seen) / 2 or any(n.backbone for n in sick)
-    told = sick or [n for n in seen if n.kept < WARNING]
+    told = [n for n in seen if n.kept < limit]
     yield Finding(
         CODE,
         NAME,
-        Severity.ERROR if severe else Severity.WARNING,
+        Severity.ERROR if limit == ERROR else Severity.WARNING,
         f"epsilon is {worst.epsilon:.2g} where the variance is {worst.variance:.2g}: {worst.site.name} gives "
         f"{worst.kept:.2g} of unit scale; {len(told)} of {len(seen)} normalisations give less than "
-        f"{ERROR if sick else WARNING}",
+        f"{limit}",
         cause="the epsilon of the normalisation layers",
         sites=tuple(n.site.place for n in sorted(told, key=lambda n: n.kept)[:3]),
         evidence={
             "epsilon": worst.epsilon,
             "variance": worst.variance,
             "kept": worst.kept,
-            "threshold": ERROR if severe else WARNING,
+            "threshold": limit,
             "normalisations": len(told),
             "cause": "norm-epsilon",
         },
         remedies=("reset-norm-epsilon", "scale-embeddings"),
     )
+
+
+def _many(seen: Sequence[Normalisation], limit: float) -> bool:
+    """Are most of them below, or one that all gradient passes through?"""
+    below = [n for n in seen if n.kept < limit]
+    return len(below) > len(seen) / 2 or any(n.backbone for n in below)

@@ -12,7 +12,7 @@ Why it happens
 
 Evidence
     Root mean square of the output of each normalisation over that of what is normalised, whatever its gain is
-    called: 1 at the usual start. An error where it is below 0.05 in more than half of them. A gain of exactly zero
+    called: 1 at the usual start. An error where it is below 0.03 in more than half of them. A gain of exactly zero
     at the end of a residual branch is meant so, and is not counted; nor are LayerScale, ReZero and other factors
     that are no normalisation.
 
@@ -35,8 +35,9 @@ from isograd.symptoms import Healthy, Outcome
 CODE = "VG106"
 NAME = "muted-normalisation"
 
-ERROR = 0.05
-"""CALIBRATION"""
+ERROR = 0.03
+"""Drawn from N(0, 0.02), the gains took half and more of their lead from a batch-normalised CNN, a post-norm decoder
+and a ViT; at 0.05 the ViT still trained as well as its twin (`python -m benchmarks.twins.thresholds gain`)."""
 
 
 def examine(flow: Flow) -> Iterator[Outcome]:

@@ -14,8 +14,10 @@ Why it happens
 Evidence
     At every site with tokens, the root mean square of what belongs to one token of one sample alone - without what
     its position has in common in all samples, and its sample in all tokens - over that of the whole. Told where
-    the loss reads an answer for every token and the share at the head has fallen below half of that at the
-    entrance. An encoder whose tokens are pooled may let them become one.
+    the loss reads an answer for every token, the share at the head has fallen below half of that at the entrance,
+    and it falls exponentially: it would have done so too at the pace of the second half of the sites. Shipped
+    decoders start at a third, most of it taken by the first blocks, whose branches are louder than the embedding.
+    An encoder whose tokens are pooled may let them become one.
 
 What helps
     Skip connections at full strength; residual branches scaled down; fewer blocks.
@@ -28,6 +30,8 @@ References
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 
 from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow
@@ -37,56 +41,88 @@ CODE = "VG105"
 NAME = "rank-collapse"
 
 ERROR = 0.4
-"""CALIBRATION"""
+"""Decoders of 3 and 6 layers whose skips are damped lose a quarter of their lead and more from here on, and all of it
+below 0.3 in most; undamped they start above 0.7 (`python -m benchmarks.twins.thresholds skip`)."""
 WARNING = 0.5
-"""CALIBRATION"""
+"""Between the two they lose a quarter to four fifths; twelve post-norm blocks drawn by Xavier's rule start there too."""
 
 
 def examine(flow: Flow) -> Iterator[Outcome]:
     """The share of a token's own along the main backbone and along those of the model's other inputs."""
     found = [outcome for line in (flow, *flow.towers) if (outcome := _along(line)) is not None]
-    if not found:
+    alone = any(len(site.shape) == 3 and min(site.shape[:2]) == 1 for site in flow.sites)
+    if not found and alone:
+        yield Unexamined("one sample, or one token, has nothing to be compared with")
+    elif not found:
         yield Healthy("the loss reads no answer for each of several tokens")
     yield from found
 
 
+@dataclass(frozen=True, slots=True)
+class Own:
+    """What belongs to one token alone, as a share of the signal."""
+
+    entered: float
+    """At the entrance of the tokens."""
+    halfway: float
+    left: float
+    """At the input of the head."""
+    falls: tuple[int, ...]
+    """Sites, those that take most of it first."""
+
+    @property
+    def ratio(self) -> float:
+        """What is left of it, if it fell in the first half of the sites as it does in the second, where that is more.
+
+        Along a healthy stream the first few averages take most, being louder than the embedding, and the rest little.
+        """
+        return max(self.left / self.entered, (self.left / self.halfway) ** 2)
+
+
+def own(line: Flow) -> Own | None:
+    """None: no tokens from the entrance to the answer, or a single one."""
+    inside = [i for i, site in enumerate(line.sites) if site.kind != "loss"]
+    tokens = [i for i in inside if len(line.sites[i].shape) == 3]
+    if not tokens or tokens[-1] != inside[-1]:
+        return None
+    if line.sites[tokens[0]].shape[:2] != line.sites[tokens[-1]].shape[:2]:
+        return None
+    share, weighted = line.column("distinct"), line.column("weighted")
+    head = max((i for i in inside if weighted[i] == 1), default=inside[-1])
+    along = [i for i in tokens if i < head and share[i].isfinite() and share[i] > 0]
+    if len(along) < 2:
+        return None
+    falls = sorted(pairwise(along), key=lambda step: float(share[step[1]] / share[step[0]]))
+    entered, halfway, left = (float(share[along[i]]) for i in (0, len(along) // 2, -1))
+    return Own(entered, halfway, left, tuple(i for _, i in falls))
+
+
 def _along(line: Flow) -> Outcome | None:
     """None: no tokens from the entrance to the answer."""
-    inside = [i for i, site in enumerate(line.sites) if site.kind != "loss"]
-    share = line.column("distinct")
-    seen = [i for i in inside if len(line.sites[i].shape) == 3]
-    if not inside or not seen or seen[-1] != inside[-1]:
+    found = own(line)
+    if found is None:
         return None
-    first, answer = line.sites[seen[0]], line.sites[seen[-1]]
-    if first.shape[:2] != answer.shape[:2]:
-        return None
-    weighted = line.column("weighted")
-    head = max((i for i in inside if weighted[i] == 1), default=inside[-1])
-    along = [i for i in seen if i < head and share[i].isfinite() and share[i] > 0]
-    if len(along) < 2:
-        alone = min(first.shape[:2]) < 2
-        return Unexamined("one sample, or one token, has nothing to be compared with") if alone else None
-    entered, left = float(share[along[0]]), float(share[along[-1]])
-    ratio = left / entered
-    said = f"a token's own is {left:.2g} of the signal at the head, {entered:.2g} at the entrance"
+    ratio = found.ratio
+    said = f"a token's own is {found.left:.2g} of the signal at the head, {found.entered:.2g} at the entrance"
     if ratio >= WARNING:
         return Healthy(f"{said} (an error below {ERROR:.0%} of it)")
-    falls = sorted((float(share[b] / share[a]), b) for a, b in zip(along, along[1:], strict=False))
     skips = bool(line.splits)
     return Finding(
         CODE,
         NAME,
         Severity.ERROR if ratio < ERROR else Severity.WARNING,
         f"{said}: all tokens of a sample become alike",
-        cause="the skips are weak beside their branches" if skips else "no skip connection keeps a token beside the average",
-        sites=tuple(line.sites[i].place for _, i in falls[:3]),
+        cause="the skips are weak beside their branches (not tested)"
+        if skips
+        else "no skip connection keeps a token beside the average (not tested)",
+        sites=tuple(line.sites[i].place for i in found.falls[:3]),
         evidence={
-            "distinct": left,
-            "distinct_at_entrance": entered,
+            "distinct": found.left,
+            "distinct_at_entrance": found.entered,
             "ratio": ratio,
             "threshold": ERROR if ratio < ERROR else WARNING,
             "layers": line.layers,
             "cause": "residual-branch-growth" if skips else "missing-residual",
         },
-        remedies=("scale-residual-branches", "insert-residual") if skips else ("insert-residual",),
+        remedies=("scale-residual-branches", "insert-residual"),
     )

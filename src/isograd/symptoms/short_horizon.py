@@ -43,9 +43,9 @@ NAME = "short-horizon"
 WARNING = 0.25
 """Share of what differs: a horizon that covers more leaves tasks a way by repetition and context."""
 ERROR = 0.1
-"""Share below which, with the loss at the last step alone, nine tenths of the data do not take part: of digits that
-end 8 to 192 steps before the answer is asked, every recurrence of the twins whose horizon ends there learned less
-than half of what its healthy twin did (`python -m benchmarks.twins`)."""
+"""Share below which, with the loss at the last step alone, nine tenths of the data do not take part: of 18 recurrences
+that had to remember digits over 8 to 192 silent steps and whose horizon ended before them, 17 lost more than half of
+their lead (`python -m benchmarks.twins`; a GRU over 24 steps learned in spite of it)."""
 
 
 def examine(flow: Flow) -> Iterator[Outcome]:
@@ -71,7 +71,10 @@ def judge(found: Horizon) -> Iterator[Outcome]:
     if faded > math.log10(LEFT):  # a convolution in front of the memory gives the first few lags far more
         yield Healthy(f"{said}, but {found.factor:.3g} per step leaves {10**faded:.2g} over {found.at} steps")
         return
-    covered, of = found.covered, "the steps" if found.differing is None else "what differs between the samples"
+    covered, of = (
+        found.covered,
+        "the steps" if found.differing is None else "what differs between the samples",
+    )
     if covered >= WARNING:
         yield Healthy(f"{said}: {covered:.0%} of {of} (a warning below {WARNING:.0%})")
         return
