@@ -1,7 +1,7 @@
 """What to change in a model, as data: edits with their places, how safe they are, what theory expects of them.
 
 A remedy looks at a model and returns prescriptions; it changes nothing. An `Edit` names a place, a callable of
-torch (or of `isograd.surgery`, `isograd.modules`) and plain values. `apply` calls that callable there, and
+torch (or of `isograd.surgery`, `isograd.modules`, `isograd.calls`) and plain values. `apply` calls that callable there, and
 `Prescription.to_code` prints the same calls in the same order, so that both do the same thing.
 
 A remedy is a file of `isograd/remedies/`: its docstring is its page, `SLUG` its name, `TREATS` the codes and
@@ -73,7 +73,7 @@ class Edit:
     """Dotted name as in `named_modules` or `named_parameters`; '' is the model itself."""
     verb: Verb
     of: str = ""
-    """Dotted name under torch, nn, surgery or modules: 'nn.init.orthogonal_', 'nn.ReLU', 'surgery.Scaled'."""
+    """Dotted name under one of `ROOTS`: 'nn.init.orthogonal_', 'nn.ReLU', 'modules.Residual'."""
     arguments: Mapping[str, Value] = field(default_factory=dict[str, Value])
     rows: tuple[int, int] | None = None
     """Only these rows of the tensor, from and to: one gate of a bias, the values of a joint projection."""
@@ -380,7 +380,13 @@ def _tensor(model: nn.Module, name: str) -> Tensor:
     return getattr(model.get_submodule(owner), leaf)
 
 
-ROOTS = {"torch": "torch", "nn": "torch.nn", "surgery": "isograd.surgery", "modules": "isograd.modules"}
+ROOTS = {
+    "torch": "torch",
+    "nn": "torch.nn",
+    "surgery": "isograd.surgery",
+    "modules": "isograd.modules",
+    "calls": "isograd.calls",
+}
 """Where the callables of edits live."""
 
 

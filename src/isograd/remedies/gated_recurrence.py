@@ -27,14 +27,13 @@ from collections.abc import Iterator
 from torch import nn
 
 from isograd.flow import Flow
+from isograd.layers import steps_of
 from isograd.prescription import Edit, Patient, Prescription, Reach, Value, not_applicable
 
 SLUG = "gated-recurrence"
 TREATS = ("ungated-recurrence", "RN601", "RN602", "VG101", "EG201")
 DECADES = -0.71
 """log10 of sqrt(E f^2T) for f = u / (1 + u), u uniform in [1, T - 1], as T grows: the integral of exp(-2/x) over [0, 1]."""
-UNKNOWN = 100
-"""Steps to remember where the length of the sequences was not seen."""
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
@@ -70,16 +69,6 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         )
 
 
-def steps_of(flow: Flow, place: str, batch_first: bool) -> int:
-    """Length of the sequences that the recurrent module at `place` was given, or `UNKNOWN`."""
-    sites = [s for s in flow.sites if s.module == place and s.kind == "recurrent"]
-    if sites and len(sites[0].shape) == 3:
-        return sites[0].shape[1 if batch_first else 0]
-    if sites and len(sites[0].shape) == 2 and len(sites) == 1:  # one sequence, no batch
-        return sites[0].shape[0]
-    return len(sites) if len(sites) > 1 else UNKNOWN
-
-
 def _layer(kind: str, name: str, rnn: nn.RNN, flow: Flow) -> Iterator[Edit]:
     sizes: dict[str, Value] = {
         "input_size": rnn.input_size,
@@ -93,7 +82,7 @@ def _layer(kind: str, name: str, rnn: nn.RNN, flow: Flow) -> Iterator[Edit]:
     of = "nn.GRU" if kind == "GRU" else "modules.LSTM"
     yield Edit(name, "replace", of, sizes, before=str(rnn))
     if rnn.bias:
-        yield Edit(name, "alter", "modules.remember", {"horizon": steps_of(flow, name, rnn.batch_first)})
+        yield Edit(name, "alter", "surgery.chrono_", {"steps": steps_of(flow, name, rnn)})
 
 
 def _cell(name: str, cell: nn.RNNCell, flow: Flow) -> Iterator[Edit]:
@@ -104,4 +93,4 @@ def _cell(name: str, cell: nn.RNNCell, flow: Flow) -> Iterator[Edit]:
     }
     yield Edit(name, "replace", "nn.GRUCell", sizes, before=str(cell))
     if cell.bias:
-        yield Edit(name, "alter", "modules.remember", {"horizon": steps_of(flow, name, False)})
+        yield Edit(name, "alter", "surgery.chrono_", {"steps": steps_of(flow, name, cell)})
