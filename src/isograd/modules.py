@@ -362,15 +362,21 @@ class RNN(nn.RNN):
         pass
 
 
+def recurrent_weights(module: nn.Module) -> list[str]:
+    """Of an `nn.RNN` or `nn.RNNCell`; of a linear layer that a loop applies to the state, its weight."""
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+    return [name for name in names if name.startswith("weight_hh")] or ["weight"]
+
+
 def keep_orthogonal(rnn: nn.Module) -> None:
-    """Hold every recurrent weight of an `nn.RNN` or `nn.RNNCell` to orthogonal matrices, by parametrization.
+    """Hold every recurrent weight of a module to orthogonal matrices, by parametrization.
 
     Arjovsky et al. 2016, arXiv:1511.06464; Lezcano-Casado and Martínez-Rubio 2019, arXiv:1901.08428. It starts at the
     orthogonal matrix nearest to the weight that is there. The weight is then computed at each call.
     """
     if isinstance(rnn, nn.RNN):
         rnn.__class__ = RNN  # the same module, which reads its weights anew
-    for name in [name for name, _ in rnn.named_parameters(recurse=False) if name.startswith("weight_hh")]:
+    for name in recurrent_weights(rnn):
         weight = getattr(rnn, name)
         left, _, right = torch.linalg.svd(weight.detach().double(), full_matrices=False)
         weight.data.copy_(left @ right)
@@ -381,7 +387,7 @@ def keep_spectral_norm(rnn: nn.Module) -> None:
     """Hold the largest singular value of every recurrent weight at 1 (Miyato et al. 2018, arXiv:1802.05957)."""
     if isinstance(rnn, nn.RNN):
         rnn.__class__ = RNN
-    for name in [name for name, _ in rnn.named_parameters(recurse=False) if name.startswith("weight_hh")]:
+    for name in recurrent_weights(rnn):
         parametrizations.spectral_norm(rnn, name)
 
 

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 from torch import nn
 
 from isograd.flow import Flow
-from isograd.layers import steps_of
+from isograd.layers import Layer, layers, recurrent, steps_of
 from isograd.prescription import Edit, Patient, Prescription, Reach, Value, not_applicable
 
 SLUG = "gated-recurrence"
@@ -43,6 +43,10 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     cells = {name: m for name, m in modules.items() if isinstance(m, nn.RNNCell)}
     if not rnns and not cells:
         gated = any(isinstance(m, nn.LSTM | nn.GRU | nn.LSTMCell | nn.GRUCell) for m in modules.values())
+        written = recurrent(layers(patient.flow, patient.model))
+        if written and not gated:
+            yield _by_hand(written[0], patient.flow)
+            return
         yield not_applicable(
             SLUG, "the recurrence is gated already" if gated else "there is no nn.RNN or nn.RNNCell"
         )
@@ -67,6 +71,15 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
             if kind == "LSTM"
             else (),
         )
+
+
+def _by_hand(state: Layer, flow: Flow) -> Prescription:
+    line = next((s.source for s in flow.sites if s.module == state.module and s.source), state.module)
+    return not_applicable(
+        SLUG,
+        "the recurrence is a loop of your own",
+        f"{line}: h = cell(x_t, h) in place of this step, with cell = nn.GRUCell(inputs, {state.fan_out})",
+    )
 
 
 def _layer(kind: str, name: str, rnn: nn.RNN, flow: Flow) -> Iterator[Edit]:

@@ -89,7 +89,9 @@ def ends(flow: Flow, model: nn.Module) -> dict[str, tuple[str, ...]]:
             own = [name for name in site.parameters if name in trainable]
             if own:  # of an attention that projects too, what comes last is listed last
                 owner = own[-1].rpartition(".")[0]
-                last = tuple(name.rpartition(".")[2] for name in own if name.rpartition(".")[0] == owner)
+                last = [name.rpartition(".")[2] for name in own if name.rpartition(".")[0] == owner]
+                if f"{owner}.bias" in trainable:  # it may be added by an operation of its own
+                    last.append("bias")
                 found[owner] = tuple(dict.fromkeys((*found.get(owner, ()), *last)))
             if own or normalises:
                 break
