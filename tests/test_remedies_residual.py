@@ -224,3 +224,14 @@ def test_fixup_adds_a_scalar_only_where_no_bias_can_say_it_and_is_not_for_normal
     changed = apply(model, rx)
     assert len([n for n, _ in changed.named_parameters() if n.endswith("offset")]) == 8
     assert [rx.why_not for rx in offered("identity_blocks", post_norm())][-1].startswith("Fixup is for")
+
+
+def test_an_optimizer_follows_to_the_weights_behind_the_factors_and_takes_the_learned_ones() -> None:
+    model, loss = stream(4)
+    optimizer = torch.optim.Adam(model.parameters())
+    loss(model).backward()
+    optimizer.step()
+    changed = apply(model, variant("identity_blocks", (model, loss), "ReZero"), optimizer=optimizer)
+    assert {id(p) for p in optimizer.param_groups[0]["params"]} == {id(p) for p in changed.parameters()}
+    for name, p in changed.named_parameters():
+        assert (p in optimizer.state) == (not name.endswith(".value")), name

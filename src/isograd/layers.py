@@ -99,7 +99,8 @@ def layers(flow: Flow, model: nn.Module, exchanged: Mapping[str, str] | None = N
                 (exchanged or {}).get(activation, activation),
                 calls[module],
                 head,
-                module in convolutions or (not module and tensor.ndim > 2),
+                module in convolutions
+                or (not module and tensor.ndim > 2 and tensor[0].numel() == known.fan_in),
                 tensor.element_size() < 4,
             )
         )

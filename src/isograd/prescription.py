@@ -303,7 +303,8 @@ def apply(
             what was refilled or is gone is dropped. An optimizer that is not given goes on training the old weights.
 
     Raises:
-        ValueError: nothing to apply, conflicting edits, or a model that cannot be copied.
+        ValueError: nothing to apply, conflicting edits, another model than was prescribed for, or one that cannot be
+            copied.
     """
     whole = combined([rx] if isinstance(rx, Prescription) else rx)
     if not whole.edits:
@@ -316,6 +317,8 @@ def apply(
     with surgery.drawing(changed, seed=0):
         for edit in whole.edits:
             place = edit.place if edit.verb != "fill" else places.get(edit.place, edit.place)
+            if edit.verb != "configure" and not _has(changed, place, edit.verb):
+                raise ValueError(f"the model has no {place}: {whole.remedy} was prescribed for another one")
             changed = perform(changed, replace(edit, place=place))
     if optimizer is not None:
         filled = {edit.place for edit in whole.edits if edit.verb == "fill"}
@@ -373,6 +376,16 @@ def perform(model: nn.Module, edit: Edit) -> nn.Module:
         case "configure":
             pass
     return model
+
+
+def _has(model: nn.Module, place: str, verb: Verb) -> bool:
+    """Is there anything at the place of an edit? An attribute may be new to its module."""
+    owner, _, leaf = place.rpartition(".")
+    try:
+        model.get_submodule(owner if verb in ("fill", "set") else place)
+    except AttributeError:
+        return False
+    return verb != "fill" or hasattr(model.get_submodule(owner), leaf)
 
 
 def _tensor(model: nn.Module, name: str) -> Tensor:
