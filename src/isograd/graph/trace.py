@@ -31,7 +31,7 @@ TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
 LARGEST_SAMPLE = 500_000
 """Elements of an activation or a loss input that statistics are taken over: beyond, whole rows are left out."""
 OWN_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-IN_MODELS = tuple(OWN_FOLDER + name for name in ("modules.py", "surgery.py"))
+IN_MODELS = tuple(OWN_FOLDER + name for name in ("modules.py", "surgery.py", "calls.py"))
 """Our files that run inside a repaired model."""
 
 

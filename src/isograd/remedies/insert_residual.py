@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from isograd import theory
-from isograd.anatomy import Part, expected, in_words, parts
+from isograd.anatomy import Part, expected, in_words, parts, shared
 from isograd.graph.operations import ACTIVATIONS
 from isograd.prescription import Edit, Patient, Prescription, Reach, Value, not_applicable
 
@@ -82,7 +82,7 @@ def _in_calls(found: list[Part]) -> Prescription:
     return Prescription(
         SLUG,
         f"skip connections around {len(found)} layers and the {site.operation} called behind them",
-        (Edit(site.module, "alter", "modules.skip_calls", options, source=site.source),),
+        (Edit(shared(site.module, layer.place), "alter", "calls.skip_calls", options, source=site.source),),
         reach=Reach.RESIDUAL,
         treats=TREATS,
         expected=f"a gain of sqrt(1 + chi / {len(found)}) a layer",
