@@ -129,7 +129,6 @@ CASES = (
             "relu mlp 16 / biases -2",
             "relu mlp 16 / one layer x 0.0001",
             "tanh mlp 30 / weights x 4",
-            "gelu mlp 16 / softplus",
             "relu cnn 8 / weights x 3",
             "bare residual mlp 20 / skips x 2",
             "lstm on rows, T=64 / gates that forget",

@@ -194,10 +194,10 @@ from torch import nn
 from torch.nn import functional
 
 def build():
-    body = [part for _ in range(40) for part in (nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU())]
+    body = [part for _ in range(60) for part in (nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU())]
     for norm in body[1::3]:
         nn.init.normal_(norm.weight, 0.0, 1e-4)
-    x, y, calls = torch.randn(32, 16), torch.randint(4, (32,)), []
+    x, y, calls = torch.randn(64, 64), torch.randint(10, (64,)), []
 
     def loss(model):
         calls.append(model)
@@ -206,7 +206,7 @@ def build():
             time.sleep(120)
         return functional.cross_entropy(model(x), y)
 
-    return nn.Sequential(*body, nn.Linear(16, 4)), loss
+    return nn.Sequential(*body, nn.Linear(64, 10)), loss
 """
 
 
@@ -216,8 +216,7 @@ def test_a_signal_from_the_terminal_ends_the_command_with_the_best_so_far(tmp_pa
     command = [sys.executable, "-m", "isograd", "repair", "twice_sick.py:build", "--format", "json"]
     running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
     try:
-        until = time.monotonic() + 120
-        while not (tmp_path / "reached").exists() and time.monotonic() < until:
+        while not (tmp_path / "reached").exists() and running.poll() is None:
             time.sleep(0.1)
         running.send_signal(signal.SIGINT)
         printed, _ = running.communicate(timeout=60)
