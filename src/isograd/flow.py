@@ -107,8 +107,6 @@ class Normalisation:
     """One normalisation at work: what it divides by is sqrt(variance + epsilon)."""
 
     site: Site
-    backbone: bool
-    """All gradient passes through it."""
     epsilon: float
     variance: float
     """Mean variance of what it was given; of an RMS norm its mean square."""

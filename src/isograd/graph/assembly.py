@@ -174,7 +174,7 @@ class Assembly:
             end = self.trace.outputs.get(made.call.module) if made.call.leaf else None
             output = self.rms.get(end if end in self.rms else seen.node, math.nan)  # type: ignore[arg-type]
             site = on.get(seen.node) or step_site(made)
-            found.append(Normalisation(site, seen.node in on, seen.epsilon, variance, output))
+            found.append(Normalisation(site, seen.epsilon, variance, output))
         return tuple(found)
 
     def _parameter_scales(self) -> dict[str, float]:
