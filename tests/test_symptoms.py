@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, AdamW, Optimizer
 
-from isograd import diagnose, measure
+from isograd import check, diagnose, measure, prescribe
 from isograd.check import along_time
 from isograd.diagnosis import Diagnosis, Finding, Severity
 from isograd.flow import (
@@ -280,6 +280,35 @@ PAIRS: dict[str, Pair] = {
     ),
     "closed_forget_gates": Pair(recurrent(nn.LSTM), recurrent(nn.LSTM, bias_ih_l0=4.0), Severity.WARNING),
 }
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_tokens_that_become_alike_beside_whole_skips_are_a_warning(norm_first: bool) -> None:
+    """Twelve blocks as torch draws them, post-norm, and by N(0, 0.02), pre-norm: both start so, and learn."""
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True, norm_first=norm_first)
+    model = nn.Sequential(
+        nn.Embedding(20, 32), nn.TransformerEncoder(block, 12, enable_nested_tensor=False), nn.Linear(32, 20)
+    )
+    if norm_first:
+        for weight in (p for p in model.parameters() if p.ndim > 1):
+            nn.init.normal_(weight, std=0.02)
+    x = torch.randint(20, (16, 16))
+    diagnosis = check(model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), x.flatten()))
+    assert diagnosis.verdict == "healthy"
+    (found,) = (f for f in diagnosis.findings if f.code == "VG105")
+    assert found.severity == Severity.WARNING
+    assert found.evidence["ratio"] < 0.4
+    assert found.evidence["skip"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_damped_skip_is_left_to_its_author() -> None:
+    torch.manual_seed(0)
+    model, loss = tokens(0.3)
+    (rx,) = (rx for rx in prescribe(check(model, loss), model, loss) if rx.remedy == "insert-residual")
+    assert not rx.applicable
+    assert "let only 0.3 of the signal by" in rx.why_not
+    assert "test_symptoms.py" in rx.advice[0]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -17,7 +17,9 @@ Evidence
     the loss reads an answer for every token, the share at the head has fallen below half of that at the entrance,
     and it falls exponentially: it would have done so too at the pace of the second half of the sites. Shipped
     decoders start at a third, most of it taken by the first blocks, whose branches are louder than the embedding.
-    An encoder whose tokens are pooled may let them become one.
+    An error only where the skips are missing or damped, which is read off the gradient that comes by them: with
+    skips of full strength twelve and twenty-four blocks, pre- and post-norm, learn to tell their tokens apart again,
+    at a small enough learning rate. An encoder whose tokens are pooled may let them become one.
 
 What helps
     Skip connections at full strength; residual branches scaled down; fewer blocks.
@@ -32,6 +34,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import median
 
 from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow
@@ -44,7 +47,9 @@ ERROR = 0.4
 """Decoders of 3 and 6 layers whose skips are damped lose a quarter of their lead and more from here on, and all of it
 below 0.3 in most; undamped they start above 0.7 (`python -m benchmarks.twins.thresholds skip`)."""
 WARNING = 0.5
-"""Between the two they lose a quarter to four fifths; twelve post-norm blocks drawn by Xavier's rule start there too."""
+"""Between the two they lose a quarter to four fifths; healthy stacks of twelve blocks start at a tenth to a half too."""
+DAMPED = 0.7
+"""Share of the gradient that a skip must let through: 1 in all shipped models, 0.3 and 0 where it does harm."""
 
 
 def examine(flow: Flow) -> Iterator[Outcome]:
@@ -106,23 +111,25 @@ def _along(line: Flow) -> Outcome | None:
     said = f"a token's own is {found.left:.2g} of the signal at the head, {found.entered:.2g} at the entrance"
     if ratio >= WARNING:
         return Healthy(f"{said} (an error below {ERROR:.0%} of it)")
-    skips = bool(line.splits)
+    skip = median(split.skip for split in line.splits.values()) if line.splits else 0.0
+    sick = ratio < ERROR and skip < DAMPED
     return Finding(
         CODE,
         NAME,
-        Severity.ERROR if ratio < ERROR else Severity.WARNING,
+        Severity.ERROR if sick else Severity.WARNING,
         f"{said}: all tokens of a sample become alike",
-        cause="the skips are weak beside their branches (not tested)"
-        if skips
+        cause=f"the skip connections let {skip:.2g} of the signal by (not tested)"
+        if skip > 0
         else "no skip connection keeps a token beside the average (not tested)",
         sites=tuple(line.sites[i].place for i in found.falls[:3]),
         evidence={
             "distinct": found.left,
             "distinct_at_entrance": found.entered,
             "ratio": ratio,
-            "threshold": ERROR if ratio < ERROR else WARNING,
+            "skip": skip,
+            "threshold": ERROR if sick else WARNING,
             "layers": line.layers,
-            "cause": "residual-branch-growth" if skips else "missing-residual",
+            "cause": "residual-branch-growth" if skip >= DAMPED else "missing-residual",
         },
         remedies=("scale-residual-branches", "insert-residual"),
     )
