@@ -74,7 +74,8 @@ class Operations:
                 return self._linear(site, shape)
             case "activation":
                 # Max-pooling sends the gradient back where the unit was largest, and so where its slope is.
-                pooled = site.depth >= 0 and self.flow.sites[site.depth + 1].kind == "pooling"
+                behind = self.flow.sites[site.depth + 1 : site.depth + 2] if site.depth >= 0 else ()
+                pooled = any(site.kind == "pooling" for site in behind)
                 phi = self._phi(site) if gaussian and not pooled else None
                 return None if phi is None else [Interpolated(phi)]
             case "normalisation":
