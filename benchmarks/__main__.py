@@ -1,4 +1,4 @@
-"""Run the benchmarks: python -m benchmarks [flow|depth|deep|spectrum ...] [--quick] [--device cpu|cuda] [--threads N] [--save]
+"""Run the benchmarks: python -m benchmarks [flow|depth|deep|spectrum|monitor|search ...] [--quick] [--device cpu|cuda] [--threads N] [--save]
 
 All of them by default. Progress goes to standard error, the report to standard output.
 """
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from benchmarks import deep, depth, flow, monitor, spectrum
+from benchmarks import deep, depth, flow, monitor, search, spectrum
 from benchmarks.report import machine, save
 from benchmarks.workloads import Setting
 
@@ -22,6 +22,7 @@ BENCHMARKS: dict[str, Callable[[Setting], Iterator[str]]] = {
     "deep": deep.run,
     "spectrum": spectrum.run,
     "monitor": monitor.run,
+    "search": search.run,
 }
 
 

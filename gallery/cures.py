@@ -7,6 +7,7 @@ python -m gallery.cures insert     rows whose remedy begins so
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from gallery.nets import (
     Transformer,
     initialised,
     mlp,
+    orthogonal,
     scaled_normal,
     without_head,
 )
@@ -303,6 +305,26 @@ def logarithm() -> Built:
     return Logarithm(), lambda m: functional.nll_loss(m(x), y)
 
 
+class Odds(Logarithm):
+    """Binary cross-entropy written out, with the sigmoid's logarithm taken inside of the model."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        p = torch.sigmoid(self.layer(x))
+        return torch.log(p)
+
+
+def odds() -> Built:
+    x, y = digits().batch(torch.Generator().manual_seed(0))
+    return Odds(), lambda m: -(m(x) * functional.one_hot(y, 10)).mean()
+
+
+def tapering(layers: int) -> Built:
+    """tanh layers that change their width one after another."""
+    widths = [64 - 2 * i for i in range(layers + 1)]
+    body = [nn.Sequential(nn.Linear(a, b), nn.Tanh()) for a, b in itertools.pairwise(widths)]
+    return batch(nn.Sequential(*body, nn.Linear(widths[-1], 10)))
+
+
 def half() -> Built:
     x, y = digits().batch(torch.Generator().manual_seed(0))
     model = mlp(nn.ReLU, 4, 64, HE).half()
@@ -386,20 +408,35 @@ def cures() -> tuple[Cure, ...]:
 
     return (
         deep("classic_initialisation", "20 ReLU layers as torch draws them", chain(nn.ReLU, 20, None)),
+        deep("classic_initialisation", "20 tanh layers as torch draws them", chain(nn.Tanh, 20, None), "Xavier"),
+        deep("classic_initialisation", "30 SELU layers as torch draws them", chain(nn.SELU, 30, None), "LeCun"),
         deep("critical_initialisation", "20 ReLU layers as torch draws them", chain(nn.ReLU, 20, None)),
+        deep("critical_initialisation", "20 GELU layers as torch draws them", chain(nn.GELU, 20, None)),
         deep("orthogonal_initialisation", "50 tanh layers as torch draws them", chain(nn.Tanh, 50, None)),
         deep("delta_orthogonal", "20 tanh convolutions as torch draws them", lambda: images(nn.Tanh, 20)),
         deep("lsuv", "20 ReLU layers as torch draws them", chain(nn.ReLU, 20, None)),
         deep("exchange_activation", "10 sigmoid layers, Xavier", chain(nn.Sigmoid, 10, XAVIER)),
+        deep("exchange_activation", "10 sigmoid layers, Xavier", chain(nn.Sigmoid, 10, XAVIER), "SELU"),
+        *(deep("exchange_activation", "10 sigmoid layers, He", chain(nn.Sigmoid, 10, HE), f"{called} in", 2.0)
+          for called in ("ReLU", "GELU", "SiLU", "leaky ReLU")),
+        deep("exchange_activation", "10 softplus layers, He", chain(nn.Softplus, 10, HE), "ELU in", 2.0),
         Cure("zero_biases", "4 ReLU layers, biases -10", lambda: shifted(-10.0), late, loss, 0.0, 1.0),
         Cure("leaky_activation", "4 ReLU layers, biases -10", lambda: shifted(-10.0), dead,
              "share of dead units", 0.0, 0.01),
         deep("reset_norm_gain", "12 post-norm blocks, gains 0.02", language(shape(12), gains(0.02))),
         deep("reset_norm_epsilon", "12 post-norm blocks, epsilon 1e4", language(shape(12, eps=1e4))),
-        deep("scale_residual_branches", "40 residual blocks without norms, He", lambda: loud(40), within=2.0),
+        deep("scale_residual_branches", "40 residual blocks without norms, He", lambda: loud(40), "1/sqrt", 2.0),
+        deep("scale_residual_branches", "40 residual blocks without norms, He", lambda: loud(40), "start at 0", 2.0),
+        deep("complete_p", "40 residual blocks without norms, He", lambda: loud(40), within=2.0),
+        deep("identity_blocks", "40 residual blocks without norms, He", lambda: loud(40), "ReZero", 2.0),
+        deep("identity_blocks", "40 residual blocks without norms, He", lambda: loud(40), "LayerScale", 2.0),
+        fit("identity_blocks", "40 residual blocks without norms, He", lambda: loud(40), late, 1.0, "Fixup"),
         fit("scale_embeddings", "4 pre-norm blocks, embeddings of deviation 30", language(shape(4, "pre"), embedded(30.0)),
             trained("AdamW", 1e-3), 0.15),
-        far("recurrent_initialisation", "tanh RNN as torch draws it", sequence(rnn)),
+        deep("rescale_weights", "20 ReLU layers, orthogonal of gain 0.4", chain(nn.ReLU, 20, orthogonal(0.4))),
+        far("recurrent_initialisation", "tanh RNN as torch draws it", sequence(rnn), "inputs small"),
+        far("recurrent_initialisation", "tanh RNN, weights x 6", sequence(rnn, 6.0), "orthogonal state", GROWTH),
+        far("recurrent_initialisation", "tanh RNN as torch draws it", sequence(rnn), "IRNN"),
         far("forget_bias", "LSTM as torch draws it", sequence(lstm, inputs=short), x=short),
         far("chrono_initialisation", "LSTM as torch draws it", sequence(lstm)),
         far("gated_recurrence", "tanh RNN as torch draws it", sequence(rnn), "GRU"),
@@ -415,6 +452,8 @@ def cures() -> tuple[Cure, ...]:
         deep("standardise_weights", "20 sigmoid layers, Xavier", chain(nn.Sigmoid, 20, XAVIER)),
         deep("insert_residual", "40 layers of BatchNorm and ReLU without skips", lambda: normalised(40)),
         deep("insert_residual", "50 tanh layers as torch draws them", chain(nn.Tanh, 50, None)),
+        deep("insert_residual", "20 tanh layers, each 2 units narrower", lambda: tapering(20)),
+        fit("deep_norm", "12 post-norm blocks, AdamW at 3e-3", language(shape(12)), trained("AdamW", 3e-3), 1.0),
         fit("pre_norm", "12 post-norm blocks, AdamW at 3e-3", language(shape(12)), trained("AdamW", 3e-3), 1.0),
         Cure("query_key_norm", "attention with queries and keys x 100", lambda: attending(100.0), logits,
              "rms of the logits", 0.3, 3.0),
@@ -422,6 +461,8 @@ def cures() -> tuple[Cure, ...]:
         fit("pass_logits", "softmax before cross-entropy",
             lambda: batch(mlp(nn.ReLU, 3, 64, HE).append(nn.Softmax(-1))), late, 1.0),
         Cure("safe_loss", "log of a softmax, logits in the hundreds", logarithm, finite,
+             "finite share of the gradient", 1.0, 1.0),
+        Cure("safe_loss", "log of a sigmoid, logits in the hundreds", odds, finite,
              "finite share of the gradient", 1.0, 1.0),
         fit("clip_gradients", "12 ReLU layers, 1.5 x He", chain(nn.ReLU, 12, scaled_normal(1.5 * math.sqrt(2))),
             trained("SGD", 0.1), 1.0),

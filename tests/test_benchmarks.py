@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from benchmarks import __main__ as command
-from benchmarks import depth, flow, report, timing
+from benchmarks import depth, flow, report, search, timing
 from benchmarks.memory import peak_memory
 from benchmarks.methods import METHODS, plain
 from benchmarks.workloads import FLOW, Setting, workload
@@ -55,6 +55,22 @@ def test_depth_prints_the_cost_at_every_depth_and_how_it_grows(
     assert re.fullmatch(r"depth-\d{4}-\d\d-\d\d-cpu-1-threads-quick\.md", saved.name)
     assert f"torch {torch.__version__}" in text
     assert "python -m benchmarks depth --quick" in text
+
+
+def test_a_search_is_told_in_training_steps() -> None:
+    (case,) = (c for c in search.CASES if c.name == "exploding residual net, 30 blocks")
+    found = search.once(case, "repair")
+    assert 0 < found.step < found.seconds
+    assert found.said["cured"]
+    assert found.said["measured"] >= 1
+
+
+@pytest.mark.slow
+def test_the_table_of_searches_has_a_row_for_each_case() -> None:
+    text = "\n".join(search.run(QUICK))
+    for name in search.QUICK:
+        assert float(cells(text, name)[3]) > 1  # no search is cheaper than a step
+        assert cells(text, name)[4] == "yes"
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 import isograd
 from isograd import horizon
 from isograd.cli import main
+from isograd.diagnosis import Severity
 from isograd.graph.scaled import ScaledBackward, log10_norms
 from isograd.horizon import Horizon, horizon_of_loss
 from isograd.recurrent.unrolled import KERNELS, Unrolled
@@ -561,3 +562,35 @@ def test_names_are_escaped_in_html() -> None:
     named = Horizon(**{**{k: getattr(found, k) for k in found.__dataclass_fields__}, "target": "<script>x"})
     assert "<script>" not in named.to_html()
     assert "<script>" not in named.to_svg()
+
+
+class Asked(nn.Module):
+    """A tanh RNN, asked after its last step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.RNN(4, 32, batch_first=True), nn.Linear(32, 3)
+        nn.init.orthogonal_(self.rnn.weight_hh_l0, 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+@pytest.mark.parametrize(("spoken", "severity"), [(8, Severity.ERROR), (40, Severity.WARNING)])
+def test_steps_count_by_what_differs_between_the_samples(spoken: int, severity: Severity) -> None:
+    """Half the gradient a step is enough for the last steps of a sequence, and not for what came before a silence."""
+    torch.manual_seed(0)
+    x = torch.cat([torch.randn(8, spoken, 4), torch.zeros(8, 40 - spoken, 4)], 1)
+    found = horizon_of_loss(Asked(), lambda m: functional.cross_entropy(m(x), torch.arange(8) % 3))
+    assert found.differing is not None
+    assert (found.differing > 0).tolist() == [False] * (40 - spoken) + [True] * spoken
+    share = min(found.steps, 40) - (40 - spoken)
+    assert found.covered == pytest.approx(max(share, 0) / spoken, abs=0.1)
+    assert next(f.severity for f in found.findings if f.code == "RN601") == severity
+
+
+def test_a_single_sample_counts_all_steps_alike() -> None:
+    torch.manual_seed(0)
+    found = horizon_of_loss(Asked(), lambda m: m(torch.randn(1, 24, 4)).square().mean())
+    assert found.differing is None
+    assert found.covered == pytest.approx(found.steps / 24)

@@ -161,3 +161,10 @@ def test_json_holds_the_edits_and_the_code() -> None:
         "source": "",
     }  # fmt: skip
     assert "def repair(model" in told["code"]
+
+
+def test_a_prescription_for_another_model_is_refused_in_words() -> None:
+    with pytest.raises(ValueError, match=r"the model has no 11: exchange was prescribed for another one"):
+        apply(mlp(nn.Sigmoid, 5), exchanged())
+    with pytest.raises(ValueError, match=r"the model has no 6\.weight: draw was prescribed"):
+        apply(mlp(nn.Sigmoid, 2), drawn())

@@ -7,6 +7,7 @@ import math
 import random
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -15,6 +16,7 @@ from scipy import stats
 from torch import Tensor, nn
 
 from isograd.cli import main
+from isograd.cli.errors import TargetError
 from isograd.cli.prove import proof as proof_of
 from isograd.cli.target import load
 from isograd.controls import random_edit
@@ -285,6 +287,12 @@ def train(model, seed):
     x, y = points(10**6)
     return (model(x).argmax(-1) == y).float().mean().item()
 
+def raising(model, seed):
+    raise OSError("no data here")
+
+def wordy(model, seed):
+    return "good"
+
 def criterion(output):
     return output.mean()
 """
@@ -313,6 +321,52 @@ def test_a_function_that_is_no_training_is_refused_in_words(
         main(["repair", f"{net}:build", "--prove", "--train", f"{net}:criterion"])
     assert left.value.code == 2
     assert "it is called as train(model, seed)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt(), TargetError("it was not proven")])
+def test_what_was_found_is_kept_when_its_proof_comes_to_nothing(
+    net: str,
+    tmp_path: Path,
+    stopped: BaseException,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def ends(*args: Any, **kwargs: Any) -> Any:
+        raise stopped
+
+    monkeypatch.setattr("isograd.cli.prove.proof", ends)
+    with pytest.raises(SystemExit) as left:
+        main(["repair", f"{net}:build", "--prove", "-o", str(tmp_path / "patch.py")])
+    assert left.value.code == (130 if isinstance(stopped, KeyboardInterrupt) else 2)
+    out, err = capsys.readouterr()
+    assert "cured" in out
+    assert "interrupted" in err or "it was not proven" in err
+    assert "def repair(model" in (tmp_path / "patch.py").read_text()
+
+
+def test_a_training_that_raises_shows_the_user_s_own_lines(
+    net: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, said in (("raising", "no data here"), ("wordy", "returned 'good', which is no number")):
+        with pytest.raises(SystemExit) as left:
+            main(["repair", f"{net}:build", "--train", f"{net}:{name}"])
+        assert left.value.code == 2
+        err = capsys.readouterr().err
+        assert said in err
+        assert "a bug in isograd" not in err
+
+
+def test_arguments_that_lead_nowhere_are_refused_before_the_search(
+    net: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for options, said in (
+        (["-o", "/no/such/folder/patch.py"], "there is no folder /no/such/folder"),
+        (["--store", "proof.jsonl"], "give --prove as well"),
+    ):
+        with pytest.raises(SystemExit) as left:
+            main(["repair", f"{net}:build", *options])
+        assert left.value.code == 2
+        assert said in capsys.readouterr().err
 
 
 def test_without_a_training_the_target_s_own_batch_is_fitted(net: str) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from isograd import check
 from isograd.diagnosis import Diagnosis, diagnose
 from isograd.measure import measure
 from isograd.pages import SYMPTOMS
@@ -26,16 +27,20 @@ from isograd.remedies import (
     delta_orthogonal,
     exchange_activation,
     forget_bias,
+    gated_recurrence,
+    insert_residual,
     leaky_activation,
     lsuv,
     orthogonal_initialisation,
+    orthogonal_recurrence,
     recurrent_initialisation,
+    rescale_weights,
     reset_norm_epsilon,
     scale_embeddings,
     scale_residual_branches,
     zero_biases,
 )
-from tests.models import Built, Residual, Tied, classified, mlp
+from tests.models import HE, Built, Residual, Tied, classified, mlp
 
 HEADINGS = ("What it does", "When it helps", "Expected effect", "Safety", "References")
 
@@ -175,7 +180,7 @@ def first(remedy: Any, build: Callable[[], Built], index: int = 0) -> tuple[Pati
 
 REMEDIES = (
     critical_initialisation, orthogonal_initialisation, delta_orthogonal, exchange_activation, leaky_activation, lsuv,
-    scale_residual_branches, recurrent_initialisation, chrono_initialisation, forget_bias, reset_norm_epsilon, scale_embeddings, zero_biases,
+    scale_residual_branches, recurrent_initialisation, rescale_weights, chrono_initialisation, forget_bias, reset_norm_epsilon, scale_embeddings, zero_biases,
 )  # fmt: skip
 
 
@@ -333,16 +338,55 @@ def test_scaled_branches_cure_an_exploding_residual_net() -> None:
     known, rx = first(scale_residual_branches, residual)
     assert known.flow.growth > 1
     assert known.loss is not None
-    assert measure(apply(known.model, rx), known.loss).growth < 0.3
+    assert measure(apply(known.model, rx), known.loss).growth < 0.5
     assert {e.place.split(".")[-2] for e in rx.edits} == {"2"}  # the last layer of each branch
 
 
 def test_a_recurrence_carries_its_gradient() -> None:
     known = seen(lambda: loop(100))
-    small, identity = recurrent_initialisation.prescribe(known)
+    alone, small, identity = recurrent_initialisation.prescribe(known)
+    assert {e.of for e in alone.edits} == {"nn.init.orthogonal_"}
     assert decades(known, small) == pytest.approx(-1, abs=0.5)
     assert decades(known, identity) > -1.5
     assert decades(known, next(iter(orthogonal_initialisation.prescribe(known)))) < -5
+
+
+def test_every_gate_of_a_loud_recurrence_is_drawn_for_itself() -> None:
+    def loud() -> Built:
+        model, loss = fused(nn.LSTM)
+        core = model.get_submodule("core")
+        assert isinstance(core, nn.LSTM)
+        with torch.no_grad():
+            for gate in core.weight_hh_l0.chunk(4):
+                nn.init.orthogonal_(gate)
+            core.weight_hh_l0[16:32] *= 8
+        return model, loss
+
+    known, rx = first(recurrent_initialisation, loud)
+    (edit,) = rx.edits  # the one gate that is off
+    assert edit.rows == (16, 32)
+    core = apply(known.model, rx).get_submodule("core")
+    assert isinstance(core, nn.LSTM)
+    for gate in core.weight_hh_l0.chunk(4):
+        assert torch.allclose(gate @ gate.T, torch.eye(16), atol=1e-5)
+
+
+def test_only_the_layer_that_is_off_is_scaled_and_its_directions_are_kept() -> None:
+    def faint() -> Built:
+        model = mlp(nn.ReLU, 10, HE)
+        with torch.no_grad():
+            model.get_parameter("8.weight").mul_(1e-4)
+        return classified(model)
+
+    known, rx = first(rescale_weights, faint)
+    (edit,) = rx.edits
+    assert edit.place == "8.weight"
+    changed = apply(known.model, rx).get_parameter("8.weight").detach()
+    before = known.model.get_parameter("8.weight").detach()
+    assert torch.allclose(changed / changed.norm(), before / before.norm(), atol=1e-7)
+    assert float(changed.square().mean().sqrt()) * 8 == pytest.approx(HE, rel=0.01)
+    assert known.loss is not None
+    assert check(apply(known.model, rx), known.loss).verdict == "healthy"
 
 
 def test_the_forget_gate_has_one_bias_of_1_though_torch_has_two() -> None:
@@ -366,3 +410,75 @@ def test_embeddings_of_a_sane_size_are_left_alone() -> None:
     assert changed.head.weight is changed.token.weight
     healthy = Patient(changed, Diagnosis(known.flow))
     assert not next(iter(scale_embeddings.prescribe(healthy))).applicable
+
+
+def test_a_frozen_bias_keeps_its_numbers() -> None:
+    model, loss = fused(nn.LSTM)
+    model.get_parameter("core.bias_hh_l0").requires_grad_(False)
+    known = patient((model, loss))
+    changed = apply(model, next(iter(chrono_initialisation.prescribe(known))))
+    assert torch.equal(changed.get_parameter("core.bias_hh_l0"), model.get_parameter("core.bias_hh_l0"))
+    assert not torch.equal(changed.get_parameter("core.bias_ih_l0"), model.get_parameter("core.bias_ih_l0"))
+
+
+def test_half_precision_is_drawn_orthogonal_too() -> None:
+    torch.manual_seed(0)
+    known = patient(classified(mlp(nn.Tanh, 4, 0.5).bfloat16()))
+    rx = next(iter(orthogonal_initialisation.prescribe(known)))
+    weight = apply(known.model, rx).get_parameter("2.weight")
+    assert weight.dtype == torch.bfloat16
+    torch.testing.assert_close((weight @ weight.T).float(), torch.eye(64), atol=0.05, rtol=0)
+
+
+def test_each_matrix_of_a_stack_is_orthogonal() -> None:
+    class Stacked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weights, self.head = nn.Parameter(0.05 * torch.randn(6, 16, 16)), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for weight in self.weights:
+                x = torch.tanh(x @ weight)
+            return self.head(x)
+
+    torch.manual_seed(0)
+    known = patient(classified(Stacked(), inputs=16, classes=4))
+    rx = next(iter(orthogonal_initialisation.prescribe(known)))
+    changed = apply(known.model, rx)
+    drawn = changed.get_parameter("weights")
+    torch.testing.assert_close(drawn @ drawn.mT, torch.eye(16).expand(6, 16, 16), atol=1e-5, rtol=0)
+    names: dict[str, Any] = {}
+    exec(rx.to_code(), names)
+    assert torch.equal(names["repair"](copy.deepcopy(known.model)).weights, drawn)
+
+
+def test_an_activation_that_is_a_gate_too_is_not_exchanged() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.act, self.body = nn.Sigmoid(), nn.ModuleList(nn.Linear(16, 16) for _ in range(6))
+            self.gate, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.body:
+                x = self.act(layer(x))
+            return self.head(x * self.act(self.gate(x)))
+
+    torch.manual_seed(0)
+    known = patient(classified(Gated(), inputs=16, classes=4))
+    rx = next(iter(exchange_activation.prescribe(known)))
+    assert not rx.applicable
+    assert "act: a gate or the output goes through it too" in rx.advice[0]
+    (skips,) = insert_residual.prescribe(known)  # its activation is a module that holds no layer
+    assert known.loss is not None
+    assert float(known.loss(apply(known.model, skips)).detach()) != float(known.loss(known.model).detach())
+
+
+def test_a_loop_over_a_linear_layer_is_held_orthogonal_or_told_where_a_gate_belongs() -> None:
+    known, rx = first(orthogonal_recurrence, lambda: loop(20))
+    state = apply(known.model, rx).get_submodule("wh").weight
+    torch.testing.assert_close(state @ state.T, torch.eye(32), atol=1e-4, rtol=0)
+    (gates,) = gated_recurrence.prescribe(known)
+    assert gates.why_not == "the recurrence is a loop of your own"
+    assert "test_remedies_init.py:" in gates.advice[0]
+    assert "nn.GRUCell(inputs, 32)" in gates.advice[0]

@@ -475,3 +475,24 @@ def test_a_skip_around_several_results_is_added_to_the_first() -> None:
     for result in (WrappedResidual(paired, 0.5)(x), WrappedResidual(paired, 0.5)(hidden=x)):
         assert torch.allclose(result[0], x + 0.5 * paired(x)[0])
         assert result[1] is x
+
+
+def test_a_norm_goes_before_an_attention_of_a_list_and_not_before_the_list() -> None:
+    class Listed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixing = nn.ModuleList(nn.MultiheadAttention(16, 2, batch_first=True) for _ in range(3))
+            self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(3))
+            self.enter, self.head = nn.Linear(5, 16), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.enter(x)
+            for attention, norm in zip(self.mixing, self.norms, strict=True):
+                x = norm(x + attention(x, x, x)[0])
+            return self.head(x)
+
+    torch.manual_seed(0)
+    model, loss = Listed(), lambda m: m(SEQUENCE).square().mean()
+    rx = first("pre_norm", (model, loss))
+    assert [e.place for e in rx.edits if e.verb == "wrap"] == ["mixing.0", "mixing.1", "mixing.2"]
+    assert loss(apply(model, rx)).isfinite()

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +43,32 @@ def dim_gains() -> Built:
     return classified(nn.Sequential(*body, nn.Linear(64, 10)), batch=64)
 
 
+def redrawn(model: nn.Module, gain: float) -> nn.Module:
+    """Orthogonal weights, as somebody drew them who took care of all but the gain."""
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.orthogonal_(layer.weight, gain)
+            nn.init.zeros_(layer.bias)
+    return model
+
+
+class Towers(nn.Module):
+    """Two inputs, each with a stack of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = mlp(nn.Sigmoid, 10), mlp(nn.Sigmoid, 10)
+        self.head = nn.Linear(20, 10)
+
+    def forward(self, left: Tensor, *, right: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(torch.cat([self.left(left), self.right(right)], 1))}
+
+
+def towers() -> Built:
+    left, right, y = torch.randn(32, 64), torch.randn(32, 64), torch.randint(10, (32,))
+    return Towers(), lambda m: functional.cross_entropy(m(left, right=right)["logits"], y)
+
+
 SICK: dict[str, tuple[Callable[[], Built], str, Reach]] = {
     "100 sigmoid layers": (
         lambda: classified(mlp(nn.Sigmoid, 100)),
@@ -55,6 +85,16 @@ SICK: dict[str, tuple[Callable[[], Built], str, Reach]] = {
         lambda: classified(mlp(nn.ReLU, 20)),
         "orthogonal-initialisation",
         Reach.INITIALISATION,
+    ),
+    "orthogonal at 0.4": (
+        lambda: classified(redrawn(mlp(nn.ReLU, 20), 0.4 * HE)),
+        "rescale-weights",
+        Reach.INITIALISATION,
+    ),
+    "two towers of sigmoids": (
+        towers,
+        "orthogonal-initialisation + exchange-activation",
+        Reach.ACTIVATION,
     ),
     "Xavier, 10 sigmoids": (
         lambda: classified(mlp(nn.Sigmoid, 10, 1.0)),
@@ -143,6 +183,50 @@ def test_an_interrupt_keeps_the_best() -> None:
     found = repair(model, interrupted)
     assert found.note == "interrupted: the best so far"
     assert not found.cured
+
+
+TWICE_SICK = """
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+def build():
+    body = [part for _ in range(60) for part in (nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU())]
+    for norm in body[1::3]:
+        nn.init.normal_(norm.weight, 0.0, 1e-4)
+    x, y, calls = torch.randn(64, 64), torch.randint(10, (64,)), []
+
+    def loss(model):
+        calls.append(model)
+        if len(calls) == 3:  # the gains have been tried: far better, and not enough
+            Path("reached").touch()
+            time.sleep(120)
+        return functional.cross_entropy(model(x), y)
+
+    return nn.Sequential(*body, nn.Linear(64, 10)), loss
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_from_the_terminal_ends_the_command_with_the_best_so_far(tmp_path: Path) -> None:
+    (tmp_path / "twice_sick.py").write_text(TWICE_SICK)
+    command = [sys.executable, "-m", "isograd", "repair", "twice_sick.py:build", "--format", "json"]
+    running = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True)
+    try:
+        while not (tmp_path / "reached").exists() and running.poll() is None:
+            time.sleep(0.1)
+        running.send_signal(signal.SIGINT)
+        printed, _ = running.communicate(timeout=60)
+    finally:
+        running.kill()
+    assert running.returncode == 130
+    told = json.loads(printed)
+    assert not told["cured"]
+    assert told["note"] == "interrupted: the best so far"
+    assert told["prescription"]["remedy"] == "reset-norm-gain"
 
 
 def test_functional_calls_are_repaired_at_their_line() -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, AdamW, Optimizer
 
-from isograd import diagnose, measure
+from isograd import check, diagnose, measure, prescribe
 from isograd.check import along_time
 from isograd.diagnosis import Diagnosis, Finding, Severity
 from isograd.flow import (
@@ -33,6 +33,7 @@ from isograd.flow import (
     Site,
     Split,
 )
+from isograd.graph import signal
 from isograd.symptoms import NAMES, Healthy, Unexamined
 from tests.models import (
     HE,
@@ -157,6 +158,85 @@ def recurrent(kind: Callable[..., nn.Module], **parameters: float) -> Callable[[
     return build
 
 
+class Skip(nn.Module):
+    """norm(skip * x + f(x))."""
+
+    def __init__(self, f: nn.Module, skip: float, width: int) -> None:
+        super().__init__()
+        self.f, self.skip, self.norm = f, skip, nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.skip * x + self.f(x))
+
+
+class Average(nn.Module):
+    """Attention at its most even: each token becomes the mean of those up to it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.values = nn.Linear(width, width)
+        nn.init.orthogonal_(self.values.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = torch.arange(1, x.shape[1] + 1, dtype=x.dtype)[:, None]
+        return self.values(x).cumsum(1) / steps
+
+
+def tokens(skip: float, batch: int = 4) -> Built:
+    """Answers token by token, behind four averages with skips of a given strength."""
+    x = torch.randint(11, (batch, 24))
+    body = nn.Sequential(*(Skip(Average(16), skip, 16) for _ in range(4)))
+    model = nn.Sequential(nn.Embedding(11, 16), body, nn.Linear(16, 11))
+    return model, lambda m: functional.cross_entropy(m(x).float().flatten(0, 1), x.flatten())
+
+
+class Attend(nn.Module):
+    """x + attention over the tokens, with queries and keys times a factor."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.query, self.key, self.values = (nn.Linear(16, 16) for _ in range(3))
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.layer_norm(x, (16,))
+        query, key, value = (f(y)[:, None] for f in (self.query, self.key, self.values))
+        return x + functional.scaled_dot_product_attention(self.factor * query, key, value)[:, 0]
+
+
+def attending(factor: float, batch: int = 4) -> Built:
+    x, y = torch.randn(batch, 24, 16), torch.randint(11, (batch, 24))
+    model = nn.Sequential(nn.Linear(16, 16), Attend(factor), Attend(factor), nn.Linear(16, 11))
+
+    def loss(m: nn.Module) -> Tensor:
+        return functional.cross_entropy(
+            m(x.to(next(m.parameters()).dtype)).float().flatten(0, 1), y.flatten()
+        )
+
+    return model, loss
+
+
+def normalised(change: Callable[[nn.BatchNorm1d], object] = lambda norm: None, batch: int = 32) -> Built:
+    """Four batch-normalised layers, each norm changed."""
+    model = nn.Sequential()
+    for _ in range(4):
+        model.extend([nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU()])
+    for norm in model[1::3]:
+        assert isinstance(norm, nn.BatchNorm1d)
+        change(norm)
+    model.append(nn.Linear(64, 10))
+    x, y = torch.randn(batch, 64), torch.randint(10, (batch,))
+    return model, lambda m: functional.cross_entropy(m(x.to(next(m.parameters()).dtype)).float(), y)
+
+
+def drawn_near_zero(norm: nn.BatchNorm1d) -> None:
+    nn.init.normal_(norm.weight, std=0.02)
+
+
+def large_epsilon(norm: nn.BatchNorm1d) -> None:
+    norm.eps = 1e3
+
+
 relu_recurrence = partial(nn.RNN, nonlinearity="relu")
 
 PAIRS: dict[str, Pair] = {
@@ -167,11 +247,15 @@ PAIRS: dict[str, Pair] = {
     ),
     "no_gradient_at_loss": Pair(behind(lambda x: x.softmax(-1)), behind(torch.clone)),
     "vanishing_gradient": Pair(lambda: sigmoid_xavier(10), relu_he),
+    "epsilon_above_variance": Pair(lambda: normalised(large_epsilon), normalised),
+    "rank_collapse": Pair(lambda: tokens(0.0), lambda: tokens(1.0)),
+    "muted_normalisation": Pair(lambda: normalised(drawn_near_zero), normalised),
     "exploding_gradient": Pair(relu_large, relu_he),
     "exploding_activation": Pair(relu_large, relu_he),
     "gradient_underflow": Pair(half(1e-7), half(1.0)),
     "dead_units": Pair(biased(-30.0), biased(0.0)),
     "saturated_units": Pair(tanh_of(30.0), tanh_of(1.0), Severity.WARNING),
+    "saturated_attention": Pair(lambda: attending(300.0), lambda: attending(1.0)),
     "unnormalised_input": Pair(scaled_input(64.0, 128.0), scaled_input(1.0), Severity.WARNING),
     "parameter_without_gradient": Pair(
         lambda: classified(Spare(False)), lambda: classified(Spare(True)), Severity.WARNING
@@ -196,6 +280,35 @@ PAIRS: dict[str, Pair] = {
     ),
     "closed_forget_gates": Pair(recurrent(nn.LSTM), recurrent(nn.LSTM, bias_ih_l0=4.0), Severity.WARNING),
 }
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_tokens_that_become_alike_beside_whole_skips_are_a_warning(norm_first: bool) -> None:
+    """Twelve blocks as torch draws them, post-norm, and by N(0, 0.02), pre-norm: both start so, and learn."""
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.0, batch_first=True, norm_first=norm_first)
+    model = nn.Sequential(
+        nn.Embedding(20, 32), nn.TransformerEncoder(block, 12, enable_nested_tensor=False), nn.Linear(32, 20)
+    )
+    if norm_first:
+        for weight in (p for p in model.parameters() if p.ndim > 1):
+            nn.init.normal_(weight, std=0.02)
+    x = torch.randint(20, (16, 16))
+    diagnosis = check(model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), x.flatten()))
+    assert diagnosis.verdict == "healthy"
+    (found,) = (f for f in diagnosis.findings if f.code == "VG105")
+    assert found.severity == Severity.WARNING
+    assert found.evidence["ratio"] < 0.4
+    assert found.evidence["skip"] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_a_damped_skip_is_left_to_its_author() -> None:
+    torch.manual_seed(0)
+    model, loss = tokens(0.3)
+    (rx,) = (rx for rx in prescribe(check(model, loss), model, loss) if rx.remedy == "insert-residual")
+    assert not rx.applicable
+    assert "let only 0.3 of the signal by" in rx.why_not
+    assert "test_symptoms.py" in rx.advice[0]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -341,6 +454,186 @@ def test_no_flow_makes_a_symptom_raise_or_stay_silent(flow: Flow) -> None:
     assert set(diagnosis.healthy) | set(diagnosis.unexamined) | {f.code for f in diagnosis.findings} >= {
         module.CODE for module in MODULES.values()
     }
+
+
+# -- signals that die while the gradient keeps its size ----------------------------------------------
+
+
+class WrittenOut(nn.Module):
+    """An RMS norm as transformers writes it."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.variance_epsilon))
+
+
+class RootNorm(WrittenOut):
+    pass
+
+
+NORMS: dict[str, Callable[[float], nn.Module]] = {
+    "layer": lambda eps: nn.LayerNorm(16, eps),
+    "rms": lambda eps: nn.RMSNorm(16, eps),
+    "group": lambda eps: nn.GroupNorm(1, 16, eps),
+    "batch": lambda eps: nn.BatchNorm1d(16, eps),
+    "batch, in evaluation": lambda eps: nn.BatchNorm1d(16, eps).eval(),
+    "written out": lambda eps: RootNorm(16, eps),
+}
+
+
+VARIANCES: dict[str, Callable[[Tensor], Tensor]] = {
+    "layer": lambda x: x.var(1, correction=0),
+    "rms": lambda x: x.square().mean(1),
+    "group": lambda x: x.var(1, correction=0),
+    "batch": lambda x: x.var(0, correction=0),
+    "batch, in evaluation": lambda x: torch.ones(1),
+    "written out": lambda x: x.square().mean(1),
+}
+
+
+@pytest.mark.parametrize("kind", NORMS)
+@pytest.mark.parametrize("eps", [1e-6, 1.0, 300.0])
+def test_what_a_normalisation_divides_by_is_exact(kind: str, eps: float) -> None:
+    torch.manual_seed(0)
+    first, norm = nn.Linear(16, 16, bias=False).double(), NORMS[kind](eps).double()
+    nn.init.constant_(norm.get_parameter("weight"), 0.3)
+    x = 3 * torch.randn(64, 16, dtype=torch.float64)
+    model = nn.Sequential(first, norm, nn.Linear(16, 4).double())
+    (seen,) = measure(model, lambda m: m(x).square().mean()).normalisations
+    with torch.no_grad():
+        given = first(x)
+        out = norm(given).square().mean().sqrt().item()
+    variance = VARIANCES[kind](given).mean().item()
+    assert seen.epsilon == pytest.approx(eps)
+    assert seen.variance == pytest.approx(variance, rel=1e-9)
+    assert seen.kept == pytest.approx(math.sqrt(variance / (variance + eps)), rel=1e-9)
+    assert seen.output_rms == pytest.approx(out, rel=1e-6)
+    if kind != "batch, in evaluation":  # whose variance is that of other data
+        assert seen.gain == pytest.approx(0.3, rel=0.1)
+
+
+class Mixing(nn.Module):
+    """s * x + (1 - s) * the mean of the tokens: what is a token's own shrinks by s, exactly."""
+
+    def __init__(self, s: float) -> None:
+        super().__init__()
+        self.s, self.layer = s, nn.Linear(16, 16, bias=False, dtype=torch.float64)
+        nn.init.orthogonal_(self.layer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(self.s * x + (1 - self.s) * x.mean(1, keepdim=True))
+
+
+@pytest.mark.parametrize("s", [0.9, 0.5, 0.1])
+def test_what_is_a_tokens_own_shrinks_as_theory_says(s: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Mixing(s) for _ in range(5)), nn.Linear(16, 3, dtype=torch.float64))
+    x = torch.randn(3, 8, 16, dtype=torch.float64)
+    flow = measure(model, lambda m: m(x).square().mean())
+    own = flow.column("distinct") * flow.column("activation_rms")
+    layers = [i for i, site in enumerate(flow.sites) if site.kind == "linear"][:5]
+    shrunk = (own[layers] / own[0]).tolist()
+    assert shrunk == pytest.approx([s**k for k in range(1, 6)], rel=1e-6)
+
+
+@pytest.mark.parametrize("written_out", [False, True])
+@pytest.mark.parametrize("equal", [1, 2, 5, 8])
+def test_attention_between_a_few_equal_keys(equal: int, written_out: bool) -> None:
+    """p = 1/k on k of 8 keys: 1 - sum(p^2) = 1 - 1/k, where even attention has 1 - 1/8."""
+    query = torch.zeros(2, 1, 4, 8)
+    query[..., :equal] = 1e3
+    key = torch.eye(8).expand(2, 1, 8, 8)
+    if written_out:
+        found = signal.spread(functional.softmax, (query @ key.mT,), {"dim": -1})
+    else:
+        found = signal.spread(functional.scaled_dot_product_attention, (query, key, key), {})
+    assert found is not None
+    assert float(found) == pytest.approx((1 - 1 / equal) / (1 - 1 / 8), abs=1e-6)
+
+
+@pytest.mark.parametrize("mask", ["causal", "bool", "float"])
+def test_attention_is_compared_with_even_attention_under_its_own_mask(mask: str) -> None:
+    seen = torch.ones(6, 6, dtype=torch.bool).tril()
+    given: dict[str, object] = {
+        "causal": {"is_causal": True},
+        "bool": {"attn_mask": seen},
+        "float": {"attn_mask": torch.zeros(6, 6).masked_fill(~seen, torch.finfo(torch.float32).min)},
+    }[mask]
+    x = torch.zeros(2, 4, 6, 8)
+    found = signal.spread(functional.scaled_dot_product_attention, (x, x[:, :2], x[:, :2]), given)
+    assert found is not None
+    assert float(found) == pytest.approx(1.0, abs=1e-6)
+
+
+QUIET = {
+    "epsilon_above_variance": lambda batch: normalised(large_epsilon, batch),
+    "rank_collapse": lambda batch: tokens(0.0, batch),
+    "muted_normalisation": lambda batch: normalised(drawn_near_zero, batch),
+    "saturated_attention": lambda batch: attending(300.0, batch),
+}
+"""Faults that cost no decades; in a batch of a given size."""
+
+
+def error_codes(built: Built, dtype: torch.dtype = torch.float32, factor: float = 1.0) -> set[str]:
+    model, loss = built
+    return {f.code for f in diagnose(measure(model.to(dtype), lambda m: loss(m) * factor)).errors}
+
+
+@pytest.mark.parametrize("name", QUIET)
+@pytest.mark.parametrize("batch", [2, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_they_are_found_in_any_unit_format_and_batch(name: str, batch: int, dtype: torch.dtype) -> None:
+    for factor in (1e-8, 1.0, 65536.0):
+        torch.manual_seed(0)
+        found = error_codes(QUIET[name](batch), dtype, factor)
+        assert MODULES[name].CODE in found
+    torch.manual_seed(0)
+    wells = {
+        "rank_collapse": lambda: tokens(1.0, batch),
+        "saturated_attention": lambda: attending(1.0, batch),
+    }
+    assert not error_codes(wells.get(name, lambda: normalised(batch=batch))(), dtype)
+
+
+def test_a_single_sample_has_nothing_to_be_compared_with() -> None:
+    torch.manual_seed(0)
+    diagnosis = diagnosed(tokens(0.0, batch=1))
+    assert "nothing to be compared with" in diagnosis.unexamined["VG105"]
+
+
+def zero_gammas() -> Built:
+    """Every residual branch ends in a gain of zero (Goyal et al. 2017)."""
+    blocks = [Residual(nn.Sequential(branch(32), nn.BatchNorm1d(32))) for _ in range(4)]
+    for block in blocks:
+        nn.init.zeros_(block.branch[1].weight)  # pyright: ignore
+    return classified(nn.Sequential(nn.Linear(64, 32), *blocks, nn.Linear(32, 10)))
+
+
+class Shifted(WrittenOut):
+    """An RMS norm whose gain is 1 + weight, and whose weight is drawn near zero (Gemma)."""
+
+    def __init__(self) -> None:
+        super().__init__(64, 1e-6)
+        nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (1 + self.weight) * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6))
+
+
+class ShiftedNorm(Shifted):
+    pass
+
+
+def test_gains_that_are_meant_to_be_near_zero_are_no_finding() -> None:
+    torch.manual_seed(0)
+    assert "VG106" in diagnosed(zero_gammas()).healthy
+    chain = [nn.Sequential(nn.Linear(64, 64), ShiftedNorm(), nn.ReLU()) for _ in range(4)]
+    diagnosis = diagnosed(classified(nn.Sequential(*chain, nn.Linear(64, 10))))
+    assert len(diagnosis.flow.normalisations) == 4
+    assert "VG106" in diagnosis.healthy
 
 
 class Chaotic(nn.Module):

@@ -10,6 +10,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 from torch import Tensor, nn
 
@@ -73,7 +74,7 @@ class Layer:
             if site.kind == "activation" and site.operation not in theory.NAMES:
                 raise ValueError(f"theory has no {site.operation}")
             if site.kind == "activation":
-                found.append(theory.Elementwise(site.operation))
+                found.append(theory.Interpolated(site.operation))
             elif site.operation in NORMS:
                 found.append(NORMS[site.operation])
         return found
@@ -158,7 +159,8 @@ def attentions(flow: Flow) -> list[str]:
 
 def branches(flow: Flow, model: nn.Module) -> list[Branch]:
     """Residual branches along the backbone, input first."""
-    classes = {name: type(module).__name__.lower() for name, module in model.named_modules()}
+    modules = dict(model.named_modules())
+    classes = {name: type(module).__name__.lower() for name, module in modules.items()}
     found: list[Branch] = []
     for depth in sorted(flow.splits):
         steps = [step.site for step in flow.ledgers.get(depth, ()) if step.branch]
@@ -168,7 +170,7 @@ def branches(flow: Flow, model: nn.Module) -> list[Branch]:
         following = flow.sites[depth + 1] if depth + 1 < len(flow.sites) else None
         found.append(
             Branch(
-                _climbed(first.module, addition.module) if first.module in classes else "",
+                _climbed(first.module, addition.module, modules) if first.module in classes else "",
                 addition,
                 flow.sites[max(depth - 1, 0)].shape,
                 first,
@@ -180,16 +182,23 @@ def branches(flow: Flow, model: nn.Module) -> list[Branch]:
     return found
 
 
-def _climbed(path: str, outside: str) -> str:
-    """The longest way up from `path` that does not come to hold `outside`."""
+def _climbed(path: str, outside: str, modules: dict[str, nn.Module]) -> str:
+    """The longest way up from `path` that does not come to hold `outside`, to what is called and no mere list."""
     best = ""
     while path and not _within(outside, path):
-        best, path = path, path.rpartition(".")[0]
+        best = best if isinstance(modules[path], nn.ModuleList | nn.ModuleDict) else path
+        path = path.rpartition(".")[0]
     return best
 
 
 def _within(path: str, place: str) -> bool:
     return path == place or path.startswith(f"{place}.") or not place
+
+
+def shared(path: str, other: str) -> str:
+    """Path of the smallest module that holds both."""
+    pairs = zip(path.split("."), other.split("."), strict=False)
+    return ".".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 MOST_LAYERS = 4
@@ -315,13 +324,21 @@ def expected(
     rms = float(flow.column("activation_rms")[max(chain[0].index - 1, 0)])
     try:
         layers = [change(layer) for layer in chain[:LONG]]
-        result = theory.expected([operation for layer in layers for operation in layer], rms=rms)
+        operations = [operation for layer in layers for operation in layer]
+        shared = 0.0 if any(map(_asks, operations)) else math.nan
+        result = theory.expected(operations, rms=rms, shared=shared)
     except (ValueError, ArithmeticError):
         return math.nan, math.nan
     half = sum(len(layer) for layer in layers[: LONG // 2])
     rest = len(chain) - len(layers)
     each = sum(step.decades for step in result.steps[half:]) / (LONG // 2)
     return result.decades + rest * each, result.spread * math.sqrt(len(chain) / len(layers))
+
+
+def _asks(operation: Operation) -> bool:
+    """Does it need to know what two samples share?"""
+    inside = operation.branch if isinstance(operation, theory.Residual) else ()
+    return isinstance(operation, theory.BatchNorm) or any(map(_asks, inside))
 
 
 def in_words(decades: float, spread: float, layers: int) -> str:

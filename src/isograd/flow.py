@@ -103,6 +103,38 @@ class Activation:
 
 
 @dataclass(frozen=True, slots=True)
+class Normalisation:
+    """One normalisation at work: what it divides by is sqrt(variance + epsilon)."""
+
+    site: Site
+    epsilon: float
+    variance: float
+    """Mean variance of what it was given; of an RMS norm its mean square."""
+    output_rms: float
+    """Root mean square of its output, behind gain and shift."""
+
+    @property
+    def kept(self) -> float:
+        """Scale of its output over that of a normalised one, before gain and shift: 1 where it normalises."""
+        whole = self.variance + self.epsilon
+        return math.sqrt(self.variance / whole) if self.variance > 0 and whole > 0 else math.nan
+
+    @property
+    def gain(self) -> float:
+        """Scale that gain and shift give to what is normalised; it is 1 where they start as usual."""
+        return self.output_rms / self.kept if self.kept > 0 else math.nan
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """One attention at work."""
+
+    site: Site
+    spread: float
+    """Mean of 1 - sum(p^2), the size of its softmax's derivative, over that of even attention."""
+
+
+@dataclass(frozen=True, slots=True)
 class Parameter:
     """One parameter and its gradient, true values: the renormalisation is undone in log space."""
 
@@ -218,12 +250,15 @@ class Flow:
     decades           log10(gain); adds up exactly to `Flow.decades`; NaN for loss sites and the input
     activation_rms    root mean square of the site's output
     forward_gain      activation_rms over that of the site before it
+    distinct          share of it, in root mean squares, that belongs to one token of one sample alone
     weighted          1 where the segment multiplies by weights: a layer in the sense of sigma^L"""
     splits: dict[int, Split] = field(default_factory=dict[int, Split])
     """Residual segments by the depth of the site that ends them."""
     ledgers: dict[int, tuple[Step, ...]] = field(default_factory=dict[int, tuple[Step, ...]])
     """What happens inside a segment, by the depth of the site that ends it."""
     activations: tuple[Activation, ...] = ()
+    normalisations: tuple[Normalisation, ...] = ()
+    attentions: tuple[Attention, ...] = ()
     parameters: tuple[Parameter, ...] = ()
     modules: tuple[ModuleSignal, ...] = ()
     """The model's tree in registration order, the root first."""

@@ -76,6 +76,8 @@ class Horizon:
     at_end: bool = False
     """The loss reads no output step but the last, or the output has none."""
     recurrences: tuple[Recurrence, ...] = ()
+    differing: Tensor | None = None
+    """Variance between the samples of what the model was given at each lag; None: one sample, or not known."""
     notes: tuple[str, ...] = ()
     target: str = ""
 
@@ -125,6 +127,26 @@ class Horizon:
     def decades(self) -> float:
         """What is left at the longest lag: log10 of it over the reference; -inf where it is exactly zero."""
         return float(self.curve[-1]) - self.reference
+
+    @property
+    def covered(self) -> float:
+        """Share of the samples' differences that lies within the horizon; of the steps, where it is not known."""
+        within = torch.arange(self.at + 1) < self.steps
+        return float(self._shares[within].sum())
+
+    @property
+    def received(self) -> float:
+        """log10 of what the samples' differences receive on average of the gradient that counts as 100%."""
+        left = torch.exp2((self.curve - self.reference).clamp(max=300.0) * math.log2(10.0))
+        return float((self._shares * left).sum().log10())
+
+    @property
+    def _shares(self) -> Tensor:
+        """Of what differs between the samples, how much lies at each lag."""
+        given = self.differing
+        if given is None or not given.sum() > 0:
+            given = torch.ones(self.at + 1, dtype=torch.float64)
+        return given / given.sum()
 
     @property
     def _line(self) -> tuple[float, float]:
@@ -304,6 +326,7 @@ def _along(
             output=end.words,
             at_end=end.alone(read),
             recurrences=recurrences(model, seen),
+            differing=_differing(place, opened, end.at),
             notes=tuple(notes),
         )
         generator = torch.Generator().manual_seed(seed)
@@ -315,6 +338,20 @@ def _along(
             if each is not None:
                 each(found)
     return _said(found, output.dtype)
+
+
+def _differing(place: Place, opened: Mapping[str, Tensor], at: int) -> Tensor | None:
+    """Variance over the samples at each step up to `at`, the latest first; of tokens, how many are not the first's."""
+    given = opened.get(place.name.removeprefix("embedding of "))
+    if given is None or given.ndim < 2 or given.shape[place.axis] != place.length:
+        return None
+    samples = 1 if place.axis == 0 else 0
+    if given.shape[samples] < 2 or (given.is_floating_point() and given.ndim == 2 and samples == 1):
+        return None
+    steps = given.detach().movedim((place.axis, samples), (0, 1))
+    steps = steps.reshape(*steps.shape[:2], -1).double()  # (step, sample, feature)
+    apart = steps - steps.mean(1, keepdim=True) if given.is_floating_point() else steps != steps[:, :1]
+    return apart.double().square().mean((1, 2))[: at + 1].flip(0).cpu()
 
 
 def _with(blank: Horizon, logs: Tensor) -> Horizon:

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from isograd.flow import Flow
 from isograd.graph.operations import ACTIVATIONS, WEIGHTED
 
+UNSEEN = 100
+"""Time steps to remember where the length of the sequences was not seen."""
+
 
 @dataclass(frozen=True, slots=True)
 class Layer:
@@ -33,10 +36,19 @@ class Layer:
     head: bool
     """The last layer before the loss."""
     convolution: bool = False
+    half: bool = False
+    """In a number format of 16 bits, in which torch factorises no matrices."""
 
     @property
     def fan_out(self) -> int:
-        return max(math.prod(self.shape) // self.fan_in, 1)
+        matrix = self.shape[1:] if self.stacked else self.shape
+        return max(math.prod(matrix) // self.fan_in, 1)
+
+    @property
+    def stacked(self) -> bool:
+        """Several matrices in one parameter, (layer, in, out)."""
+        three = len(self.shape) == 3 and min(self.shape) > 1
+        return three and not self.convolution and self.fan_in in self.shape[1:]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +99,9 @@ def layers(flow: Flow, model: nn.Module, exchanged: Mapping[str, str] | None = N
                 (exchanged or {}).get(activation, activation),
                 calls[module],
                 head,
-                module in convolutions or (not module and tensor.ndim > 2),
+                module in convolutions
+                or (not module and tensor.ndim > 2 and tensor[0].numel() == known.fan_in),
+                tensor.element_size() < 4,
             )
         )
     return found
@@ -102,6 +116,15 @@ def is_chain(flow: Flow, found: list[Layer]) -> bool:
     """One layer after the other, with nothing but activations between them: what theory's gain per layer is of."""
     plain = not flow.splits and all(place.kind != "normalisation" for place in _line(flow))
     return plain and all(layer.calls <= 1 for layer in found) and sum(not la.head for la in found) > 1
+
+
+def steps_of(flow: Flow, place: str, module: nn.Module) -> int:
+    """Time steps of a recurrent module: of the sequences that it was given, or how often a cell was called."""
+    sites = [s for s in flow.sites if s.module == place and s.kind == "recurrent"]
+    if len(sites) == 1 and len(sites[0].shape) in (2, 3):
+        batched = len(sites[0].shape) == 3
+        return sites[0].shape[1 if batched and getattr(module, "batch_first", False) else 0]
+    return len(sites) if len(sites) > 1 else UNSEEN
 
 
 def batch_norms(flow: Flow) -> int:

@@ -8,14 +8,11 @@ values, and everything here depends on torch and on other names of this file onl
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.utils import parametrizations, parametrize
-from torch.overrides import TorchFunctionMode
 
 
 class Around(nn.Module):
@@ -293,6 +290,59 @@ class Residuals(Around):
         return f"{parts}, scale={self.scale:.4g}"
 
 
+class Factor(nn.Module):
+    """Parametrization: a weight or a bias times a factor. On both of a layer it multiplies what the layer returns.
+
+    `value`: a constant, or where `learned` what it starts at: one number, or with `features` one for each output, which
+    lie along the weight's `axis`.
+    """
+
+    def __init__(self, value: float, learned: bool = False, features: int = 0, axis: int = 0) -> None:
+        super().__init__()
+        start = torch.full((features,) if features else (), value)
+        self.axis, self.value = axis, nn.Parameter(start) if learned else value
+
+    def forward(self, weight: Tensor) -> Tensor:
+        factor = self.value
+        if isinstance(factor, Tensor) and factor.ndim and weight.ndim > 1:
+            shape = [1] * weight.ndim
+            shape[self.axis] = -1
+            factor = factor.view(shape)
+        return weight * factor
+
+    def extra_repr(self) -> str:
+        return f"value={self.value:.4g}" if isinstance(self.value, float) else ""
+
+
+def scale_output(
+    layer: nn.Module,
+    names: tuple[str, ...],
+    value: float,
+    learned: bool = False,
+    features: int = 0,
+    axis: int = 0,
+) -> None:
+    """Put a `Factor` on what a layer returns, by way of its weight and bias, of these names.
+
+    So it also acts where a forward reads the weight and does not call the layer, as torch's attention does.
+    """
+    like = getattr(layer, names[0])
+    factor = Factor(value, learned, features, axis).to(like.device, like.dtype)
+    for name in names:
+        parametrize.register_parametrization(layer, name, factor)
+
+
+class Offset(Around):
+    """inner(x + offset), with one learned number that starts at 0."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__(inner)
+        self.offset = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.inner(x + self.offset, *args, **kwargs)
+
+
 # -- recurrence ------------------------------------------------------------------------------------
 
 
@@ -312,15 +362,21 @@ class RNN(nn.RNN):
         pass
 
 
+def recurrent_weights(module: nn.Module) -> list[str]:
+    """Of an `nn.RNN` or `nn.RNNCell`; of a linear layer that a loop applies to the state, its weight."""
+    names = [name for name, _ in module.named_parameters(recurse=False)]
+    return [name for name in names if name.startswith("weight_hh")] or ["weight"]
+
+
 def keep_orthogonal(rnn: nn.Module) -> None:
-    """Hold every recurrent weight of an `nn.RNN` or `nn.RNNCell` to orthogonal matrices, by parametrization.
+    """Hold every recurrent weight of a module to orthogonal matrices, by parametrization.
 
     Arjovsky et al. 2016, arXiv:1511.06464; Lezcano-Casado and Martínez-Rubio 2019, arXiv:1901.08428. It starts at the
     orthogonal matrix nearest to the weight that is there. The weight is then computed at each call.
     """
     if isinstance(rnn, nn.RNN):
         rnn.__class__ = RNN  # the same module, which reads its weights anew
-    for name in [name for name, _ in rnn.named_parameters(recurse=False) if name.startswith("weight_hh")]:
+    for name in recurrent_weights(rnn):
         weight = getattr(rnn, name)
         left, _, right = torch.linalg.svd(weight.detach().double(), full_matrices=False)
         weight.data.copy_(left @ right)
@@ -331,7 +387,7 @@ def keep_spectral_norm(rnn: nn.Module) -> None:
     """Hold the largest singular value of every recurrent weight at 1 (Miyato et al. 2018, arXiv:1802.05957)."""
     if isinstance(rnn, nn.RNN):
         rnn.__class__ = RNN
-    for name in [name for name, _ in rnn.named_parameters(recurse=False) if name.startswith("weight_hh")]:
+    for name in recurrent_weights(rnn):
         parametrizations.spectral_norm(rnn, name)
 
 
@@ -346,98 +402,3 @@ class LSTM(nn.LSTM):
         state = None if hx is None else (hx, torch.zeros_like(hx))
         output, (hidden, _) = super().forward(input, state)
         return output, hidden
-
-
-def remember(gated: nn.Module, horizon: int) -> None:
-    """Chrono initialisation of an LSTM or GRU, or of a cell of theirs: memories of up to `horizon` steps.
-
-    Tallec and Ollivier 2018, arXiv:1804.11188: forget (or update) bias log U(1, horizon - 1), the LSTM's input bias
-    its negative. torch adds two biases; the second is set to 0 there, or the gate would get both.
-    """
-    lstm = isinstance(gated, nn.LSTM | nn.LSTMCell)
-    for name, bias in gated.named_parameters(recurse=False):
-        if not name.startswith("bias"):
-            continue
-        size = len(bias) // (4 if lstm else 3)
-        gates = bias.data[: 2 * size] if lstm else bias.data[size : 2 * size]
-        gates.zero_()
-        if name.startswith("bias_ih"):
-            kept = torch.empty(size, device=bias.device).uniform_(1, max(horizon - 1, 2)).log()
-            gates.copy_(torch.cat([-kept, kept]) if lstm else kept)
-
-
-# -- numerically safe logarithms -------------------------------------------------------------------
-
-
-class StableLog(TorchFunctionMode):
-    """log(softmax(x)) and log(sigmoid(x)) are computed as log_softmax(x) and logsigmoid(x): the same numbers.
-
-    Where the probability underflows, the plain form gives -inf and a gradient of NaN.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.made: dict[int, tuple[Tensor, int, str, Any, Any]] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        if name == "log" and args and id(args[0]) in self.made:
-            out, version, how, given, options = self.made[id(args[0])]
-            if out._version == version:  # else changed in place since: no softmax any more
-                plain = how == "sigmoid"
-                return functional.logsigmoid(given[0]) if plain else functional.log_softmax(*given, **options)
-        out = func(*args, **kwargs)
-        if name in ("softmax", "sigmoid") and isinstance(out, Tensor):
-            self.made[id(out)] = (out, out._version, name, args, kwargs)  # held, so that its id stays its own
-        return out
-
-
-class Under:
-    """A forward that runs under a mode; it has the signature of the forward that it holds."""
-
-    def __init__(
-        self, forward: Callable[..., Any], mode: Callable[..., TorchFunctionMode], *options: Any
-    ) -> None:
-        self.__wrapped__, self.mode, self.options = forward, mode, options
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with self.mode(*self.options):
-            return self.__wrapped__(*args, **kwargs)
-
-
-def log_in_log_space(module: nn.Module) -> None:
-    """Let `module.forward` compute every log of a softmax or sigmoid in log space."""
-    module.forward = Under(module.forward, StableLog)
-
-
-# -- skip connections in functional code -----------------------------------------------------------
-
-
-class SkipCalls(TorchFunctionMode):
-    """h + scale * phi(layer(h)) wherever a call of `activation` follows a layer that keeps the shape of its input."""
-
-    def __init__(self, activation: str, scale: float) -> None:
-        super().__init__()
-        self.activation, self.scale = activation, scale
-        self.entered: dict[int, tuple[Tensor, Tensor]] = {}
-        """Input of the layer that a tensor came from, by the tensor's id; the tensor is held with it."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        name = getattr(func, "__name__", "").strip("_")
-        if not args or not isinstance(out, Tensor) or not isinstance(args[0], Tensor):
-            return out
-        came_from = self.entered.get(id(args[0]))
-        if name in ("linear", "conv1d", "conv2d", "conv3d"):
-            self.entered[id(out)] = (args[0], out)
-        elif came_from is not None and name == self.activation and came_from[0].shape == out.shape:
-            return came_from[0] + self.scale * out
-        elif came_from is not None and (name.endswith("norm") or name.startswith("dropout")):
-            self.entered[id(out)] = (came_from[0], out)
-        return out
-
-
-def skip_calls(module: nn.Module, activation: str, scale: float) -> None:
-    """Let `module.forward` add the input of each layer that keeps its width to what its activation returns."""
-    module.forward = Under(module.forward, SkipCalls, activation, scale)

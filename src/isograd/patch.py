@@ -20,7 +20,7 @@ import torch
 
 from isograd.prescription import ROOTS, Edit, Prescription, combined, named, printed
 
-OURS = ("surgery", "modules")
+OURS = ("surgery", "modules", "calls")
 LONG = 100
 """Characters after which a list of places is broken."""
 
@@ -40,7 +40,7 @@ def code(rx: Prescription) -> str:
         {"put"} if any(e.verb in ("replace", "wrap") for e in edits) else set()
     )
     needed |= {edit.of.split(".")[1] for edit in edits if edit.of.split(".")[0] in OURS}
-    helpers = _sources(("surgery", *sorted(roots & {"modules"})), needed if edits else set())
+    helpers = _sources([root for root in OURS if root in roots | {"surgery"}], needed if edits else set())
     lines = [f"{_quoted(whole.remedy)}: {_quoted(whole.title)}", ""]
     lines += [_quoted(f"{whole.safety.value}: {SAFETY[whole.safety.value]}"), *map(_quoted, _told(whole))]
     opened = "drawing(model, seed=0), torch.no_grad()" if draws else "torch.no_grad()"

@@ -1,7 +1,7 @@
 """What to change in a model, as data: edits with their places, how safe they are, what theory expects of them.
 
 A remedy looks at a model and returns prescriptions; it changes nothing. An `Edit` names a place, a callable of
-torch (or of `isograd.surgery`, `isograd.modules`) and plain values. `apply` calls that callable there, and
+torch (or of `isograd.surgery`, `isograd.modules`, `isograd.calls`) and plain values. `apply` calls that callable there, and
 `Prescription.to_code` prints the same calls in the same order, so that both do the same thing.
 
 A remedy is a file of `isograd/remedies/`: its docstring is its page, `SLUG` its name, `TREATS` the codes and
@@ -73,7 +73,7 @@ class Edit:
     """Dotted name as in `named_modules` or `named_parameters`; '' is the model itself."""
     verb: Verb
     of: str = ""
-    """Dotted name under torch, nn, surgery or modules: 'nn.init.orthogonal_', 'nn.ReLU', 'surgery.Scaled'."""
+    """Dotted name under one of `ROOTS`: 'nn.init.orthogonal_', 'nn.ReLU', 'modules.Residual'."""
     arguments: Mapping[str, Value] = field(default_factory=dict[str, Value])
     rows: tuple[int, int] | None = None
     """Only these rows of the tensor, from and to: one gate of a bias, the values of a joint projection."""
@@ -303,7 +303,8 @@ def apply(
             what was refilled or is gone is dropped. An optimizer that is not given goes on training the old weights.
 
     Raises:
-        ValueError: nothing to apply, conflicting edits, or a model that cannot be copied.
+        ValueError: nothing to apply, conflicting edits, another model than was prescribed for, or one that cannot be
+            copied.
     """
     whole = combined([rx] if isinstance(rx, Prescription) else rx)
     if not whole.edits:
@@ -316,6 +317,8 @@ def apply(
     with surgery.drawing(changed, seed=0):
         for edit in whole.edits:
             place = edit.place if edit.verb != "fill" else places.get(edit.place, edit.place)
+            if edit.verb != "configure" and not _has(changed, place, edit.verb):
+                raise ValueError(f"the model has no {place}: {whole.remedy} was prescribed for another one")
             changed = perform(changed, replace(edit, place=place))
     if optimizer is not None:
         filled = {edit.place for edit in whole.edits if edit.verb == "fill"}
@@ -375,12 +378,28 @@ def perform(model: nn.Module, edit: Edit) -> nn.Module:
     return model
 
 
+def _has(model: nn.Module, place: str, verb: Verb) -> bool:
+    """Is there anything at the place of an edit? An attribute may be new to its module."""
+    owner, _, leaf = place.rpartition(".")
+    try:
+        model.get_submodule(owner if verb in ("fill", "set") else place)
+    except AttributeError:
+        return False
+    return verb != "fill" or hasattr(model.get_submodule(owner), leaf)
+
+
 def _tensor(model: nn.Module, name: str) -> Tensor:
     owner, _, leaf = name.rpartition(".")
     return getattr(model.get_submodule(owner), leaf)
 
 
-ROOTS = {"torch": "torch", "nn": "torch.nn", "surgery": "isograd.surgery", "modules": "isograd.modules"}
+ROOTS = {
+    "torch": "torch",
+    "nn": "torch.nn",
+    "surgery": "isograd.surgery",
+    "modules": "isograd.modules",
+    "calls": "isograd.calls",
+}
 """Where the callables of edits live."""
 
 

@@ -36,7 +36,7 @@ Train = Callable[[nn.Module, int], float]
 ORDER = (
     "standardise-input", "reset-norm-epsilon", "reset-norm-gain", "scale-embeddings", "zero-biases",
     "recurrent-initialisation", "chrono-initialisation", "forget-bias", "scale-residual-branches",
-    "orthogonal-initialisation", "delta-orthogonal", "critical-initialisation", "classic-initialisation", "lsuv",
+    "rescale-weights", "orthogonal-initialisation", "delta-orthogonal", "critical-initialisation", "classic-initialisation", "lsuv",
 )  # fmt: skip
 """Of one reach: what mends one property that is off, before what draws everything anew; the rest follows."""
 FIRST = {*ORDER, "leaky-activation"}

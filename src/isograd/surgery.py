@@ -6,15 +6,11 @@ installed: everything here depends on torch and on other names of this file only
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 
 @contextmanager
@@ -76,6 +72,14 @@ def rebind(
     optimizer.param_groups[-1]["params"].extend(p for p in new.values() if p.requires_grad)
 
 
+def orthogonal_(weight: Tensor, gain: float = 1.0, stacked: bool = False) -> Tensor:
+    """As `nn.init.orthogonal_`, also in half precision; of a stack of matrices (layer, in, out) each one."""
+    for matrix in weight if stacked else (weight,):
+        drawn = torch.empty(matrix.shape, dtype=torch.float32, device=weight.device)
+        matrix.copy_(nn.init.orthogonal_(drawn, gain))
+    return weight
+
+
 def delta_orthogonal_(kernel: Tensor, gain: float = 1.0) -> Tensor:
     """Zero but for the centre tap, which is orthogonal over the channels. (out, in, *kernel), in <= out.
 
@@ -91,57 +95,6 @@ def delta_orthogonal_(kernel: Tensor, gain: float = 1.0) -> Tensor:
     return kernel
 
 
-def exchange_calls(
-    module: nn.Module, of: str, to: str, lines: Sequence[str] = (), extra: Sequence[float] = ()
-) -> None:
-    """Let `module.forward` get the result of torch's function `to` where it calls the activation `of`.
-
-    Only at these lines (`net.py:17`); without them, everywhere below it. `extra` are further arguments of `to`.
-    """
-    module.forward = Exchanging(module.forward, of, to, tuple(lines), tuple(extra))
-
-
-class Exchanging:
-    """A forward with some of its calls exchanged; it has the signature of the forward that it holds."""
-
-    def __init__(
-        self, forward: Callable[..., Any], of: str, to: str, lines: tuple[str, ...], extra: tuple[float, ...]
-    ) -> None:
-        self.__wrapped__, self.of, self.to, self.lines, self.extra = forward, of, to, lines, extra
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with _Exchange(self):
-            return self.__wrapped__(*args, **kwargs)
-
-
-class _Exchange(TorchFunctionMode):
-    def __init__(self, rule: Exchanging) -> None:
-        super().__init__()
-        self.rule = rule
-        self.to = getattr(torch, rule.to, None) or getattr(nn.functional, rule.to)
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        rule = self.rule
-        if getattr(func, "__name__", "").strip("_") != rule.of or (
-            rule.lines and calling_line() not in rule.lines
-        ):
-            return func(*args, **(kwargs or {}))
-        return self.to(args[0] if args else kwargs["input"], *rule.extra)
-
-
-def calling_line() -> str:
-    """`net.py:17`: where the call of torch stands that a function mode has just been given."""
-    frame = sys._getframe(2)
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if not file.startswith(os.path.dirname(torch.__file__)):
-            return f"{os.path.basename(file)}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""
-
-
 def chrono_(module: nn.Module, steps: int) -> None:
     """Biases of an LSTM or GRU (or a cell of either) for memories from 1 to `steps` steps.
 
@@ -150,13 +103,12 @@ def chrono_(module: nn.Module, steps: int) -> None:
     """
     gates = 4 if isinstance(module, (nn.LSTM, nn.LSTMCell)) else 3
     for name, bias in module.named_parameters(recurse=False):
-        if not name.startswith("bias"):
+        if not name.startswith("bias") or not bias.requires_grad:
             continue
         width = len(bias) // gates
-        with torch.no_grad():
-            bias.zero_()
-            if name.startswith("bias_ih"):
-                keep = torch.empty(width).uniform_(1.0, max(steps - 1.0, 1.0 + 1e-3)).log().to(bias)
-                bias[width : 2 * width] = keep
-                if gates == 4:
-                    bias[:width] = -keep
+        bias.zero_()
+        if name.startswith("bias_ih"):
+            keep = torch.empty(width).uniform_(1.0, max(steps - 1.0, 2.0)).log().to(bias)
+            bias[width : 2 * width] = keep
+            if gates == 4:
+                bias[:width] = -keep

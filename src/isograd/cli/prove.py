@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import nn
 
 from isograd import trials
-from isograd.cli.errors import TargetError
+from isograd.cli.errors import TargetError, users_code
 from isograd.cli.inputs import InputSpec
 from isograd.cli.target import load, resolve
 from isograd.graph.traced import Loss
@@ -29,6 +30,7 @@ def proof(
     *,
     train: str | None,
     seeds: int,
+    store: Path | None = None,
     progress: trials.Progress | None = None,
 ) -> Proof:
     """Prove a prescription for the target `text`, trained by the function that `train` names.
@@ -37,7 +39,7 @@ def proof(
     that takes an argument called `seed` is given it.
 
     Raises:
-        TargetError: `train` names no function of a model and a seed.
+        TargetError: `train` names no function of a model and a seed, or raises from every seed.
     """
     trained = fitting(loss) if train is None else named(train)
 
@@ -53,7 +55,10 @@ def proof(
             return made if isinstance(made, nn.Module) else made[0]
         return load(text, inputs, seed=seed).model
 
-    return prove(build, rx, trained, seeds=seeds, loss=loss, progress=progress)
+    try:
+        return prove(build, rx, trained, seeds=seeds, loss=loss, store=store, progress=progress)
+    except (RuntimeError, ValueError) as error:
+        raise TargetError(f"{text} was not proven: {error}") from error
 
 
 def named(text: str) -> Train:
@@ -67,6 +72,24 @@ def named(text: str) -> Train:
             type_="def train(model, seed, lr_scale=1.0): …; return held_out_accuracy",
         )
     return cast(Train, found)
+
+
+def judging(text: str, train: Train) -> Train:
+    """The same, for one training in this process: what it raises is shown as the user's own traceback."""
+
+    def judge(model: nn.Module, seed: int) -> float:
+        with users_code(f"{text} raised while it trained"):
+            score: Any = train(model, seed)
+        try:
+            return float(score)
+        except (TypeError, ValueError):
+            raise TargetError(
+                f"{text} returned {score!r}, which is no number",
+                why="the score tells which of two trainings is better: higher is better",
+                type_="return held_out_accuracy",
+            ) from None
+
+    return judge
 
 
 def fitting(loss: Loss) -> Callable[..., float]:

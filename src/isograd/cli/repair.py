@@ -14,6 +14,9 @@ from isograd.cli.inputs import InputSpec, InputType
 from isograd.cli.progress import progress
 
 if TYPE_CHECKING:
+    from isograd.cli.target import Target
+    from isograd.graph.traced import Loss
+    from isograd.prescription import Prescription
     from isograd.proof import Proof
     from isograd.repair import Repair
 
@@ -52,6 +55,12 @@ INTERRUPTED = 130
 )
 @click.option("--seeds", type=click.IntRange(min=3), default=5, show_default=True, help="Of the proof.")
 @click.option(
+    "--store",
+    type=click.Path(dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Keep each training of the proof as it ends; the same command then goes on where it stopped.",
+)
+@click.option(
     "--budget",
     type=click.FloatRange(min=0, min_open=True),
     metavar="SECONDS",
@@ -75,6 +84,7 @@ def repair(
     steps: int | None,
     prove: bool,
     seeds: int,
+    store: Path | None,
     budget: float | None,
     form: Literal["text", "json"],
     output: Path | None,
@@ -93,11 +103,30 @@ def repair(
     """
     if train is not None and steps is not None:
         raise click.UsageError("--train and --steps are two ways to train: give one of them")
-    found, proof = _repair(target, inputs, unsafe, train, steps, seeds if prove else 0, budget, seed)
-    _print(found, proof, form)
+    if store is not None and not prove:
+        raise click.UsageError("--store keeps the trainings of a proof: give --prove as well")
+    if output is not None and not output.parent.is_dir():
+        raise click.UsageError(f"there is no folder {output.parent} to write {output.name} to")
+    found, aim = _search(target, inputs, unsafe, train, steps, budget, seed)
     if output is not None:
         _write(found, output)
-    if found.note.startswith("interrupted"):
+    if form == "text":  # what was found is kept, whatever becomes of its proof
+        click.echo(found)
+    stopped = found.note.startswith("interrupted")
+    proof, error = None, None
+    if prove and found.prescription is not None and not stopped:
+        try:
+            proof = _proof(target, inputs, found.prescription, aim.loss, train, seeds, store)
+        except KeyboardInterrupt:
+            stopped = True
+            kept = "" if store is None else f"; the same command goes on from {store}"
+            click.echo(f"the proof was interrupted before three pairs were complete{kept}", err=True)
+        except TargetError as raised:
+            error = raised
+    _print(found, proof, form)
+    if error is not None:
+        raise error
+    if stopped:
         ctx.exit(INTERRUPTED)
     ctx.exit(0 if found.cured and (proof is None or proof.helps) else NOT_CURED)
 
@@ -107,10 +136,8 @@ def _print(found: Repair, proof: Proof | None, form: Literal["text", "json"]) ->
         told = json.loads(found.to_json())
         told["proof"] = None if proof is None else json.loads(proof.to_json())
         click.echo(json.dumps(told, indent=2))
-    else:
-        click.echo(found)
-        if proof is not None:
-            click.echo(f"\n{proof}")
+    elif proof is not None:
+        click.echo(f"\n{proof}")
 
 
 def _write(found: Repair, output: Path) -> None:
@@ -122,29 +149,28 @@ def _write(found: Repair, output: Path) -> None:
         click.echo(f"written to {output}; before the optimizer is made: {use}", err=True)
 
 
-def _repair(
+def _search(
     text: str,
     inputs: tuple[InputSpec, ...],
     unsafe: bool,
     train: str | None,
     steps: int | None,
-    seeds: int,
     budget: float | None,
     seed: int,
-) -> tuple[Repair, Proof | None]:
-    """The repair, and its proof from so many seeds; no proof for 0 seeds."""
+) -> tuple[Repair, Target]:
+    """What the search finds, and what it was found for."""
     with progress("importing torch") as say:
         import torch
 
         import isograd
-        from isograd.cli.prove import named, proof
+        from isograd.cli.prove import judging, named
         from isograd.cli.target import load
         from isograd.repair import short_training
 
         say(f"importing {text}")
         torch.manual_seed(seed)
         target = load(text, inputs, seed=seed)
-        judge = named(train) if train is not None else None
+        judge = judging(train, named(train)) if train is not None else None
         if steps is not None:
             judge = short_training(target.loss, steps=steps)
         say(f"measuring {text}")
@@ -154,16 +180,23 @@ def _repair(
             )
         except (TypeError, ValueError) as error:  # what cannot be measured, in the user's words
             raise TargetError(f"{text}: {error}") from error
-        found = dataclasses.replace(found, target=text)
-        if not seeds or found.prescription is None:
-            return found, None
-        say(f"proving: {found.prescription.title}")
-        return found, proof(
-            text,
-            inputs,
-            found.prescription,
-            target.loss,
-            train=train,
-            seeds=seeds,
-            progress=lambda done, of: say(f"proving: {done} of {of} trainings done"),
-        )
+        return dataclasses.replace(found, target=text), target
+
+
+def _proof(
+    text: str,
+    inputs: tuple[InputSpec, ...],
+    rx: Prescription,
+    loss: Loss,
+    train: str | None,
+    seeds: int,
+    store: Path | None,
+) -> Proof:
+    """Paired trainings with and without the repair."""
+    with progress(f"proving: {rx.title}") as say:
+        from isograd.cli.prove import proof
+
+        def told(done: int, of: int) -> None:
+            say(f"proving: {done} of {of} trainings done")
+
+        return proof(text, inputs, rx, loss, train=train, seeds=seeds, store=store, progress=told)

@@ -11,11 +11,13 @@ from torch import Tensor
 
 from isograd.flow import (
     Activation,
+    Attention,
     Failure,
     Flow,
     InputStatistics,
     LossCall,
     ModuleSignal,
+    Normalisation,
     Parameter,
     Site,
     Split,
@@ -71,6 +73,11 @@ class Assembly:
                 for a, values in zip(trace.activations, read.activations, strict=True)
                 if a.node in self.run.graph.children
             ),
+            normalisations=self._normalisations(),
+            attentions=tuple(
+                Attention(step_site(self.trace.made[seen.node]), spread)
+                for seen, spread in zip(self.trace.attentions, self.read.spreads, strict=True)
+            ),
             parameters=self._parameters(),
             modules=self._modules(),
             layers=_layers(self.main),
@@ -100,12 +107,20 @@ class Assembly:
             for i, (a, b) in enumerate(zip(logs, below, strict=True))
         ]
         rms = [next((self.rms[n] for n in s.nodes if n in self.rms), math.nan) for s in line.segments]
+        distinct = [
+            next(
+                (_ratio(v, self.rms[n]) for n in s.nodes if (v := self.read.distinct.get(n)) is not None),
+                math.nan,
+            )
+            for s in line.segments
+        ]
         forward = [_ratio(a, b) for a, b in zip(rms, [*rms[1:], math.nan], strict=True)]
         columns = {
             "grad_norm_log10": logs,
             "gain": [math.inf if d >= 300 else 10**d for d in decades],
             "decades": decades,
             "activation_rms": rms,
+            "distinct": distinct,
             "forward_gain": forward,
             "weighted": [float(s.weighted and i >= line.exit) for i, s in enumerate(line.segments)],
         }
@@ -146,7 +161,21 @@ class Assembly:
                 return Activation(site, seen.function, True, mean, saturated, dead, seen.units, seen.samples)
         site = step_site(self.trace.made[seen.node])
         spine = any(seen.node in s.spine for s in self.main.segments)
+        spine = spine or any(seen.node in s.nodes for other in self.towers for s in other.segments)
         return Activation(site, seen.function, spine, mean, saturated, dead, seen.units, seen.samples)
+
+    def _normalisations(self) -> tuple[Normalisation, ...]:
+        """In the order in which they ran."""
+        on = {node: segment.site for segment in self.main.segments for node in segment.nodes}
+        found: list[Normalisation] = []
+        for seen, variance in zip(self.trace.norms, self.read.variances, strict=True):
+            made = self.trace.made[seen.node]
+            # Written out, its gain is multiplied after the root: the module's own output has it.
+            end = self.trace.outputs.get(made.call.module) if made.call.leaf else None
+            output = self.rms.get(end if end in self.rms else seen.node, math.nan)  # type: ignore[arg-type]
+            site = on.get(seen.node) or step_site(made)
+            found.append(Normalisation(site, seen.epsilon, variance, output))
+        return tuple(found)
 
     def _parameter_scales(self) -> dict[str, float]:
         """log10 of true over rescaled gradient, by parameter name."""

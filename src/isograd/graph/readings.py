@@ -23,8 +23,9 @@ class Readings:
         logs: log10 of the true gradient norm at every node that was read.
         scale: log10 of true over rescaled gradient, by the backward's key.
         rms: of the result of every operation.
+        distinct: of what belongs to one token alone in it, where it has tokens.
         splits: norms of skip and branch contribution below a residual segment, as they passed, by its index.
-        inputs, activations, losses: the trace's statistics, in its order.
+        inputs, activations, losses, variances, spreads: the trace's statistics, in its order.
         weights: norm of every parameter, by name.
         gradients: norm of its gradient as it passed and share of exact zeros in it, where it has one.
         loss: value of the loss.
@@ -36,6 +37,7 @@ class Readings:
         norms = {node: scalars.add(value) for node, value in passed.norms.items()}
         exponents = {key: scalars.add(value) for key, value in passed.exponents.items()}
         rms = {n: scalars.add(made.rms) for n, made in trace.made.items() if made.rms is not None}
+        distinct = {n: scalars.add(m.distinct) for n, m in trace.made.items() if m.distinct is not None}
         splits = {i: (scalars.add(a), scalars.add(b)) for i, (a, b) in passed.splits.items()}
         inputs = {name: [scalars.add(v) for v in values] for name, values in trace.inputs.items()}
         weights = {name: scalars.add(norm([p])) for name, p in run.model.named_parameters() if p.numel()}
@@ -46,6 +48,8 @@ class Readings:
         }
         activations = [[scalars.add(v) for v in a.values] for a in trace.activations]
         losses = [[scalars.add(v) for v in call.values] for call in trace.losses]
+        variances = [scalars.add(seen.variance) for seen in trace.norms]
+        spreads = [scalars.add(seen.spread) for seen in trace.attentions]
         value = scalars.add(run.value.detach().reshape(()))
         read = scalars.read()
 
@@ -54,12 +58,15 @@ class Readings:
             node: log10(read[i]) + self.scale[passed.scale[node]] for node, i in norms.items()
         }
         self.rms = {node: read[i] for node, i in rms.items()}
+        self.distinct = {node: read[i] for node, i in distinct.items()}
         self.splits = {i: (read[a], read[b]) for i, (a, b) in splits.items()}
         self.inputs = {name: [read[i] for i in values] for name, values in inputs.items()}
         self.weights = {name: read[i] for name, i in weights.items()}
         self.gradients = {name: (read[a], read[b]) for name, (a, b) in gradients.items()}
         self.activations = [[read[i] for i in values] for values in activations]
         self.losses = [[read[i] for i in values] for values in losses]
+        self.variances = [read[i] for i in variances]
+        self.spreads = [read[i] for i in spreads]
         self.loss = read[value]
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from torch.autograd.graph import Node, saved_tensors_hooks
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from isograd.graph import signal
 from isograd.graph.operations import ACTIVATIONS, LOSSES, WEIGHTED, kind_of_call, operation_of, parameter_of
 
 _SET_REQUIRES_GRAD = vars(torch._C.TensorBase)["requires_grad"].__set__
@@ -30,7 +31,7 @@ TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
 LARGEST_SAMPLE = 500_000
 """Elements of an activation or a loss input that statistics are taken over: beyond, whole rows are left out."""
 OWN_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-IN_MODELS = tuple(OWN_FOLDER + name for name in ("modules.py", "surgery.py"))
+IN_MODELS = tuple(OWN_FOLDER + name for name in ("modules.py", "surgery.py", "calls.py"))
 """Our files that run inside a repaired model."""
 
 
@@ -98,6 +99,8 @@ class Made:
     """None: not the result of its call, but a step towards it."""
     dtype: str = ""
     rms: Tensor | None = None
+    distinct: Tensor | None = None
+    """Root mean square of what belongs to one token alone."""
 
 
 @dataclass(slots=True)
@@ -110,6 +113,25 @@ class ActivationStatistics:
     """mean |phi'|, saturated share, dead share of units."""
     units: int
     samples: int
+
+
+@dataclass(slots=True)
+class NormalisationStatistics:
+    """One normalisation call and what it divides by."""
+
+    node: Node
+    epsilon: float
+    variance: Tensor
+    """Mean variance of what it was given; of an RMS norm its mean square."""
+
+
+@dataclass(slots=True)
+class AttentionStatistics:
+    """One attention at work."""
+
+    node: Node
+    spread: Tensor
+    """How far it leaves several positions open: see `signal.spread`."""
 
 
 @dataclass(slots=True)
@@ -134,6 +156,8 @@ class Trace(TorchFunctionMode):
     made: dict[Node, Made] = field(default_factory=dict[Node, Made])
     activations: list[ActivationStatistics] = field(default_factory=list[ActivationStatistics])
     losses: list[LossCall] = field(default_factory=list[LossCall])
+    norms: list[NormalisationStatistics] = field(default_factory=list[NormalisationStatistics])
+    attentions: list[AttentionStatistics] = field(default_factory=list[AttentionStatistics])
     outputs: dict[str, Node] = field(default_factory=dict[str, Node])
     """Node of each module's (last) output, by module path."""
     inputs: dict[str, Tensor] = field(default_factory=dict[str, Tensor])
@@ -179,6 +203,8 @@ class Trace(TorchFunctionMode):
         self.results = [node for node in self.results if node in nodes]
         self.activations = [seen for seen in self.activations if seen.node in nodes]
         self.losses = [call for call in self.losses if call.node in nodes]
+        self.norms = [seen for seen in self.norms if seen.node in nodes]
+        self.attentions = [seen for seen in self.attentions if seen.node in nodes]
 
     # -- modules -----------------------------------------------------------------------------------
 
@@ -225,6 +251,7 @@ class Trace(TorchFunctionMode):
             opened = leaf.clone()
             made = Made(self._call("input", "input"), tuple(value.shape), _name(value.dtype))
             made.rms = norm([value]) / value.numel() ** 0.5
+            made.distinct = signal.distinct(value)
             made.call.user_input = True
             assert opened.grad_fn is not None
             self.made[opened.grad_fn] = made
@@ -267,6 +294,9 @@ class Trace(TorchFunctionMode):
                 self._attribute(tensor, call)
             if derivative is not None and activation is not None:
                 self._activation(tensors[0], name, derivative, activation.largest_slope)
+            self._normalisation(func, args, kwargs, tensors[0])
+            if (spread := signal.spread(func, args, kwargs)) is not None:
+                self.attentions.append(AttentionStatistics(cast(Node, tensors[0].grad_fn), spread))
             if name in LOSSES:
                 self._loss(name, args, kwargs, tensors[0])
             elif not self._stack and name.strip("_") in ("sub", "rsub") and len(args) == 2:
@@ -355,6 +385,23 @@ class Trace(TorchFunctionMode):
         made.shape, made.dtype = tuple(tensor.shape), _name(tensor.dtype)
         if tensor.numel() and tensor.is_floating_point() and call.kind != "reshape":
             made.rms = norm([tensor]) / tensor.numel() ** 0.5
+            if made.call.unit_dim in (-1, tensor.ndim - 1):
+                made.distinct = signal.distinct(tensor)
+
+    def _normalisation(self, func: Callable[..., Any], args: Any, kwargs: Any, out: Tensor) -> None:
+        """Torch's own, or a root of a sum with a number in a module that is called one."""
+        found = signal.denominator(func, args, kwargs)
+        if found is None and func.__name__ in signal.ROOTS and "norm" in self._leaf().lower():
+            made = self.made.get(args[0].grad_fn)
+            added = [v for _, v in made.call.settings if isinstance(v, float)] if made else []
+            if made is not None and made.call.kind == "addition" and len(added) == 1:
+                found = added[0], args[0].detach().double().mean() - added[0]
+        if found is not None:
+            assert out.grad_fn is not None
+            self.norms.append(NormalisationStatistics(out.grad_fn, *found))
+
+    def _leaf(self) -> str:
+        return self._stack[-1][2] if self._stack else ""
 
     def _activation(self, out: Tensor, name: str, derivative: Tensor, largest: float) -> None:
         node = out.grad_fn

@@ -22,16 +22,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
-
-from isograd.flow import Flow
+from isograd.layers import steps_of
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
 from isograd.remedies.forget_bias import NONE, gated
 
 SLUG = "chrono-initialisation"
 TREATS = ("initialisation", "VG101", "RN601", "RN602", "RN603")
-STEPS = 100
-"""Time steps where the flow does not tell how many there are."""
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
@@ -40,26 +36,17 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     if not biased:
         yield not_applicable(SLUG, NONE)
         return
-    steps = length(patient.flow, dict(biased))
+    lengths = {name: steps_of(patient.flow, name, module) for name, module in biased}
+    steps = max(lengths.values())
     yield Prescription(
         SLUG,
         f"chrono biases for {steps} steps in {len(biased)} recurrent layers",
         tuple(
-            Edit(name, "alter", "surgery.chrono_", {"steps": steps}, before="biases as drawn")
-            for name, _ in biased
+            Edit(name, "alter", "surgery.chrono_", {"steps": length}, before="biases as drawn")
+            for name, length in lengths.items()
         ),
         reach=Reach.INITIALISATION,
         treats=TREATS,
         expected=f"memories from 1 to {steps} steps",
         references=("Tallec and Ollivier 2018, arXiv:1804.11188",),
     )
-
-
-def length(flow: Flow, known: dict[str, nn.Module]) -> int:
-    """Time steps: from the shape of a fused layer's output, or how often a cell was called."""
-    calls = [site for site in flow.sites if site.module in known and site.kind == "recurrent"]
-    for site in calls:
-        module = known[site.module]
-        if isinstance(module, nn.RNNBase) and len(site.shape) == 3:
-            return site.shape[1 if module.batch_first else 0]
-    return len(calls) if len(calls) > 1 else STEPS

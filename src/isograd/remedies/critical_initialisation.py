@@ -30,7 +30,7 @@ from isograd import theory
 from isograd.flow import Flow
 from isograd.graph.operations import ACTIVATIONS
 from isograd.layers import Layer, batch_norms, is_chain, layers
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.prescription import Edit, Patient, Prescription, Reach, Value, not_applicable
 
 SLUG = "critical-initialisation"
 TREATS = ("initialisation", "VG101", "EG201", "EG202", "NF401", "NF402")
@@ -62,9 +62,9 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     )
 
 
-def weight(layer: Layer, of: str, arguments: dict[str, float]) -> Edit:
+def weight(layer: Layer, of: str, arguments: dict[str, Value]) -> Edit:
     """The weight of a layer, drawn by `of`."""
-    return Edit(layer.weight, "fill", of, {**arguments}, before=f"sigma_w {layer.sigma_w:.3g}")
+    return Edit(layer.weight, "fill", of, arguments, before=f"sigma_w {layer.sigma_w:.3g}")
 
 
 def biases(found: list[Layer], zero: bool = False) -> Iterator[Edit]:

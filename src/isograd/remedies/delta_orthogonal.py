@@ -27,8 +27,8 @@ from torch import nn
 
 from isograd.layers import Layer, layers
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
-from isograd.remedies.critical_initialisation import biases, expected, remaining, scale, weight
-from isograd.remedies.orthogonal_initialisation import gain
+from isograd.remedies.critical_initialisation import biases, expected, remaining, scale
+from isograd.remedies.orthogonal_initialisation import gain, orthogonal
 
 SLUG = "delta-orthogonal"
 TREATS = ("initialisation", "VG101", "EG201", "EG202")
@@ -53,7 +53,7 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
             before=f"sigma_w {layer.sigma_w:.3g}",
         )
         if layer.weight in fit
-        else weight(layer, "nn.init.orthogonal_", {"gain": gain(layer)})
+        else orthogonal(layer, gain(layer))
         for layer in found
     ]
     yield Prescription(

@@ -52,6 +52,8 @@ TARGETS = {
     "leaky_relu": ("nn.LeakyReLU", "leaky ReLU"),
 }
 """Function -> its module and what it is called."""
+FUSED = "activation_relu_or_gelu"
+"""By this number the kernel that `nn.TransformerEncoderLayer` runs in eval() knows its activation; 0: there is none."""
 ODD = {"sigmoid", "tanh", "hardtanh", "hardsigmoid", "softsign"}
 """S-shaped: tanh is the nearest relative. The rest is one-sided, with ELU the nearest."""
 
@@ -82,11 +84,12 @@ def exchange(
     """`target` in place of the named functions; `not_applicable` where nothing of them can be exchanged."""
     edits, by_hand = exchanges(patient, names, target, *arguments)
     called, old = TARGETS[target][1], ", ".join(names)
+    count = sum(not edit.place.endswith(FUSED) for edit in edits)
     if not edits:
         why = f"no call of {old} can be told from a gate or the output by its line"
         return not_applicable(slug, why, *by_hand)
     found = layers(patient.flow, patient.model, dict.fromkeys(names, target))
-    title, drawn = f"{called} in place of {old} ({len(edits)})", ()
+    title, drawn = f"{called} in place of {old} ({count})", ()
     if target == "selu":  # without these weights it does not normalise itself
         title += " with LeCun's weights"
         drawn = (
@@ -127,6 +130,7 @@ def exchanges(
     elsewhere = {
         (a.site.module, a.function, a.site.source) for a in patient.flow.activations if a not in hidden
     }
+    gating = {(path, function) for path, function, _ in elsewhere}
     for a in hidden:
         path, function = a.site.module, a.function
         if function not in names:
@@ -134,12 +138,20 @@ def exchanges(
         module = patient.model.get_submodule(path)
         attribute = _attribute(module, function)
         if path and _is_activation(module):
+            if (path, function) in gating:
+                by_hand.append(
+                    f"{path}: a gate or the output goes through it too; give the layers one of their own"
+                )
+                continue
             kept = {"negative_slope": arguments[0]} if target == "leaky_relu" and arguments else {}
             edits[path] = Edit(path, "replace", TARGETS[target][0], {**kept}, before=repr(module))
         elif attribute and not arguments:
             place = f"{path}.{attribute}".lstrip(".")
             of = f"nn.functional.{target}"
             edits[place] = Edit(place, "set", of, before=function, source=a.site.source)
+            if hasattr(module, FUSED):
+                fused = f"{path}.{FUSED}".lstrip(".")
+                edits[fused] = Edit(fused, "set", arguments={"value": 0}, before=str(getattr(module, FUSED)))
         elif not a.site.source:  # exchanged before, or called from generated code
             by_hand.append(f"{path or 'the model'}: the line that calls {function} is not known")
         elif (path, function, a.site.source) in elsewhere:
@@ -152,9 +164,7 @@ def exchanges(
             by_hand.append(_by_hand(source, function, target))
         given = {"of": function, "to": target, "lines": lines, **({"extra": arguments} if arguments else {})}
         before, source = f"{function}(…)", sources[0]
-        edits[f"{path}:{function}"] = Edit(
-            path, "alter", "surgery.exchange_calls", given, None, before, source
-        )
+        edits[f"{path}:{function}"] = Edit(path, "alter", "calls.exchange_calls", given, None, before, source)
     return list(edits.values()), list(dict.fromkeys(by_hand))
 
 

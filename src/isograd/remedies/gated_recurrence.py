@@ -27,14 +27,13 @@ from collections.abc import Iterator
 from torch import nn
 
 from isograd.flow import Flow
+from isograd.layers import Layer, layers, recurrent, steps_of
 from isograd.prescription import Edit, Patient, Prescription, Reach, Value, not_applicable
 
 SLUG = "gated-recurrence"
 TREATS = ("ungated-recurrence", "RN601", "RN602", "VG101", "EG201")
 DECADES = -0.71
 """log10 of sqrt(E f^2T) for f = u / (1 + u), u uniform in [1, T - 1], as T grows: the integral of exp(-2/x) over [0, 1]."""
-UNKNOWN = 100
-"""Steps to remember where the length of the sequences was not seen."""
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
@@ -44,6 +43,10 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     cells = {name: m for name, m in modules.items() if isinstance(m, nn.RNNCell)}
     if not rnns and not cells:
         gated = any(isinstance(m, nn.LSTM | nn.GRU | nn.LSTMCell | nn.GRUCell) for m in modules.values())
+        written = recurrent(layers(patient.flow, patient.model))
+        if written and not gated:
+            yield _by_hand(written[0], patient.flow)
+            return
         yield not_applicable(
             SLUG, "the recurrence is gated already" if gated else "there is no nn.RNN or nn.RNNCell"
         )
@@ -70,14 +73,13 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         )
 
 
-def steps_of(flow: Flow, place: str, batch_first: bool) -> int:
-    """Length of the sequences that the recurrent module at `place` was given, or `UNKNOWN`."""
-    sites = [s for s in flow.sites if s.module == place and s.kind == "recurrent"]
-    if sites and len(sites[0].shape) == 3:
-        return sites[0].shape[1 if batch_first else 0]
-    if sites and len(sites[0].shape) == 2 and len(sites) == 1:  # one sequence, no batch
-        return sites[0].shape[0]
-    return len(sites) if len(sites) > 1 else UNKNOWN
+def _by_hand(state: Layer, flow: Flow) -> Prescription:
+    line = next((s.source for s in flow.sites if s.module == state.module and s.source), state.module)
+    return not_applicable(
+        SLUG,
+        "the recurrence is a loop of your own",
+        f"{line}: h = cell(x_t, h) in place of this step, with cell = nn.GRUCell(inputs, {state.fan_out})",
+    )
 
 
 def _layer(kind: str, name: str, rnn: nn.RNN, flow: Flow) -> Iterator[Edit]:
@@ -93,7 +95,7 @@ def _layer(kind: str, name: str, rnn: nn.RNN, flow: Flow) -> Iterator[Edit]:
     of = "nn.GRU" if kind == "GRU" else "modules.LSTM"
     yield Edit(name, "replace", of, sizes, before=str(rnn))
     if rnn.bias:
-        yield Edit(name, "alter", "modules.remember", {"horizon": steps_of(flow, name, rnn.batch_first)})
+        yield Edit(name, "alter", "surgery.chrono_", {"steps": steps_of(flow, name, rnn)})
 
 
 def _cell(name: str, cell: nn.RNNCell, flow: Flow) -> Iterator[Edit]:
@@ -104,4 +106,4 @@ def _cell(name: str, cell: nn.RNNCell, flow: Flow) -> Iterator[Edit]:
     }
     yield Edit(name, "replace", "nn.GRUCell", sizes, before=str(cell))
     if cell.bias:
-        yield Edit(name, "alter", "modules.remember", {"horizon": steps_of(flow, name, False)})
+        yield Edit(name, "alter", "surgery.chrono_", {"steps": steps_of(flow, name, cell)})

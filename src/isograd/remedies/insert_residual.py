@@ -27,12 +27,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from isograd import theory
-from isograd.anatomy import Part, expected, in_words, parts
+from isograd.anatomy import Part, expected, in_words, parts, shared
 from isograd.graph.operations import ACTIVATIONS
 from isograd.prescription import Edit, Patient, Prescription, Reach, Value, not_applicable
+from isograd.symptoms.rank_collapse import DAMPED
 
 SLUG = "insert-residual"
-TREATS = ("missing-residual", "batchnorm-without-skips", "VG101", "EG201")
+TREATS = ("missing-residual", "batchnorm-without-skips", "VG101", "VG105", "EG201")
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
@@ -44,7 +45,9 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         yield _in_calls(outside)
         return
     if flow.splits and len(found) < 2:
-        yield not_applicable(SLUG, "the backbone has residual connections wherever it keeps its width")
+        yield _damped(patient) or not_applicable(
+            SLUG, "the backbone has residual connections wherever it keeps its width"
+        )
         return
     scale = len(found) ** -0.5 if found else 1.0
     edits = [*_modules(found, model_names(patient), scale), *_runs(found, model_names(patient), scale)]
@@ -82,12 +85,26 @@ def _in_calls(found: list[Part]) -> Prescription:
     return Prescription(
         SLUG,
         f"skip connections around {len(found)} layers and the {site.operation} called behind them",
-        (Edit(site.module, "alter", "modules.skip_calls", options, source=site.source),),
+        (Edit(shared(site.module, layer.place), "alter", "calls.skip_calls", options, source=site.source),),
         reach=Reach.RESIDUAL,
         treats=TREATS,
         expected=f"a gain of sqrt(1 + chi / {len(found)}) a layer",
         references=("He et al. 2016, arXiv:1512.03385",),
         advice=(f"by hand, {site.source}: h = h + {scale:.3g} * {site.operation}({layer.place}(h))",),
+    )
+
+
+def _damped(patient: Patient) -> Prescription | None:
+    """Skips that are there and let too little by: only their author knows which factor it is."""
+    splits = patient.flow.splits
+    weak = [depth for depth, split in splits.items() if split.skip < DAMPED]
+    if not weak:
+        return None
+    site, skip = patient.flow.sites[weak[0]], splits[weak[0]].skip
+    return not_applicable(
+        SLUG,
+        f"{len(weak)} of {len(splits)} skip connections are there, but let only {skip:.2g} of the signal by",
+        f"by hand, {site.source or site.place}: x + branch(x), the skip not multiplied",
     )
 
 

@@ -32,7 +32,8 @@ from isograd import surgery, theory
 from isograd.graph.preserve import preserved
 from isograd.layers import Layer, batch_norms, is_chain, layers
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable, perform
-from isograd.remedies.critical_initialisation import remaining, weight
+from isograd.remedies.critical_initialisation import remaining
+from isograd.remedies.orthogonal_initialisation import orthogonal
 from isograd.symptoms.vanishing_gradient import threshold
 
 SLUG = "lsuv"
@@ -55,7 +56,7 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
             SLUG, f"unit variance would still lose {-decades:.1f} decades to the slope of {names}"
         )
         return
-    drawn = [weight(layer, "nn.init.orthogonal_", {"gain": 1.0}) for layer in found]
+    drawn = [orthogonal(layer, 1.0) for layer in found]
     drawn += [Edit(bias, "fill", "nn.init.zeros_") for layer in found for bias in layer.biases]
     try:
         factors = _factors(patient, found, drawn)
@@ -81,12 +82,6 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
 
 def _decades(patient: Patient, found: list[Layer]) -> float:
     """Of a plain chain with pre-activations of variance 1: log10 sqrt(E phi'^2 / E phi^2) a layer; NaN: no chain."""
-    if batch_norms(patient.flow):
-        return remaining(patient.flow, found)
-    if batch_norms(patient.flow):
-        return remaining(patient.flow, found)
-    if batch_norms(patient.flow):
-        return remaining(patient.flow, found)
     if batch_norms(patient.flow):
         return remaining(patient.flow, found)
     if not is_chain(patient.flow, found) or any(la.activation not in theory.NAMES for la in found):

@@ -25,7 +25,7 @@ import math
 from collections.abc import Iterator
 
 from isograd.layers import Layer, layers
-from isograd.prescription import Patient, Prescription, Reach, not_applicable
+from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
 from isograd.remedies.critical_initialisation import biases, expected, remaining, scale, weight
 
 SLUG = "orthogonal-initialisation"
@@ -38,7 +38,7 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     if not found:
         yield not_applicable(SLUG, "no trainable weight was seen to multiply the signal")
         return
-    edits = [weight(layer, "nn.init.orthogonal_", {"gain": gain(layer)}) for layer in found]
+    edits = [orthogonal(layer, gain(layer)) for layer in found]
     names = ", ".join(sorted({layer.activation for layer in found if not layer.head}) or ["linear"])
     yield Prescription(
         SLUG,
@@ -50,6 +50,13 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         decades=remaining(patient.flow, found),
         references=("Saxe et al. 2014, arXiv:1312.6120", "Pennington et al. 2017, arXiv:1711.04735"),
     )
+
+
+def orthogonal(layer: Layer, factor: float) -> Edit:
+    """The weight of a layer, drawn orthogonal times a factor; each of several matrices in one parameter."""
+    if layer.stacked:
+        return weight(layer, "surgery.orthogonal_", {"gain": factor, "stacked": True})
+    return weight(layer, "surgery.orthogonal_" if layer.half else "nn.init.orthogonal_", {"gain": factor})
 
 
 def gain(layer: Layer) -> float:

@@ -1,9 +1,9 @@
 """orthogonal-recurrence: the recurrent matrix of an RNN is held orthogonal, or at spectral norm 1.
 
 What it does
-    Parametrizes `weight_hh` of every `nn.RNN` and `nn.RNNCell`: orthogonal, starting at the orthogonal matrix nearest to
-    what is there, or divided by its largest singular value. It stays so in training. An `nn.RNN` then reads its
-    weights at each call, which torch's own does not.
+    Parametrizes `weight_hh` of every `nn.RNN` and `nn.RNNCell`, or the linear layer that a loop of yours applies to its
+    state: orthogonal, starting at the orthogonal matrix nearest to what is there, or divided by its largest singular
+    value. It stays so in training. An `nn.RNN` then reads its weights at each call, which torch's own does not.
 
 When it helps
     The same matrix multiplies the gradient at every step: a spectral radius r leaves r^T of it. Orthogonal, it
@@ -27,6 +27,7 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.utils import parametrize
 
+from isograd.layers import layers, recurrent
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
 
 SLUG = "orthogonal-recurrence"
@@ -42,12 +43,15 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         if isinstance(m, nn.RNN | nn.RNNCell) and not parametrize.is_parametrized(m)
     ]
     if not plain:
+        states = recurrent(layers(patient.flow, patient.model))
+        plain = [la.module for la in states if isinstance(modules[la.module], nn.Linear)]
+    if not plain:
         gated = any(isinstance(m, nn.LSTM | nn.GRU | nn.LSTMCell | nn.GRUCell) for m in modules.values())
         yield not_applicable(
             SLUG,
             "the recurrence is gated: its gates and not one matrix decide what a step keeps"
             if gated
-            else "there is no nn.RNN or nn.RNNCell with a free recurrent matrix",
+            else "there is no nn.RNN, nn.RNNCell or loop over a linear layer with a free recurrent matrix",
         )
         return
     for of, what, expected, reference in (

@@ -109,6 +109,18 @@ def _head_dim(attention: nn.Module, width: int) -> int:
     return 0
 
 
+def thirds(name: str, model: nn.Module, flow: Flow) -> int | None:
+    """Width of queries, keys and values, where the weight `name` makes all three in this order, one after another."""
+    place, _, leaf = name.rpartition(".")
+    if leaf == "in_proj_weight":
+        return model.get_parameter(name).shape[0] // 3
+    owner, _, child = place.rpartition(".")
+    width = _width(model.get_submodule(place))
+    if not isinstance(model.get_submodule(place), nn.Linear) or child not in JOINT or width % 3:
+        return None
+    return width // 3 if _in_thirds(model.get_submodule(owner), owner, width, flow) else None
+
+
 def _in_thirds(attention: nn.Module, name: str, width: int, flow: Flow) -> bool:
     """Queries come first, then keys, then values; some models interleave them head by head instead."""
     if getattr(attention, "split_size", 0) * 3 == width:

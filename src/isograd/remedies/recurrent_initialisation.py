@@ -1,8 +1,10 @@
 """recurrent-initialisation: recurrent weights that carry the state for as many steps as there are.
 
 What it does
-    Either makes the state's weights orthogonal and the input's so small that tanh stays near its origin for all
-    steps; or makes them the identity with ReLU in place of tanh (IRNN).
+    Makes the state's weights orthogonal where they are not, gate by gate in LSTM and GRU. If that is not enough,
+    either the input's as well, so small that tanh stays near its origin for all steps; or the state's the identity,
+    with ReLU in place of tanh (IRNN), with input weights of deviation 1 / sqrt(T fan_in), at which the state has
+    variance 1 after T steps (Le et al. take 0.001 for any T), and zero biases.
 
 When it helps
     A recurrence multiplies by the same matrix at every step: a gain of 0.95 leaves 0.00004 of the gradient after 200.
@@ -28,31 +30,74 @@ from functools import cache
 from torch import nn
 
 from isograd import theory
-from isograd.layers import Layer, layers, recurrent
+from isograd.layers import Layer, layers, recurrent, rms, steps_of
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
-from isograd.remedies.chrono_initialisation import length
 from isograd.remedies.exchange_activation import exchanges
 
 SLUG = "recurrent-initialisation"
 TREATS = ("initialisation", "VG101", "EG201", "EG202", "RN601", "RN602")
+OFF = 1.25
+"""Factor from 1 beyond which the scale of a recurrent matrix is off; torch draws 0.58."""
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
-    """For recurrences written out step by step, and for nn.RNN and nn.RNNCell."""
+    """The state's weights alone, where they are off; then with what goes in: written out, nn.RNN and nn.RNNCell."""
     fused = list(_fused(patient.model))
     found = layers(patient.flow, patient.model, patient.exchanged)
     states = [layer for layer in recurrent(found) if layer.activation != "linear" and not patient.flow.splits]
+    alone = [*_written_alone(states), *_gates_alone(patient.model)]
+    if alone:
+        yield _alone(alone)
     if states:
         yield from _written_out(patient, found, states)
     elif fused:
-        yield _small(
-            _fused_edits(fused, length(patient.flow, dict(fused))), length(patient.flow, dict(fused))
-        )
-        yield _identity(_irnn(fused), len(fused))
-    else:
+        steps = max(steps_of(patient.flow, name, module) for name, module in fused)
+        yield _small(_fused_edits(fused, steps), steps)
+        yield _identity(_irnn(fused, steps), len(fused))
+    elif not alone:
         yield not_applicable(
             SLUG, "no plain recurrence was seen: no weight acts on the state again and again"
         )
+
+
+def _written_alone(states: list[Layer]) -> Iterator[Edit]:
+    for layer in states:
+        if _off(layer.sigma_w):
+            yield Edit(layer.weight, "fill", "nn.init.orthogonal_", before=f"sigma_w {layer.sigma_w:.3g}")
+
+
+def _gates_alone(model: nn.Module) -> Iterator[Edit]:
+    """Every gate has a matrix of its own; torch keeps them one below the other."""
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            continue
+        for name, parameter in _weights(module, "weight_hh"):
+            width = module.hidden_size
+            place = f"{path}.{name}".lstrip(".")
+            for first in range(0, len(parameter), width):
+                gate = parameter[first : first + width]
+                sigma_w = rms(gate) * math.sqrt(parameter.shape[1])
+                if _off(sigma_w):
+                    rows = (first, first + width) if width < len(parameter) else None
+                    before = f"sigma_w {sigma_w:.3g}"
+                    yield Edit(place, "fill", "nn.init.orthogonal_", rows=rows, before=before)
+
+
+def _off(sigma_w: float) -> bool:
+    """Is the matrix far from an orthogonal one, whose sigma_w is 1?"""
+    return not 1 / OFF < sigma_w < OFF
+
+
+def _alone(edits: list[Edit]) -> Prescription:
+    return Prescription(
+        SLUG,
+        f"orthogonal state: {len(edits)} matri{'ces' if len(edits) > 1 else 'x'}",
+        tuple(edits),
+        reach=Reach.INITIALISATION,
+        treats=TREATS,
+        expected="gain 1 per step but for the slope of the activation",
+        references=("Saxe et al. 2014, arXiv:1312.6120", "Henaff et al. 2016"),
+    )
 
 
 def _written_out(patient: Patient, found: list[Layer], states: list[Layer]) -> Iterator[Prescription]:
@@ -150,7 +195,7 @@ def _fused_edits(fused: list[tuple[str, nn.RNN | nn.RNNCell]], steps: int) -> li
     return edits
 
 
-def _irnn(fused: list[tuple[str, nn.RNN | nn.RNNCell]]) -> list[Edit]:
+def _irnn(fused: list[tuple[str, nn.RNN | nn.RNNCell]], steps: int) -> list[Edit]:
     edits: list[Edit] = []
     for path, module in fused:
         place = f"{path}.nonlinearity".lstrip(".")
@@ -162,6 +207,9 @@ def _irnn(fused: list[tuple[str, nn.RNN | nn.RNNCell]]) -> list[Edit]:
         edits += [
             Edit(f"{path}.{n}".lstrip("."), "fill", "nn.init.eye_") for n, _ in _weights(module, "weight_hh")
         ]
+        for name, p in _weights(module, "weight_ih"):
+            std = float(f"{1 / math.sqrt(steps * p.shape[1]):.6g}")
+            edits.append(Edit(f"{path}.{name}".lstrip("."), "fill", "nn.init.normal_", {"std": std}))
         edits += [
             Edit(f"{path}.{n}".lstrip("."), "fill", "nn.init.zeros_") for n, _ in _weights(module, "bias")
         ]

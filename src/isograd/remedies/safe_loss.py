@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from isograd.anatomy import shared
 from isograd.flow import Flow, Site
 from isograd.prescription import Edit, Patient, Prescription, Reach, Safety, not_applicable
 
@@ -46,13 +47,12 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         if call.function == "binary_cross_entropy" and call.source == "sigmoid":
             outside.append((call.function, call.site.source))
     if inside:
-        places = dict.fromkeys(_owner(of, log) for of, log in inside)
+        places = dict.fromkeys(shared(of.module, log.module) for of, log in inside)
         yield Prescription(
             SLUG,
             f"{len(inside)} logarithms of probabilities taken in log space",
             tuple(
-                Edit(place, "alter", "modules.log_in_log_space", source=inside[0][1].source)
-                for place in places
+                Edit(place, "alter", "calls.log_in_log_space", source=inside[0][1].source) for place in places
             ),
             safety=Safety.SAFE,
             reach=Reach.TRAINING,
@@ -76,14 +76,3 @@ def _pairs(flow: Flow) -> Iterator[tuple[Site, Site]]:
     for before, site in zip(flow.sites, flow.sites[1:], strict=False):
         if site.operation == "log" and before.operation in ("softmax", "sigmoid"):
             yield before, site
-
-
-def _owner(of: Site, log: Site) -> str:
-    """Path of the smallest module whose forward makes both calls."""
-    both = zip(of.module.split("."), log.module.split("."), strict=False)
-    shared: list[str] = []
-    for a, b in both:
-        if a != b:
-            break
-        shared.append(a)
-    return ".".join(shared)

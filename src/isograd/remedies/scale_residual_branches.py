@@ -1,9 +1,9 @@
 """scale-residual-branches: residual branches scaled down with their number.
 
 What it does
-    Multiplies the last weights of every residual branch by 1 / sqrt(2L) (GPT-2), 1 / L (CompleteP), beta^2 / alpha
-    (DeepNorm with its alpha folded in: the normalisation behind the sum divides it out again) or 0 (ReZero,
-    zero-last), or all weights of the branches as Fixup does.
+    Multiplies the last weights of every residual branch by 1 / sqrt(2N), N the number of blocks with two branches
+    each (GPT-2: one over the square root of the number of branches), or by 0 (zero-last). The architecture stays as
+    it is; `complete-p`, `deep-norm` and `identity-blocks` put factors into it.
 
 When it helps
     Each of L branches adds its variance to the stream: unscaled and unnormalised, x + f(x) doubles it, and L blocks
@@ -18,8 +18,7 @@ Safety
     Unsafe: the model computes another function.
 
 References
-    Radford et al. 2019; Zhang et al. 2019, Fixup, arXiv:1901.09321; Bachlechner et al. 2021, ReZero,
-    arXiv:2003.04887; Wang et al. 2022, DeepNet, arXiv:2203.00555; Dey et al. 2025, CompleteP, arXiv:2505.01618.
+    Radford et al. 2019 (GPT-2); Goyal et al. 2017, arXiv:1706.02677, and Zhang et al. 2019, arXiv:1901.09321, on 0.
 """
 
 from __future__ import annotations
@@ -28,59 +27,90 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from isograd.anatomy import attentions
 from isograd.flow import Flow
 from isograd.graph.operations import WEIGHTED
 from isograd.layers import rms
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.prescription import Edit, Patient, Prescription, Reach, Value, not_applicable
 
 SLUG = "scale-residual-branches"
 TREATS = ("residual-branch-growth", "EG201", "EG202", "UP502")
+NONE = "no residual connection was seen on the way of the signal"
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
-    """Factors from the mildest to zero, then Fixup."""
-    branches = ends(patient.flow, patient.model)
+    """GPT-2's factor, then zero."""
+    found = ends(patient.flow, patient.model)
     if not patient.flow.splits:
-        yield not_applicable(SLUG, "no residual connection was seen on the way of the signal")
+        yield not_applicable(SLUG, NONE)
         return
-    if not branches:
+    if not found:
         yield not_applicable(SLUG, "no residual branch ends with trainable weights of a module")
         return
     count = len(patient.flow.splits)
-    variants = [
-        ("1/sqrt(2L)", (2 * count) ** -0.5, "Radford et al. 2019 (GPT-2)"),
-        ("1/L", 1 / count, "Dey et al. 2025, CompleteP, arXiv:2505.01618"),
-    ]
-    if normalised(patient.flow):  # L counts sublayers: of N encoder layers there are 2N
-        alpha, beta = count**0.25, (4 * count) ** -0.25
-        variants.insert(0, ("beta^2/alpha (DeepNorm)", beta**2 / alpha, "Wang et al. 2022, arXiv:2203.00555"))
-    for name, factor, reference in variants:
-        yield Prescription(
-            SLUG,
-            f"the last weights of {count} residual branches scaled by {name} = {factor:.3g}",
-            tuple(_scaled(branches, patient.model, float(f"{factor:.6g}"))),
-            reach=Reach.INITIALISATION,
-            treats=TREATS,
-            expected=f"{count} branches of variance v change signal and gradient by (1 + {factor**2:.2g} v)^{count / 2:g}",
-            references=(reference,),
-        )
-    yield _zero(branches, patient.model, count)
-    if not normalised(patient.flow):
-        yield from _fixup(patient, branches, count)
+    factor = float(f"{count**-0.5:.6g}")
+    scaled = Prescription(
+        SLUG,
+        f"the last weights of {counted(found, count)} scaled by 1/sqrt({count}) = {factor:.3g}",
+        tuple(_filled(found, patient.model, ".mul_", {"other": factor})),
+        reach=Reach.INITIALISATION,
+        treats=TREATS,
+        expected=f"{count} branches of variance v change signal and gradient by (1 + {factor**2:.2g} v)^{count / 2:g}",
+        references=("Radford et al. 2019 (GPT-2)",),
+    )
+    if count > 1:
+        yield scaled
+    yield Prescription(
+        SLUG,
+        f"the last weights of {counted(found, count)} start at 0",
+        tuple(_filled(found, patient.model, "nn.init.zeros_", {})),
+        reach=Reach.INITIALISATION,
+        treats=TREATS,
+        expected="every block starts as the identity; the branches' first layers get their first gradient after one step",
+        decades=0.0,
+        references=("Goyal et al. 2017, arXiv:1706.02677",),
+    )
 
 
-def ends(flow: Flow, model: nn.Module) -> list[str]:
-    """Module that ends each residual branch: the last one on it with trainable weights, once each."""
+def ends(flow: Flow, model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """What ends each residual branch: path of a module -> names of its own trainable parameters.
+
+    A branch that ends with a normalisation without weights has no end: the norm divides out what stands before it.
+    """
     modules = dict(model.named_modules())
-    found: dict[str, None] = {}
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    found: dict[str, tuple[str, ...]] = {}
     for depth in sorted(flow.splits):
         for step in flow.ledgers.get(depth, ()):  # output side first
-            module = modules.get(step.site.module)
-            own = [] if module is None else [p for p in module.parameters(recurse=False) if p.requires_grad]
-            if own and step.site.module and step.site.kind in (*WEIGHTED, "normalisation"):
-                found[step.site.module] = None
+            site = step.site
+            normalises = site.kind == "normalisation" or "norm" in _class(modules.get(site.module))
+            if not step.branch or not (site.kind in (*WEIGHTED, "attention") or normalises):
+                continue
+            own = [name for name in site.parameters if name in trainable]
+            if own:  # of an attention that projects too, what comes last is listed last
+                owner = own[-1].rpartition(".")[0]
+                last = [name.rpartition(".")[2] for name in own if name.rpartition(".")[0] == owner]
+                if f"{owner}.bias" in trainable:  # it may be added by an operation of its own
+                    last.append("bias")
+                found[owner] = tuple(dict.fromkeys((*found.get(owner, ()), *last)))
+            if own or normalises:
                 break
-    return list(found)
+    return found
+
+
+def _class(module: nn.Module | None) -> str:
+    return type(module).__name__.lower()
+
+
+def blocks(flow: Flow) -> int:
+    """Depth as published schemes count it: a transformer's layer has two branches, attention and feed-forward."""
+    return max(len(flow.splits) // 2, 1) if attentions(flow) else len(flow.splits)
+
+
+def counted(found: dict[str, tuple[str, ...]], count: int) -> str:
+    """`24 residual branches`, or how many of them."""
+    said = f"{count} residual branch{'es' * (count > 1)}"
+    return said if len(found) >= count else f"{len(found)} of {said}"
 
 
 def normalised(flow: Flow) -> bool:
@@ -90,60 +120,46 @@ def normalised(flow: Flow) -> bool:
     return bool(sums) and sum(kinds[i + 1] == "normalisation" for i in sums) > len(sums) / 2
 
 
-def _scaled(branches: list[str], model: nn.Module, factor: float) -> Iterator[Edit]:
-    for name, parameter in _parameters(branches, model):
-        yield Edit(name, "fill", ".mul_", {"other": factor}, before=f"rms {rms(parameter):.3g}")
+def multiplied(patient: Patient, value: float, *, learned: bool = False, each: bool = False) -> list[Edit]:
+    """A factor of the model's own on every branch, which the weights behind it do not know of.
 
+    `learned`: trained, one number a branch, or with `each` one for every feature.
 
-def _parameters(branches: list[str], model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    for branch in branches:
-        for name, parameter in model.get_submodule(branch).named_parameters(branch, recurse=False):
-            if parameter.requires_grad:
-                yield name, parameter
-
-
-def _zero(branches: list[str], model: nn.Module, count: int) -> Prescription:
-    edits = [
-        Edit(name, "fill", "nn.init.zeros_", before=f"rms {rms(parameter):.3g}")
-        for name, parameter in _parameters(branches, model)
-    ]
-    return Prescription(
-        SLUG,
-        f"the last weights of {count} residual branches start at 0",
-        tuple(edits),
-        reach=Reach.INITIALISATION,
-        treats=TREATS,
-        expected="every block starts as the identity; the branches' first layers get their first gradient after one step",
-        decades=0.0,
-        references=("Bachlechner et al. 2021, arXiv:2003.04887", "Goyal et al. 2017, arXiv:1706.02677"),
-    )
-
-
-def _fixup(patient: Patient, branches: list[str], count: int) -> Iterator[Prescription]:
-    """Layers of a branch by L^(-1/(2m-2)), its last layer 0; m layers a branch."""
+    Raises:
+        ValueError: a branch ends with nothing that such a factor can be put on, and which.
+    """
+    found = ends(patient.flow, patient.model)
+    if len(found) < len(patient.flow.splits):
+        shared = "the branches share their last layers, or "
+        raise ValueError(f"{shared}some of them end with no trainable weights of their own")
     edits: list[Edit] = []
-    modules = dict(patient.model.named_modules())
-    for depth in sorted(patient.flow.splits):
-        steps = [
-            s
-            for s in patient.flow.ledgers.get(depth, ())
-            if s.site.kind in WEIGHTED and s.site.module in modules
-        ]
-        names = list(dict.fromkeys(s.site.module for s in steps))
-        factor = float(f"{count ** (-1 / max(2 * len(names) - 2, 1)):.6g}")
+    for place, names in found.items():
+        module = patient.model.get_submodule(place)
+        weight = getattr(module, names[0])
+        if isinstance(module, nn.ParameterList | nn.RNNBase | nn.RNNCellBase) or "parametrizations" in place:
+            raise ValueError(f"the branch that ends at {place} has no weight that a factor could be put on")
+        axis = _outputs(module)
+        options: dict[str, Value] = {"names": names, "value": float(f"{value:.6g}")}
+        if learned:
+            options |= {"learned": True}
+        if each:
+            options |= {"features": weight.shape[axis], "axis": axis}
+        edits.append(Edit(place, "alter", "modules.scale_output", options))
+    return edits
+
+
+def _outputs(module: nn.Module) -> int:
+    """The axis of a weight along which its outputs lie: the last one of x @ w, as in transformers' Conv1D."""
+    first = isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d) or "norm" in _class(module)
+    return 0 if first else 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else -1
+
+
+def _filled(
+    found: dict[str, tuple[str, ...]], model: nn.Module, of: str, arguments: dict[str, Value]
+) -> Iterator[Edit]:
+    for place, names in found.items():
         for name in names:
-            for weight, p in modules[name].named_parameters(name, recurse=False):
-                if p.requires_grad and name not in branches:
-                    edits.append(Edit(weight, "fill", ".mul_", {"other": factor}, before=f"rms {rms(p):.3g}"))
-    if edits:
-        zero = _zero(branches, patient.model, count)
-        yield Prescription(
-            SLUG,
-            f"Fixup: {count} branches scaled down, their last weights 0",
-            (*{e.place: e for e in edits}.values(), *zero.edits),
-            reach=Reach.INITIALISATION,
-            treats=TREATS,
-            expected=zero.expected,
-            decades=0.0,
-            references=("Zhang et al. 2019, arXiv:1901.09321",),
-        )
+            parameter = getattr(model.get_submodule(place), name)
+            yield Edit(
+                f"{place}.{name}".lstrip("."), "fill", of, arguments, before=f"rms {rms(parameter):.3g}"
+            )

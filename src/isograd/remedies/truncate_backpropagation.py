@@ -27,8 +27,8 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from isograd.layers import steps_of
 from isograd.prescription import Edit, Patient, Prescription, Reach, Safety, not_applicable
-from isograd.remedies.gated_recurrence import steps_of
 
 SLUG = "truncate-backpropagation"
 TREATS = ("RN602",)
@@ -46,7 +46,7 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         return
     radius, name = max((_radius(m), n) for n, m in modules.items())
     module = modules[name]
-    steps = steps_of(patient.flow, name, isinstance(module, nn.RNN) and module.batch_first)
+    steps = steps_of(patient.flow, name, module)
     if radius == 0:
         yield not_applicable(SLUG, "the recurrent matrix is nilpotent: nothing is carried over")
         return

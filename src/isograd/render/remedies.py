@@ -21,11 +21,13 @@ WORDS = {
     "lower-learning-rate": "lower the learning rate",
     "orthogonal-recurrence": "draw the recurrent matrix orthogonal: nn.init.orthogonal_(rnn.weight_hh_l0)",
     "pre-norm": "normalise the input of each branch, x + f(norm(x)), instead of the sum",
+    "query-key-norm": "normalise queries and keys of each head before their product: functional.rms_norm",
     "reset-norm-epsilon": "set the normalisation's eps back to its default, 1e-5",
     "reset-norm-gain": "start the normalisation's weights at 1: nn.init.ones_(norm.weight)",
     "safe-derivative": "keep off the point where the derivative is infinite: sqrt(x + eps), x.clamp(min=eps)",
     "safe-loss": "pass logits to a loss that works in log space: cross_entropy, "
     "binary_cross_entropy_with_logits",
+    "scale-embeddings": "draw or scale the embeddings to the size that the blocks behind them expect",
     "scale-residual-branches": "scale the last weights of each residual branch by 1/sqrt(number of blocks)",
     "standardise-input": "standardise the input: (x - mean) / std of each feature over the training set",
     "use-or-freeze": "use the parameter in the forward, or freeze it: parameter.requires_grad_(False)",

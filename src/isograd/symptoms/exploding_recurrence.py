@@ -11,7 +11,7 @@ Why it happens
 
 Evidence
     The gradient of the last output step at the input of every step before, from a backward that does not
-    overflow. The growth has to be exponential: factor per step, to the power of the steps, makes more than
+    overflow. Factor per step, to the power of the steps, or what the first step receives, makes more than
     the same 2.7 decades that stop a deep network (EG201).
 
 What helps
@@ -52,9 +52,11 @@ def judge(found: Horizon) -> Iterator[Outcome]:
     if math.isnan(found.factor):
         yield Unexamined("no gradient at two steps or more")
         return
-    grown = math.log10(found.factor) * found.at if found.factor > 0 else -math.inf
+    steady = math.log10(found.factor) * found.at if found.factor > 0 else -math.inf
+    grown = max(steady, found.decades)
     said = f"{found.factor:.3g} per step, {grown:+.1f} decades over {found.at} steps"
-    # The curve itself has to end high: a bump in the middle of a short one is no growth.
+    # The curve itself has to be high: a bump in the middle of a short one is no growth, and one that levels off
+    # once saturation holds the state, as where chaos has spread to all units, is one if it ends high.
     if min(grown, float(found.curve.max()) - found.reference) < ERROR:
         yield Healthy(f"{said} (an error from {ERROR:+.1f})")
         return

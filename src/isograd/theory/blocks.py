@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from isograd.theory.chain import LN10, Operation, Response, Signal, propagate
-from isograd.theory.quadrature import Phi, activation
+from isograd.theory.quadrature import Moments, Phi, activation
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,10 @@ class Linear:
         )
 
 
+DIGITS = 3
+"""Of a variance, to which the correlation of two samples is taken behind an activation."""
+
+
 @dataclass(frozen=True, slots=True)
 class Elementwise:
     """An activation function, on pre-activations that are Gaussian with mean zero."""
@@ -48,12 +52,10 @@ class Elementwise:
     phi: Phi
 
     def response(self, signal: Signal) -> Response:
-        at = activation(self.phi)
         if signal.q == 0:
             raise ValueError("a signal that is exactly zero has no gain through an activation")
-        m = at.moments(signal.q)
-        correlation = min(signal.shared / signal.q, 1.0)
-        shared = m.mean**2 if correlation == 0 else at.kernel(signal.q, correlation)
+        m = self.moments(signal.q)
+        shared = self._shared(signal, m)
         if m.slope_square == 0:
             return Response(Signal(m.square, m.mean, shared, signal.width), 0.0)
         sensitivity, elasticity = m.slope_growth / m.slope_square, m.square_growth / m.square
@@ -73,6 +75,26 @@ class Elementwise:
             drift=-spread / 2 + size / 2 * elasticity,
             joint=joint - size * sensitivity * elasticity,
         )
+
+    def _shared(self, signal: Signal, m: Moments) -> float:
+        """E phi(u) phi(v) of two samples."""
+        if math.isnan(signal.shared):
+            return math.nan
+        correlation = min(signal.shared / signal.q, 1.0)
+        q = float(f"{signal.q:.{DIGITS}g}")
+        return activation(self.phi).kernel(q, correlation) if correlation else m.mean**2
+
+    def moments(self, q: float) -> Moments:
+        """What the function does to pre-activations of variance q."""
+        return activation(self.phi).moments(q)
+
+
+@dataclass(frozen=True, slots=True)
+class Interpolated(Elementwise):
+    """The same to about 1e-4, for the hundreds of variances along a measured network."""
+
+    def moments(self, q: float) -> Moments:
+        return activation(self.phi).near(q)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ class Signal:
     mean: float = 0.0
     """Mean over the units: what a LayerNorm takes off."""
     shared: float = 0.0
-    """Mean product of one unit in two samples: what a BatchNorm takes off. At most q."""
+    """Mean product of one unit in two samples: what a BatchNorm takes off. At most q; NaN: nobody asks for it."""
     width: float = math.inf
     """Units: they average the random weights; of a convolution, its channels."""
 

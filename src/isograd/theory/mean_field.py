@@ -22,6 +22,8 @@ EXACT = 1e-12
 NARROW = 1e-6
 """A passage through which q moves by less than this share a layer is reported as a fixed point:
 it holds a chain for thousands of layers."""
+ROUNDING = 4e-16
+"""Distance, in log q, of two places that are the same."""
 MARGIN = 1e-6
 """How far chi_q must be from 1 to call a fixed point stable or unstable."""
 
@@ -281,12 +283,30 @@ class _Line:
 
 
 def _zero(f: Callable[[float], float], a: float, b: float) -> float:
-    """A zero of f between a and b, where its signs differ, by bisection."""
-    positive = f(a) > 0
-    for _ in range(60):
-        middle = (a + b) / 2
-        a, b = (middle, b) if (f(middle) > 0) == positive else (a, middle)
-    return (a + b) / 2
+    """A zero of f between a and b, where its signs differ.
+
+    Bisection, with inverse quadratic steps where the last three points are smooth enough for them: about 10 values
+    of f instead of 60. Source: Chandrupatla 1997, Advances in Engineering Software 28.
+    """
+    at_a, at_b, share = f(a), f(b), 0.5
+    while True:
+        x = a + share * (b - a)
+        at_x = f(x)
+        if (at_x > 0) == (at_a > 0):
+            c, at_c = a, at_a
+        else:
+            c, at_c, b, at_b = b, at_b, a, at_a
+        a, at_a = x, at_x
+        best, least = (a, at_a) if abs(at_a) < abs(at_b) else (b, at_b)
+        least_share = ROUNDING * max(abs(best), 1.0) / abs(b - a) if a != b else 1.0
+        if least_share > 0.5 or least == 0:
+            return best
+        place, height = (a - b) / (c - b), (at_a - at_b) / (at_c - at_b)
+        share = 0.5
+        if height**2 < place and (1 - height) ** 2 < 1 - place:
+            share = at_a / (at_b - at_a) * at_c / (at_b - at_c)
+            share += (c - a) / (b - a) * at_a / (at_c - at_a) * at_b / (at_c - at_b)
+        share = min(max(share, least_share), 1 - least_share)
 
 
 def _lowest(f: Callable[[float], float], a: float, b: float) -> float:

@@ -82,7 +82,8 @@ def expectation(flow: Flow) -> Expectation:
     decades = [float(v) for v in flow.column("decades")]
     weighted = [float(v) == 1 for v in flow.column("weighted")]
     operations = Operations(flow)
-    signal, gaussian = _entering(flow, rms[0]) if rms else None, False
+    apart = 0.0 if _asked(flow) else math.nan  # what two samples share, where nothing is known of it
+    signal, gaussian = _entering(flow, rms[0], apart) if rms else None, False
     for i in range(1, len(flow.sites)):
         measured = _measured(rms[i - 1], signal)
         chain = operations.site(i, rms[i - 1], gaussian) if signal is not None else None
@@ -93,21 +94,25 @@ def expectation(flow: Flow) -> Expectation:
         if response is not None:
             signal = response.signal
         else:
-            signal = Signal(rms[i] ** 2, width=width_of(flow.sites[i])) if is_signal(rms[i]) else None
+            seen = Signal(rms[i] ** 2, shared=apart, width=width_of(flow.sites[i]))
+            signal = seen if is_signal(rms[i]) else None
     return Expectation(tuple(found), tuple(decades), tuple(weighted))
 
 
-def _entering(flow: Flow, rms: float) -> Signal | None:
+def _entering(flow: Flow, rms: float, shared: float) -> Signal | None:
     if not is_signal(rms):
         return None
     site = flow.sites[0]
-    shared = 0.0
-    inner = (step.site for ledger in flow.ledgers.values() for step in ledger)
-    asked = any(s.operation == "batch_norm" for s in (*flow.sites, *inner))  # by nothing else
-    for seen in flow.inputs.values() if asked else ():
+    for seen in flow.inputs.values():
         if math.isclose(seen.rms, rms, rel_tol=1e-3) and len(site.shape) == 2:
-            shared = max(seen.rms**2 - seen.varying**2, 0.0)
+            shared = max(shared, min(seen.rms**2 - seen.varying**2, seen.rms**2))
     return Signal(rms**2, shared=shared, width=width_of(site))
+
+
+def _asked(flow: Flow) -> bool:
+    """Does anything ask what two samples share? A BatchNorm does, and nothing else."""
+    inner = (step.site for ledger in flow.ledgers.values() for step in ledger)
+    return any(site.operation == "batch_norm" for site in (*flow.sites, *inner))
 
 
 def _measured(rms: float, signal: Signal | None) -> Signal | None:

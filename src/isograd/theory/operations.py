@@ -17,18 +17,16 @@ from isograd.theory.blocks import (
     Averaging,
     BatchNorm,
     Dropout,
-    Elementwise,
+    Interpolated,
     LayerNorm,
     Linear,
     Residual,
     RMSNorm,
     Scale,
 )
-from isograd.theory.chain import Operation, Response, Signal, propagate
+from isograd.theory.chain import Operation, Signal, propagate
 from isograd.theory.quadrature import NAMES, Phi
 
-DIGITS = 3
-"""Of a variance, to which averages over it are taken and kept: 5e-4 of a layer's gain, and no quadrature twice."""
 SHARPEST = 2.0
 """Standard deviation of attention logits up to which attention averages; sharper, the gradient goes by way of
 queries and keys too, for which theory has no word."""
@@ -43,13 +41,6 @@ def is_signal(rms: float) -> bool:
 def width_of(site: Site) -> float:
     dim = 1 if site.kind == "convolution" or len(site.shape) == 4 else -1
     return float(site.shape[dim]) if len(site.shape) > 1 else math.inf
-
-
-class _Activation(Elementwise):
-    """An activation whose averages are taken at a rounded variance."""
-
-    def response(self, signal: Signal) -> Response:
-        return Elementwise.response(self, replace(signal, q=float(f"{signal.q:.{DIGITS}g}")))
 
 
 class Operations:
@@ -83,9 +74,10 @@ class Operations:
                 return self._linear(site, shape)
             case "activation":
                 # Max-pooling sends the gradient back where the unit was largest, and so where its slope is.
-                pooled = site.depth >= 0 and self.flow.sites[site.depth + 1].kind == "pooling"
+                behind = self.flow.sites[site.depth + 1 : site.depth + 2] if site.depth >= 0 else ()
+                pooled = any(site.kind == "pooling" for site in behind)
                 phi = self._phi(site) if gaussian and not pooled else None
-                return None if phi is None else [_Activation(phi)]
+                return None if phi is None else [Interpolated(phi)]
             case "normalisation":
                 return self._norm(site, after)
             case "dropout":

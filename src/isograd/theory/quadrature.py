@@ -63,6 +63,8 @@ ORDERS = 40
 """Hermite orders kept for a pair of correlated pre-activations."""
 FARTHEST = 38.0
 """Standard deviations: beyond, the Gaussian density is below the smallest float64."""
+GRID = 8
+"""Variances to a decade between which averages are interpolated: to 2e-4 of a smooth function's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +90,22 @@ class Moments:
     """q d/dq E phi^2."""
     slope_growth: float
     """q d/dq E phi'^2."""
+
+    def scaled(self, q: float) -> Moments:
+        """Of the same function at another q, where phi(c x) = c phi(x) for every c > 0."""
+        by = q / self.q
+        return Moments(
+            q,
+            self.mean * math.sqrt(by),
+            self.square * by,
+            self.fourth * by**2,
+            self.slope_square,
+            self.slope_fourth,
+            self.joint * by,
+            self.mean_growth * math.sqrt(by),
+            self.square_growth * by,
+            self.slope_growth,
+        )
 
     @property
     def variance(self) -> float:
@@ -122,7 +140,8 @@ class Activation:
             raise ValueError(f"{name} is not elementwise and deterministic: theory needs phi(x) unit by unit")
         self.kinks = _kinks((self._value, lambda x: self.value_and_slope(x)[1]))
         self.odd = torch.allclose(self._value(-probe), -value, rtol=1e-12, atol=1e-12)
-        self.homogeneous = torch.allclose(self._value(2 * probe), 2 * value, rtol=1e-12, atol=1e-12)
+        doubled = torch.allclose(self._value(2 * probe), 2 * value, rtol=1e-12, atol=1e-12)
+        self.homogeneous = doubled and all(abs(kink) < 1e-9 for kink in self.kinks)
 
     def _value(self, x: Tensor) -> Tensor:
         with torch.no_grad():
@@ -140,7 +159,37 @@ class Activation:
 
     def moments(self, q: float) -> Moments:
         """Averages over x ~ N(0, q); one that is not finite in float64 is infinite."""
-        return _moments(self, q)
+        return _moments(self, 1.0).scaled(q) if self.homogeneous else _moments(self, q)
+
+    def near(self, q: float) -> Moments:
+        """The same to about 1e-4, interpolated on a grid that all calls share: a deep chain asks for hundreds of q."""
+        if self.homogeneous:
+            return self.moments(q)
+        place = GRID * math.log10(q)
+        first = math.floor(place) - 1
+        nodes = [_smooth(self, first + k) for k in range(4)]
+        if any(node is None for node in nodes):
+            return self.moments(q)
+        # Lagrange's cubic through the four nodes around it
+        x = place - first
+        weights = [math.prod((x - j) / (k - j) for j in range(4) if j != k) for k in range(4)]
+        mean, square, fourth, slope, slope4, joint, *growth = (
+            sum(w * value for w, value in zip(weights, column, strict=True))
+            for column in zip(*(node or () for node in nodes), strict=True)
+        )
+        square, slope = math.exp(square), math.exp(slope)
+        return Moments(
+            q,
+            mean * math.sqrt(square),
+            square,
+            math.exp(fourth) * square**2,
+            slope,
+            math.exp(slope4) * slope**2,
+            math.exp(joint) * square * slope,
+            growth[0] * math.sqrt(square),
+            growth[1] * square,
+            growth[2] * slope,
+        )
 
     def averages(self, q: float) -> list[float]:
         """The fields of `Moments` after q, in order."""
@@ -174,7 +223,11 @@ class Activation:
         What the orders left out hold is counted with c^ORDERS; exact to 1e-3 of E phi^2 at any
         correlation, and far closer away from 1.
         """
-        squares = [a * a for a in _hermite(self, q)]
+        squares = (
+            [a * a * q for a in _hermite(self, 1.0)]
+            if self.homogeneous
+            else [a * a for a in _hermite(self, q)]
+        )
         rest = max(self.moments(q).square - sum(squares), 0.0)
         return sum(a2 * correlation**k for k, a2 in enumerate(squares)) + rest * correlation**ORDERS
 
@@ -200,6 +253,28 @@ def _moments(at: Activation, q: float) -> Moments:
 
 
 @lru_cache(maxsize=1024)
+def _smooth(at: Activation, node: int) -> tuple[float, ...] | None:
+    """The averages at a node of the grid as numbers that change slowly with q; None: one is zero or infinite."""
+    m = at.moments(10 ** (node / GRID))
+    try:
+        size = math.sqrt(m.square)
+        found = (
+            m.mean / size,
+            math.log(m.square),
+            math.log(m.fourth / m.square**2),
+            math.log(m.slope_square),
+            math.log(m.slope_fourth / m.slope_square**2),
+            math.log(m.joint / m.square / m.slope_square),
+            m.mean_growth / size,
+            m.square_growth / m.square,
+            m.slope_growth / m.slope_square,
+        )
+    except (ValueError, ZeroDivisionError, OverflowError):
+        return None
+    return found if all(map(math.isfinite, found)) else None
+
+
+@lru_cache(maxsize=1024)
 def _hermite(at: Activation, q: float) -> tuple[float, ...]:
     return at.hermite(q)
 
@@ -213,11 +288,15 @@ def average(f: Callable[[Tensor], Tensor], edges: list[float]) -> list[float]:
     inner = sorted({e for e in edges if -FARTHEST < e < FARTHEST})
     grid = torch.tensor([-FARTHEST, *inner, FARTHEST], dtype=torch.float64, device="cpu")
     left, right = grid[:-1], grid[1:]
-    coarse = _panels(f, left, right)
-    settled, rounds = torch.zeros(len(coarse), dtype=torch.float64, device="cpu"), 0
+    coarse, settled, rounds = None, torch.zeros((), dtype=torch.float64, device="cpu"), 0
     while True:
         middle = (left + right) / 2
-        fine = torch.stack((_panels(f, left, middle), _panels(f, middle, right)))  # (half, component, panel)
+        if coarse is None:  # all panels in one call: most of its time is the calling
+            starts, ends = torch.cat((left, left, middle)), torch.cat((right, middle, right))
+            coarse, *halves = _panels(f, starts, ends).chunk(3, 1)
+        else:
+            halves = _panels(f, torch.cat((left, middle)), torch.cat((middle, right))).chunk(2, 1)
+        fine = torch.stack((halves[0], halves[1]))  # (half, component, panel)
         total = settled + fine.sum((0, 2))
         size = settled.abs() + fine.abs().sum((0, 2))
         change = (fine.sum(0) - coarse).abs()
@@ -227,7 +306,7 @@ def average(f: Callable[[Tensor], Tensor], edges: list[float]) -> list[float]:
                 raise ArithmeticError
             moved = torch.zeros_like(moved)
         if not moved.any():
-            return [value if math.isfinite(value) else math.inf for value in map(float, total)]
+            return [value if math.isfinite(value) else math.inf for value in total.tolist()]
         settled, rounds = settled + fine[:, :, ~moved].sum((0, 2)), rounds + 1
         left, right = torch.cat((left[moved], middle[moved])), torch.cat((middle[moved], right[moved]))
         coarse = torch.cat((fine[0][:, moved], fine[1][:, moved]), 1)
@@ -272,9 +351,10 @@ def _kinks(functions: tuple[Callable[[Tensor], Tensor], ...]) -> tuple[float, ..
             lower = (value - below).abs() >= (above - value).abs()
             left, right = torch.where(lower, left, middle), torch.where(lower, middle, right)
             below, above = torch.where(lower, below, value), torch.where(lower, value, above)
-        size = torch.maximum(below.abs(), above.abs()).clamp_min(1.0)
-        jumps = (above - below).abs() > JUMP * size
-        places |= {round(float(x), 12) for x in ((left + right) / 2)[jumps]}
+            size = torch.maximum(below.abs(), above.abs()).clamp_min(1.0)
+            jumps = (above - below).abs() > JUMP * size  # the rest is smooth, and is not looked at again
+            left, right, below, above = left[jumps], right[jumps], below[jumps], above[jumps]
+        places |= {round(float(x), 12) for x in (left + right) / 2}
     return tuple(sorted(places))
 
 

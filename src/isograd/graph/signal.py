@@ -1,0 +1,106 @@
+"""What a forward signal is like: how much of it tells one token from the others, what a normalisation makes of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+NORMS = ("layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm")
+ROOTS = ("rsqrt", "sqrt")
+"""By these a normalisation that is written out divides."""
+MASKED = -1e9
+"""A logit below it takes no part: masks are written as the lowest number of a format, or as -inf."""
+LARGEST = 500_000
+"""Elements that a variance is taken over: beyond, samples are left out."""
+
+
+def distinct(tensor: Tensor) -> Tensor | None:
+    """Root mean square of what belongs to one token of one sample alone: (sample, token, feature) -> scalar.
+
+    What a position has in common in all samples, and a sample in all its tokens, is taken off. None: no tokens, or
+    nothing to compare them with.
+    """
+    if tensor.ndim != 3 or len(tensor) < 2 or tensor.shape[1] < 2:
+        return None
+    x = _sampled(tensor)
+    return (x - x.mean(0) - x.mean(1, keepdim=True) + x.mean((0, 1))).square().mean().sqrt().double()
+
+
+def denominator(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[float, Tensor] | None:
+    """Epsilon of one of torch's normalisations, and the mean variance that it is added to; None: something else."""
+    name = getattr(func, "__name__", "")
+    if name not in NORMS or not inspect.isfunction(func):
+        return None
+    call = inspect.signature(func).bind(*args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    epsilon = given["eps"] if given["eps"] is not None else torch.finfo(given["input"].dtype).eps
+    x = _sampled(given["input"])
+    fixed = not given.get("training", True) or not given.get("use_input_stats", True)
+    match name:
+        case "layer_norm":
+            spread = x.var(tuple(range(-len(given["normalized_shape"]), 0)), correction=0)
+        case "rms_norm":
+            spread = x.square().mean(tuple(range(-len(given["normalized_shape"]), 0)))
+        case _ if fixed and given["running_var"] is not None:
+            spread = given["running_var"].detach()
+        case "batch_norm":
+            spread = x.transpose(0, 1).flatten(1).var(1, correction=0)
+        case "group_norm":
+            spread = x.reshape(len(x), given["num_groups"], -1).var(-1, correction=0)
+        case _:
+            spread = x.flatten(2).var(-1, correction=0)
+    return float(epsilon), spread.double().mean()
+
+
+def _sampled(tensor: Tensor) -> Tensor:
+    """Enough samples, in at least float32."""
+    tensor = tensor.detach()
+    if tensor.numel() > LARGEST:
+        tensor = tensor[: max(2, LARGEST * len(tensor) // tensor.numel())]
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def spread(func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | None:
+    """How far attention leaves several positions open: mean of 1 - sum(p^2), over that of even attention.
+
+    It is the size of the softmax's derivative: 1 where all positions count alike, 0 where one is picked. Of
+    `scaled_dot_product_attention`, and of a softmax of (sample, head, query, key); None: something else.
+    """
+    name = getattr(func, "__name__", "")
+    if name == "scaled_dot_product_attention":
+        logits = _logits(*args, **kwargs)
+    elif name == "softmax" and args and args[0].ndim == 4 and (kwargs.get("dim", args[-1]) in (-1, 3)):
+        logits = args[0].detach()[:2].float()
+    else:
+        return None
+    seen = torch.where(logits > MASKED, 0.0, -torch.inf)
+    left, even = ((1 - part.softmax(-1).square().sum(-1)).nanmean() for part in (logits + seen, seen))
+    return (left / even).double()
+
+
+def _logits(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Of the first two samples."""
+    query, key = query.detach()[:2].float(), key.detach()[:2].float()
+    if key.ndim > 2 and query.shape[-3] != key.shape[-3]:
+        key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+    logits = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        logits = logits.masked_fill(torch.ones_like(logits[0], dtype=torch.bool).triu(1), -torch.inf)
+    if attn_mask is None:
+        return logits
+    mask = attn_mask.detach()[:2] if attn_mask.ndim == query.ndim else attn_mask.detach()
+    return logits.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else logits + mask.float()

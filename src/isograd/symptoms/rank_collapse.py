@@ -1,0 +1,135 @@
+"""VG105 rank-collapse: the tokens of a sequence become one, while norm and gradient keep their size.
+
+What it means
+    Behind a few blocks all tokens of a sample carry nearly the same vector. What tells one from the others is a
+    small rest of it: the head cannot answer token by token, and queries and keys, whose gradient lives on
+    differences between tokens, get none.
+
+Why it happens
+    Attention averages, and a stack of averages converges to rank one, doubly exponentially in depth. A skip
+    connection of full strength keeps each token beside the average; without one, or with one that is damped, or
+    beside branches that are far louder, normalisation restores the size of the average alone. The gain of every
+    layer is then near 1, and nothing shows in decades.
+
+Evidence
+    At every site with tokens, the root mean square of what belongs to one token of one sample alone - without what
+    its position has in common in all samples, and its sample in all tokens - over that of the whole. Told where
+    the loss reads an answer for every token, the share at the head has fallen below half of that at the entrance,
+    and it falls exponentially: it would have done so too at the pace of the second half of the sites. Shipped
+    decoders start at a third, most of it taken by the first blocks, whose branches are louder than the embedding.
+    An error only where the skips are missing or damped, which is read off the gradient that comes by them: with
+    skips of full strength twelve and twenty-four blocks, pre- and post-norm, learn to tell their tokens apart again,
+    at a small enough learning rate. An encoder whose tokens are pooled may let them become one.
+
+What helps
+    Skip connections at full strength; residual branches scaled down; fewer blocks.
+
+References
+    Dong et al. 2021, Attention is not all you need: pure attention loses rank doubly exponentially with depth; Noci et
+    al. 2022, Signal Propagation in Transformers: Theoretical Perspectives and the Role of Rank Collapse.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+
+from isograd.diagnosis import Finding, Severity
+from isograd.flow import Flow
+from isograd.symptoms import Healthy, Outcome, Unexamined
+
+CODE = "VG105"
+NAME = "rank-collapse"
+
+ERROR = 0.4
+"""Decoders of 3 and 6 layers whose skips are damped lose a quarter of their lead and more from here on, and all of it
+below 0.3 in most; undamped they start above 0.7 (`python -m benchmarks.twins.thresholds skip`)."""
+WARNING = 0.5
+"""Between the two they lose a quarter to four fifths; healthy stacks of twelve blocks start at a tenth to a half too."""
+DAMPED = 0.7
+"""Share of the gradient that a skip must let through: 1 in all shipped models, 0.3 and 0 where it does harm."""
+
+
+def examine(flow: Flow) -> Iterator[Outcome]:
+    """The share of a token's own along the main backbone and along those of the model's other inputs."""
+    found = [outcome for line in (flow, *flow.towers) if (outcome := _along(line)) is not None]
+    alone = any(len(site.shape) == 3 and min(site.shape[:2]) == 1 for site in flow.sites)
+    if not found and alone:
+        yield Unexamined("one sample, or one token, has nothing to be compared with")
+    elif not found:
+        yield Healthy("the loss reads no answer for each of several tokens")
+    yield from found
+
+
+@dataclass(frozen=True, slots=True)
+class Own:
+    """What belongs to one token alone, as a share of the signal."""
+
+    entered: float
+    """At the entrance of the tokens."""
+    halfway: float
+    left: float
+    """At the input of the head."""
+    falls: tuple[int, ...]
+    """Sites, those that take most of it first."""
+
+    @property
+    def ratio(self) -> float:
+        """What is left of it, if it fell in the first half of the sites as it does in the second, where that is more.
+
+        Along a healthy stream the first few averages take most, being louder than the embedding, and the rest little.
+        """
+        return max(self.left / self.entered, (self.left / self.halfway) ** 2)
+
+
+def own(line: Flow) -> Own | None:
+    """None: no tokens from the entrance to the answer, or a single one."""
+    inside = [i for i, site in enumerate(line.sites) if site.kind != "loss"]
+    tokens = [i for i in inside if len(line.sites[i].shape) == 3]
+    if not tokens or tokens[-1] != inside[-1]:
+        return None
+    if line.sites[tokens[0]].shape[:2] != line.sites[tokens[-1]].shape[:2]:
+        return None
+    share, weighted = line.column("distinct"), line.column("weighted")
+    head = max((i for i in inside if weighted[i] == 1), default=inside[-1])
+    along = [i for i in tokens if i < head and share[i].isfinite() and share[i] > 0]
+    if len(along) < 2:
+        return None
+    falls = sorted(pairwise(along), key=lambda step: float(share[step[1]] / share[step[0]]))
+    entered, halfway, left = (float(share[along[i]]) for i in (0, len(along) // 2, -1))
+    return Own(entered, halfway, left, tuple(i for _, i in falls))
+
+
+def _along(line: Flow) -> Outcome | None:
+    """None: no tokens from the entrance to the answer."""
+    found = own(line)
+    if found is None:
+        return None
+    ratio = found.ratio
+    said = f"a token's own is {found.left:.2g} of the signal at the head, {found.entered:.2g} at the entrance"
+    if ratio >= WARNING:
+        return Healthy(f"{said} (an error below {ERROR:.0%} of it)")
+    skip = median(split.skip for split in line.splits.values()) if line.splits else 0.0
+    sick = ratio < ERROR and skip < DAMPED
+    return Finding(
+        CODE,
+        NAME,
+        Severity.ERROR if sick else Severity.WARNING,
+        f"{said}: all tokens of a sample become alike",
+        cause=f"the skip connections let {skip:.2g} of the signal by (not tested)"
+        if skip > 0
+        else "no skip connection keeps a token beside the average (not tested)",
+        sites=tuple(line.sites[i].place for i in found.falls[:3]),
+        evidence={
+            "distinct": found.left,
+            "distinct_at_entrance": found.entered,
+            "ratio": ratio,
+            "skip": skip,
+            "threshold": ERROR if sick else WARNING,
+            "layers": line.layers,
+            "cause": "residual-branch-growth" if skip >= DAMPED else "missing-residual",
+        },
+        remedies=("scale-residual-branches", "insert-residual"),
+    )
