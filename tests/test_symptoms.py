@@ -438,7 +438,7 @@ def flows(draw: st.DrawFn) -> Flow:
         losses=(call,) if draw(st.booleans()) else (),
         inputs={"x": InputStatistics(*(draw(NUMBERS) for _ in range(5)))} if sites and draw(st.booleans()) else {},
         failure=Failure("backward", "RuntimeError", "text", "") if draw(st.booleans()) else None,
-        nonfinite=NonFinite("backward", SITE, 1, 0, 4) if draw(st.booleans()) else None,
+        nonfinite=NonFinite("backward", SITE, "a NaN", "numerics", "") if draw(st.booleans()) else None,
     )  # fmt: skip
 
 
