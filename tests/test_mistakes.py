@@ -327,7 +327,7 @@ def test_25_nothing_of_the_size_of_the_model_is_kept_between_steps() -> None:
     model, optimizer, monitor = watched()
     with monitor:
         step(model, optimizer)
-        held = monitor._held
+        held = monitor._host.held
         assert held is not None
         assert sum(packed.values().numel() for packed in held.packed) <= 6 * len(list(model.parameters()))
         assert all(tap._part is None and not tap._sampled._copies for tap in monitor._taps)
