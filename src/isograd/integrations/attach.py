@@ -116,7 +116,7 @@ class Attachment:
                     self.inside.backward = False
                     self._safely(lambda: self._after_backward(tensors))
 
-        torch.optim.Optimizer.__init__ = init
+        torch.optim.Optimizer.__init__ = init  # pyright: ignore[reportAttributeAccessIssue]
         torch.amp.GradScaler.scale = scaled  # pyright: ignore[reportAttributeAccessIssue]
         torch.autograd.backward = backward
         register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self._safely(self._before_step))
