@@ -50,7 +50,7 @@ def report(run: Run, output: Path | None) -> None:
     isograd check isograd-runs/20260314-091500-train     # the verdict, with its exit status
     """
     with progress(f"reading {run.path}"):
-        text = "\n".join(lines(run)) + "\n"
+        text = "".join(f"{_plain(line)}\n" for line in lines(run))
     if output is None:
         click.echo(text, nl=False)
     else:
@@ -89,6 +89,11 @@ def lines(run: Run) -> Iterator[str]:
         if found["sites"]:
             yield f"            where  {', '.join(found['sites'])}"
         yield f"            more   isograd explain {found['code']}"
+
+
+def _plain(line: str) -> str:
+    """Names come from the model: what would steer the terminal is spelled out."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
 
 
 def _parts(rows: Sequence[Row]) -> list[Sequence[Row]]:
