@@ -129,6 +129,22 @@ def test_muon_is_known_too(nesterov: bool) -> None:
             same(monitor.latest(), {"update_norm": moved}, rtol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Muon])
+def test_a_decay_that_leaves_nothing_of_the_weight(kind: Callable[..., Optimizer]) -> None:
+    """A rate that explodes is what a monitor is for: the update is not known, and all else is read."""
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Tanh(), nn.Linear(16, 4, bias=False))
+    optimizer = kind(model.parameters(), lr=10.0, weight_decay=0.1)
+    with isograd.watch(model, optimizer) as monitor:
+        for x, y in batches(3):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x), y).backward()
+            expected = by_hand(model)
+            optimizer.step()
+            reading = monitor.latest()
+            same(reading, expected)
+            assert reading.columns["update_norm"].isnan().all()
+
+
 def test_latest_before_any_step_says_what_to_do() -> None:
     model = net()
     with (

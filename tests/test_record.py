@@ -432,6 +432,18 @@ def test_another_database_is_no_run(tmp_path: Path) -> None:
         Run.open(tmp_path)
 
 
+def test_a_long_name_is_told_by_its_end(tmp_path: Path) -> None:
+    inside = "transformer.layers.11.attention.projection"
+    with Run.create(tmp_path / "run") as run:
+        run.append(reading(0, sites=(f"{inside}.weight", f"{inside}.bias", "head.weight")))
+    shown = in_shell(["report", str(tmp_path / "run")])[1]
+    names = [line.split()[0] for line in shown.splitlines() if line.startswith("  ")]
+    assert names[0].startswith("…")
+    assert names[0].endswith("projection.weight")
+    assert names[1].endswith("projection.bias")
+    assert names[2] == "head.weight"
+
+
 def in_shell(words: list[str]) -> tuple[int, str]:
     """Exit status of a command, and all that it said."""
     said = io.StringIO()

@@ -315,7 +315,7 @@ def _report(watched: _Watched) -> None:
     else:
         return
     if not steps:
-        _say(f"{watched.name} was found, but no step of its optimizer was seen")
+        _say(f"{watched.name} was found, but no step of its optimizer was read")
         return
     print(diagnosis, file=sys.stderr)
     kept = f"recorded: isograd report {record.path}" if record.recording else "watched, and not recorded"
