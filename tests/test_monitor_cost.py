@@ -127,7 +127,7 @@ def test_memory_of_a_step_that_waits_to_be_read() -> None:
     optimizer = RULES["AdamW"](model)
     with isograd.watch(model, optimizer) as monitor:
         train(model, optimizer)
-        held = monitor._held
+        held = monitor._host.held
         assert held is not None
         assert sum(packed.values().nbytes for packed in held.packed) < 64 * 148
 

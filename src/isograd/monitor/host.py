@@ -162,6 +162,7 @@ class Host:
     Attributes:
         newest: the last reading that was made, or None.
         findings: what the detectors have found so far, with the step.
+        held: the step that ended last; until the next begins scalars may be added to it.
         dropped: readings that were dropped because the record could not keep up.
     """
 
@@ -169,12 +170,19 @@ class Host:
         self.newest: Reading | None = None
         self.findings: list[tuple[int, Finding]] = []
         self.dropped = 0
+        self.held: Ended | None = None
         self._observer, self._record, self._sinks = observer, record, list(sinks)
         self._queue: SimpleQueue[Ended | None] = SimpleQueue()
         self._waiting = 0
         self._idle = threading.Condition()
         self._failed: set[str] = set()
         self._thread: threading.Thread | None = None
+
+    def release(self) -> None:
+        """Take the step that is held: nothing can be added to it any more."""
+        held, self.held = self.held, None
+        if held is not None:
+            self.put(held)
 
     def put(self, ended: Ended) -> None:
         """Hand a step over; never waits."""
@@ -195,11 +203,16 @@ class Host:
 
     def close(self) -> None:
         """Deal with what is waiting, and end the thread and the record."""
-        self.drain()
-        if self._thread is not None:
-            self._queue.put(None)
-            self._thread.join()
-            self._thread = None
+        self.release()
+        thread, self._thread = self._thread, None
+        if thread is None:
+            self._end()
+            return
+        self._queue.put(None)
+        if thread is not threading.current_thread():  # there a garbage collection may have brought us
+            thread.join()
+
+    def _end(self) -> None:
         if self._record is not None:
             self._guarded("record", self._record.close)
             self._record = None
@@ -210,6 +223,7 @@ class Host:
             with self._idle:
                 self._waiting -= 1
                 self._idle.notify_all()
+        self._end()
 
     def _take(self, ended: Ended) -> None:
         reading = reading_of(ended)

@@ -91,7 +91,12 @@ def watch(
 
 
 class Monitor:
-    """A watched training: `latest()` and `diagnosis()` tell, `close()` ends it; a context manager."""
+    """A watched training: `latest()` and `diagnosis()` tell, `close()` ends it; a context manager.
+
+    Attributes:
+        run: where the readings are kept; None: nowhere, or by process 0.
+        stepped: steps of all watched optimizers so far, also those that a scaler left out.
+    """
 
     def __init__(
         self,
@@ -114,8 +119,8 @@ class Monitor:
         self._step = self._done = 0  # of the run, and under this monitor
         self._closed = self._begun = self._asked = False
         self._scalars: dict[str, float | Tensor] = {}
+        self.stepped = 0
         self._open: list[tuple[Tap, Part]] = []
-        self._held: Ended | None = None
         self._cost = Cost()
         self._last_full = -1
         self._shards = Shards(model.parameters())
@@ -124,6 +129,7 @@ class Monitor:
         record: Record | None = None
         if rank() == 0:  # the readings are the same in all processes
             record = Run.create(Path(run), detectors=detectors) if isinstance(run, str | PathLike) else run
+        self.run = record
         if isinstance(record, Run):
             self._step = record.last + 1
         self._host = Host(detectors, record, [bound(sink) for sink in sinks] if rank() == 0 else [])
@@ -157,7 +163,7 @@ class Monitor:
         """
         self._logged |= scalars.keys()
         for name, value in scalars.items():
-            held = self._held
+            held = self._host.held
             if held is not None and name not in held.logged_early and not self._begun:
                 held.scalars[name] = kept(value)
             else:
@@ -195,7 +201,7 @@ class Monitor:
         self._flush()
         self._host.drain()
         self._asked = True
-        newest = reading_of(self._held) if self._held is not None else self._host.newest
+        newest = reading_of(self._host.held) if self._host.held is not None else self._host.newest
         if newest is None:
             raise RuntimeError(
                 "no step has ended since the monitor was attached: call latest() after optimizer.step()"
@@ -209,7 +215,7 @@ class Monitor:
     def diagnosis(self) -> Diagnosis:
         """What has been found so far, and what could not be examined; waits for the newest step."""
         self._flush()
-        self._release()
+        self._host.release()
         self._host.drain()
         diagnosis = examined(self._host.findings, self._detectors, flow=self._looked_at)
         if self._looked_at is not None:
@@ -225,7 +231,7 @@ class Monitor:
             return
         self._closed = True
         self._flush()
-        self._release()
+        self._host.release()
         self._deep.disarm()
         for tap in self._taps:
             tap.remove()
@@ -276,7 +282,7 @@ class Monitor:
         self._begun = True
         if any(stepped is tap for stepped, _ in self._open):
             self._flush()
-        self._release()
+        self._host.release()
 
     def stepping(self) -> None:
         """Look at the step from inside, if it is the turn of one."""
@@ -286,6 +292,7 @@ class Monitor:
 
     def ended(self, tap: Tap, part: Part) -> None:
         """One optimizer has stepped; the step ends when all have, or when one is about to step again."""
+        self.stepped += 1
         if any(stepped is tap for stepped, _ in self._open):
             self._flush()
         self._open.append((tap, part))
@@ -296,7 +303,7 @@ class Monitor:
         """End the step that is open."""
         if not self._open:
             return
-        self._release()
+        self._host.release()
         parts, self._open = self._open, []
         step = Ended(self._step, (), (), [], {}, [], time.time(), logged_early=set(self._scalars))
         for i, (tap, part) in enumerate(parts):
@@ -317,7 +324,7 @@ class Monitor:
         self._scalars, self._begun = {}, False
         step.flow, self._flow = self._flow, None
         step.due = self._done % self._every == 0
-        self._held = step
+        self._host.held = step
         self._step += 1
         self._done += 1
         if self._deep_every is not None and self._done % self._deep_every == 0:
@@ -335,12 +342,6 @@ class Monitor:
             columns, values = self._shards.reduce(parameters, part.shares(parameters))
             packed.append(Packed(sites, columns, values, elements, part.scale))
         return packed
-
-    def _release(self) -> None:
-        """Hand the last step over: nothing can be logged to it any more."""
-        if self._held is not None:
-            self._host.put(self._held)
-            self._held = None
 
 
 def kept(value: float | Tensor) -> float | Tensor:

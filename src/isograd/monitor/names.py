@@ -23,10 +23,15 @@ class Names:
         self._refresh(())
 
     def find(self, parameters: Sequence[Tensor]) -> tuple[list[int], list[int]]:
-        """Sites of these parameters, and their numbers of elements, whole where they are sharded."""
+        """Sites of these parameters, and their numbers of elements, whole where they are sharded.
+
+        A complex number is two.
+        """
         if any(id(p) not in self._index for p in parameters):
             self._refresh(parameters)
-        return [self._index[id(p)] for p in parameters], [p.numel() for p in parameters]
+        return [self._index[id(p)] for p in parameters], [
+            p.numel() * (2 if p.is_complex() else 1) for p in parameters
+        ]
 
     def _refresh(self, strays: Sequence[Tensor]) -> None:
         named: dict[str, Tensor] = {clean(name, self._model): p for name, p in self._model.named_parameters()}

@@ -20,6 +20,10 @@ CLIPPED = (
     "clipped before they were read: something wrote to the gradients after the backward; from the next step "
     "on they are read before that"
 )
+UNHEARD = (
+    "no backward was heard of before this step: whether anything wrote to the gradients since, such as clipping, "
+    "is not known"
+)
 
 
 class Watcher(Protocol):
@@ -64,6 +68,8 @@ class Tap:
         self._taken = False
         self._in_scaler = False
         self._stepped = False
+        self.captured = False
+        """A step went into a CUDA graph: what is replayed is not seen."""
         self.clipped: Tensor | float | None = None
         self._moved = Moved(optimizer) if optimizer is not None else None
         self._sampled = Sampled()
@@ -92,6 +98,9 @@ class Tap:
     # What the training loop does, in the order in which it happens.
 
     def _backward_ended(self) -> None:
+        if self._captures():
+            return
+
         def act() -> None:
             self._watcher.began(self)
             if self.provenance.early and not self._taken:  # a closure may run its backward many times
@@ -127,7 +136,7 @@ class Tap:
             self._watcher.guarded(lambda: self.finish("overflow: the optimizer did not step"))
 
     def _pre(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or capturing():
+        if torch.compiler.is_compiling() or self._captures():
             return None
         closure = kwargs.get("closure") or next((a for a in args if callable(a)), None)
         if closure is None:
@@ -138,6 +147,11 @@ class Tap:
             return args, {**kwargs, "closure": wrapped}
         return tuple(wrapped if a is closure else a for a in args), kwargs
 
+    def _captures(self) -> bool:
+        captures = capturing()
+        self.captured |= captures
+        return captures
+
     def _before_step(self) -> None:
         part = self.take()
         self._watcher.stepping()
@@ -145,7 +159,7 @@ class Tap:
             self._sampled.before(part.parameters)
 
     def _post(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling() or capturing():
+        if torch.compiler.is_compiling() or self._captures():
             return
         self._stepped = True
         self._watcher.guarded(self.finish)
@@ -175,6 +189,8 @@ class Tap:
             part = self._read()
             if touched:
                 part.notes.append(CLIPPED)
+            if part.buckets and not provenance.backwards:
+                part.notes.append(UNHEARD)
         if touched:
             provenance.read_early = True
             if part.full and self.clipped is None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from isograd.record import database
+from isograd.record.database import NotARun
 from isograd.record.row import Layout, Row, Told, content, encoded
 
 if TYPE_CHECKING:
@@ -358,11 +359,13 @@ class Run:
 
     def _all(self, query: str, values: tuple[Any, ...] = ()) -> list[Any]:
         with self._guard:
-            return self._db.execute(query, values).fetchall()
+            try:
+                return self._db.execute(query, values).fetchall()
+            except sqlite3.DatabaseError as error:
+                raise NotARun(f"the record in {self.path} is damaged: {error}") from error
 
     def _one(self, query: str, values: tuple[Any, ...] = ()) -> Any:
-        with self._guard:
-            return self._db.execute(query, values).fetchone()
+        return next(iter(self._all(query, values)), None)
 
 
 def home() -> Path:
