@@ -72,8 +72,9 @@ class Dying(Detector):
         seen = history.now
         assert seen is not None
         dying = self._follow(seen)
-        silent = seen.grad == -math.inf
-        if self.holds(bool(silent.any()) and _first_half(silent, seen.grad.isnan(), seen.bias), DEAD_FOR):
+        silent = seen.grad == -math.inf if -math.inf in history.grads[-1] else None
+        if self.holds(silent is not None and _first_half(silent, seen.grad.isnan(), seen.bias), DEAD_FOR):
+            assert silent is not None
             return self._dead(history, int(silent.sum()), int((~seen.grad.isnan()).sum()))
         return self._dying(seen.dead, dying) if dying and _worse(history) else None
 
@@ -83,6 +84,8 @@ class Dying(Detector):
             self.sites, self.by_site = seen.sites, torch.full((4, len(seen.sites)), math.nan)
             self.by_site[2:] = 0
             self.calm = False
+        if not seen.counted:
+            return []
         largest = float(seen.dead.nan_to_num(-1.0).max()) if self.sites else -1.0
         if largest < 0:  # nothing was counted
             return []
