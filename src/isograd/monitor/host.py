@@ -156,8 +156,7 @@ def alike(steps: Sequence[Ended]) -> Iterator[list[Ended]]:
     """Runs of steps that were read of the same parameters in the same way."""
 
     def kind(ended: Ended) -> tuple[object, ...]:
-        packed = [(id(packed.sites), *packed.columns) for packed in ended.packed]
-        return id(ended.sites), id(ended.flow), *packed
+        return ended.sites, id(ended.flow), [(packed.sites, packed.columns) for packed in ended.packed]
 
     for _, run in groupby(steps, kind):
         yield list(run)
