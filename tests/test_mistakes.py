@@ -317,7 +317,7 @@ def test_22_it_never_ends_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer, monitor = watched()
     with warnings.catch_warnings(record=True) as told, monitor:
         warnings.simplefilter("always")
-        monkeypatch.setattr("isograd.monitor.tap.read", lambda *_: 1 / 0)
+        monkeypatch.setattr("isograd.monitor.parts.Reader.read", lambda *_: 1 / 0)
         for _ in range(3):
             step(model, optimizer)
     assert len(told) == 1

@@ -306,7 +306,7 @@ def test_steps_wait_for_each_other_and_for_nobody_who_asks(monkeypatch: pytest.M
         if step == 11:
             told.set()
 
-    taker = Host(observer, None, [sink], budget=1.0)
+    taker = Host(observer, None, [sink], Pace(1.0, Cost()))
     for step in steps[:9]:
         taker.put(step)
     taker.drain()
@@ -341,13 +341,13 @@ def test_a_step_that_is_not_finite_is_told_at_once(monkeypatch: pytest.MonkeyPat
 
 def test_what_the_host_thread_takes_keeps_to_its_share() -> None:
     def plain(step: int, norm: float = 1.0, **columns: Tensor) -> Reading:
-        return Reading(
-            step, ("w",), {"grad_norm": torch.ones(1), **columns}, {"grad_norm": norm}, time=step / 100
-        )
+        return Reading(step, ("w",), {"grad_norm": torch.ones(1), **columns}, {"grad_norm": norm})
 
-    pace = Pace(0.005)
+    cost = Cost()
+    pace = Pace(0.005, cost)
     assert all(pace.keeps(plain(step)) for step in range(YOUNG))
     assert pace.spacing == 1
+    cost.step = 0.01
     for _ in range(8):
         pace.took(0.003, 10)  # 0.3 ms a reading, 10 ms a step: 50 us of them are its share
     assert pace.spacing == 6

@@ -1,9 +1,9 @@
 """What watching costs, and what it is therefore worth doing how often.
 
 The norms, and with them whether all values are finite, are read at every step: that is the price of watching.
-All else keeps to a budget, a share of the training time: half of it goes to full readings, on the training
-thread, and half to what the host thread does with a reading. That thread runs beside the training, but Python
-runs one thread at a time: what it takes, the training waits for.
+All else keeps to a budget, a share of the processor time of the training thread: half of it goes to full
+readings, on that thread, and half to what the host thread does with a reading. That thread runs beside the
+training, but Python runs one thread at a time: what it takes, the training waits for.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from statistics import median
 from isograd.monitor.reading import Reading
 
 TIMED = 8
-"""Of the steps between full readings one in so many is timed: to ask for a thread's own time is a system call."""
+"""Of the steps between full readings one in so many is timed: to ask for a thread's own time is a system call.
+Its own, because it is not longer where other processes use the machine."""
 YOUNG = 1000
 """Steps that reach detectors and record whatever it costs: short trainings, and the start of long ones."""
 AROUND = 32
@@ -33,21 +34,42 @@ class Cost:
         """This step is timed."""
         self.spent = 0.0
         """In the step that is under way, if it is timed."""
+        self.step = math.nan
+        """Seconds that the median step takes of the training thread without us."""
         self._count = 0
         self._steps: deque[float] = deque(maxlen=32)
         self._full: deque[float] = deque(maxlen=8)
         self._lean: deque[float] = deque(maxlen=32)
-        self._since = time.perf_counter()
+        self._since = time.thread_time()
+        self._entered = math.nan
+
+    def enter(self) -> None:
+        """What follows is ours, up to `leave`."""
+        self._entered = time.thread_time() if self.timing else math.nan
+
+    def leave(self) -> None:
+        if self._entered == self._entered and self.timing:
+            self.spent += time.thread_time() - self._entered
+        self._entered = math.nan
 
     def ended(self, full: bool, deep: bool = False) -> None:
         """A step has ended; what a look from inside costs is asked for by `deep_every`, and not counted."""
-        now = time.perf_counter()
         if self.timing and not deep:
-            self._steps.append(now - self._since - self.spent)
+            now = time.thread_time()
+            if self._entered == self._entered:  # a step ends while we are at it
+                self.spent += now - self._entered
+                self._entered = now
+            self._steps.append(max(now - self._since - self.spent, 0.0))
+            self.step = median(self._steps)
             (self._full if full else self._lean).append(self.spent)
-        self._since, self.spent = now, 0.0
         self._count += 1
-        self.timing = self._count % TIMED == 0
+        self.next(self._count % TIMED == 0)
+
+    def next(self, timing: bool) -> None:
+        """The next step is timed, or not."""
+        self.timing, self.spent = timing, 0.0
+        if timing:
+            self._since = time.thread_time()
 
     def interval(self, budget: float) -> int:
         """Steps from one full reading to the next that keep the share of time below `budget`."""
@@ -55,9 +77,9 @@ class Cost:
             return 1
         lean = median(self._lean) if self._lean else 0.0
         extra = max(median(self._full) - lean, 0.0)
-        room = budget * median(self._steps) - lean
-        # Where the norms alone take the budget, full readings may take a tenth of it more.
-        room = max(room, 0.1 * budget * median(self._steps), 1e-9)
+        share = budget * median(self._steps)
+        # Where the norms alone take the budget, full readings may take half of it more.
+        room = max(share - lean, share / 2, 1e-9)
         return max(1, math.ceil(extra / room))
 
 
@@ -68,11 +90,9 @@ class Pace:
     stands out from the steps before it, with the `ALERT` steps that follow.
     """
 
-    def __init__(self, share: float) -> None:
-        self._share = share
+    def __init__(self, share: float, cost: Cost) -> None:
+        self._share, self._cost = share, cost
         self._count = self._since = self._alert = 0
-        self._ended = math.nan
-        self._lasted: deque[float] = deque(maxlen=AROUND)
         self._took: deque[float] = deque(maxlen=8)
         self._around = {name: deque[float](maxlen=AROUND) for name in ("grad_norm", "loss")}
         self.spacing = 1
@@ -80,10 +100,6 @@ class Pace:
 
     def keeps(self, reading: Reading, due: bool = True) -> bool:
         """Shall this reading reach the detectors? Asked of every step, in order; `due`: by the user's `every`."""
-        lasted = reading.time - self._ended
-        self._ended = reading.time
-        if lasted >= 0:
-            self._lasted.append(lasted)
         self._count += 1
         self._since += 1
         self._alert = ALERT if self._stands_out(reading) else max(self._alert - 1, 0)
@@ -104,8 +120,9 @@ class Pace:
         if not readings:
             return
         self._took.append(seconds / readings)
-        if self._lasted:
-            self.spacing = max(1, math.ceil(median(self._took) / (self._share * median(self._lasted) + 1e-9)))
+        share = self._share * self._cost.step
+        if share > 0:
+            self.spacing = max(1, math.ceil(median(self._took) / share))
 
     def _stands_out(self, reading: Reading) -> bool:
         """Above all that came just before, by half of their range."""

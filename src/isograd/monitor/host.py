@@ -200,14 +200,13 @@ class Host:
         observer: Observer | None,
         record: Record | None,
         sinks: Sequence[Sink],
-        budget: float,
+        pace: Pace,
     ) -> None:
-        """`budget`: share of the training time that this thread may take, but for what the sinks do."""
         self.newest: Reading | None = None
         self.findings: list[tuple[int, Finding]] = []
         self.dropped = 0
         self._observer, self._record, self._sinks = observer, record, list(sinks)
-        self._pace = Pace(budget)
+        self._pace = pace
         self._waiting: list[Ended] = []
         self._taking = self._hurry = self._closing = False
         self._changed = threading.Condition()

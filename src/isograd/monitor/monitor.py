@@ -19,7 +19,7 @@ from isograd.diagnosis import Diagnosis, diagnose
 from isograd.flow import Flow
 from isograd.monitor import scaling
 from isograd.monitor.clipping import clip
-from isograd.monitor.cost import Cost
+from isograd.monitor.cost import YOUNG, Cost, Pace
 from isograd.monitor.deep import Deep
 from isograd.monitor.detectors import Detectors
 from isograd.monitor.host import Ended, Host, Packed, Record, Sink, bound, on_its_way, reading_of
@@ -37,6 +37,8 @@ from isograd.record.verdict import examined
 
 FIRST = 10
 """Steps that are read in full whatever it costs: faults of the initialisation show in them."""
+SELDOM = 32
+"""Steps from one full reading to the next, at most, as long as a training is young."""
 
 
 def watch(
@@ -127,7 +129,7 @@ class Monitor:
         if isinstance(record, Run):
             self._step = record.last + 1
         sinks = [bound(sink) for sink in sinks] if rank() == 0 else []
-        self._host = Host(detectors, record, sinks, budget / 2)
+        self._host = Host(detectors, record, sinks, Pace(budget / 2, self._cost))
         for optimizer in optimizers:
             self.add(optimizer)
         if not optimizers:
@@ -255,8 +257,7 @@ class Monitor:
         the watching."""
         if self._closed:
             return
-        timing = self._cost.timing
-        start = time.thread_time() if timing else 0.0  # not what other processes or threads take meanwhile
+        self._cost.enter()
         try:
             act()
         except Exception as error:
@@ -267,8 +268,7 @@ class Monitor:
                 f"isograd.watch failed and has stopped watching; the training goes on unchanged. {type(error).__name__}: {error}",
                 stacklevel=2,
             )
-        if timing:
-            self._cost.spent += time.thread_time() - start
+        self._cost.leave()
 
     def began(self, tap: Tap) -> None:
         """What is read now belongs to a new step."""
@@ -329,7 +329,10 @@ class Monitor:
         self._cost.ended(full, deep)
         if full or self._cost.timing:
             self._interval = self._cost.interval(self._budget / 2)
-        self._cost.timing |= self.full()
+            if self._done < YOUNG:
+                self._interval = min(self._interval, SELDOM)
+        if self.full():
+            self._cost.next(timing=True)
 
     def _packed(self, part: Part) -> list[Packed]:
         packed: list[Packed] = []
