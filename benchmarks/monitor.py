@@ -189,7 +189,7 @@ def section(shape: Workload, setting: Setting) -> str:
             f"{rounds} pairs of {BLOCK} steps or more alone and as many with the method, after {warm} steps; "
             "median (min .. max). Processor time is that of all threads.",
             table(("", "plain ms", "method ms", "ratio", "ratio of processor time"), rows),
-            memory(shape, setting),
+            "Memory is measured at full size." if setting.quick else memory(shape, setting),
         )
     )
 

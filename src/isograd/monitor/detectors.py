@@ -11,7 +11,7 @@ from torch import Tensor
 from isograd.diagnosis import Finding
 from isograd.monitor.history import Detector, History
 from isograd.monitor.reading import Reading
-from isograd.monitor.seen import Seen, alike, nonfinite, seen
+from isograd.monitor.seen import Seen, alike, nonfinite, seen_together
 from isograd.symptoms import STREAMED
 from isograd.symptoms.nonfinite_step import NonFinite
 
@@ -40,7 +40,7 @@ class Detectors:
         for run in alike(readings):
             counts = nonfinite(run)
             finite = iter(
-                seen([reading for reading, count in zip(run, counts, strict=True) if count is None])
+                seen_together([reading for reading, count in zip(run, counts, strict=True) if count is None])
             )
             for reading, count in zip(run, counts, strict=True):
                 found.append(self._finite(next(finite)) if count is None else self._broken(reading, count))

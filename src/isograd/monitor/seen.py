@@ -54,8 +54,13 @@ class Seen:
         return self.grad + self.weight
 
 
-def seen(readings: Sequence[Reading]) -> list[Seen]:
-    """Readings that are `alike`, in logarithms. Only what is finite may come here."""
+def seen(reading: Reading) -> Seen:
+    """A reading in logarithms. Only what is finite may come here."""
+    return seen_together([reading])[0]
+
+
+def seen_together(readings: Sequence[Reading]) -> list[Seen]:
+    """The same of readings that are `alike`, in as many operations as of one."""
     if not readings:
         return []
     first = readings[0]
