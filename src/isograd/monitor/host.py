@@ -240,7 +240,8 @@ class Host:
             with self._changed:
                 self._closing = True
                 self._changed.notify_all()
-            self._thread.join()
+            if self._thread is not threading.current_thread():  # a collection of garbage may run on it
+                self._thread.join()
             self._thread, self._closing = None, False
         if self._record is not None:
             self._guarded("record", self._record.close)
