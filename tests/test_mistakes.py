@@ -291,7 +291,7 @@ def test_19_steps_in_a_cuda_graph_are_not_seen_and_said_to_be_so(monkeypatch: py
     """While a graph is captured nothing is read, for reading would become part of it; what follows is not seen."""
     model, optimizer, monitor = watched()
     capturing = False
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
     with monitor:
         for _ in range(3):  # warm-up
@@ -334,7 +334,7 @@ def test_22_it_never_ends_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer, monitor = watched()
     with warnings.catch_warnings(record=True) as told, monitor:
         warnings.simplefilter("always")
-        monkeypatch.setattr("isograd.monitor.tap.read", lambda *_: 1 / 0)
+        monkeypatch.setattr("isograd.monitor.parts.Reader.read", lambda *_: 1 / 0)
         for _ in range(3):
             step(model, optimizer)
     assert len(told) == 1

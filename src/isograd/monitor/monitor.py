@@ -19,7 +19,7 @@ from isograd.diagnosis import Diagnosis, diagnose
 from isograd.flow import Flow
 from isograd.monitor import scaling
 from isograd.monitor.clipping import clip
-from isograd.monitor.cost import Cost
+from isograd.monitor.cost import YOUNG, Cost, Pace
 from isograd.monitor.deep import Deep
 from isograd.monitor.detectors import Detectors
 from isograd.monitor.host import Ended, Host, Packed, Record, Sink, bound, on_its_way, reading_of
@@ -37,6 +37,8 @@ from isograd.record.verdict import examined
 
 FIRST = 10
 """Steps that are read in full whatever it costs: faults of the initialisation show in them."""
+SELDOM = 32
+"""Steps from one full reading to the next, at most, as long as a training is young."""
 
 
 def watch(
@@ -122,7 +124,7 @@ class Monitor:
         self.stepped = 0
         self._open: list[tuple[Tap, Part]] = []
         self._cost = Cost()
-        self._last_full = -1
+        self._last_full, self._interval = -1, 1
         self._shards = Shards(model.parameters())
         self._silent = silent()
         self._detectors = detectors = Detectors()
@@ -132,7 +134,8 @@ class Monitor:
         self.run = record
         if isinstance(record, Run):
             self._step = record.last + 1
-        self._host = Host(detectors, record, [bound(sink) for sink in sinks] if rank() == 0 else [])
+        sinks = [bound(sink) for sink in sinks] if rank() == 0 else []
+        self._host = Host(detectors, record, sinks, Pace(budget / 2, self._cost))
         for optimizer in optimizers:
             self.add(optimizer)
         if not optimizers:
@@ -253,18 +256,14 @@ class Monitor:
             return False
         if self._shards:  # every process must come to the same answer, and their clocks differ
             return self._done < FIRST or self._done % FIRST == 0
-        return (
-            self._done < FIRST
-            or self._asked
-            or self._done - self._last_full >= self._cost.interval(self._budget)
-        )
+        return self._done < FIRST or self._asked or self._done - self._last_full >= self._interval
 
     def guarded(self, act: Callable[[], object]) -> None:
         """Do something inside the user's training loop: what fails here is a warning, once, and the end of
         the watching."""
         if self._closed:
             return
-        start = time.thread_time()  # not what other processes or the host thread take meanwhile
+        self._cost.enter()
         try:
             act()
         except Exception as error:
@@ -275,7 +274,7 @@ class Monitor:
                 f"isograd.watch failed and has stopped watching; the training goes on unchanged. {type(error).__name__}: {error}",
                 stacklevel=2,
             )
-        self._cost.spent += time.thread_time() - start
+        self._cost.leave()
 
     def began(self, tap: Tap) -> None:
         """What is read now belongs to a new step."""
@@ -306,7 +305,10 @@ class Monitor:
         self._host.release()
         parts, self._open = self._open, []
         step = Ended(self._step, (), (), [], {}, [], time.time(), logged_early=set(self._scalars))
+        full = False
         for i, (tap, part) in enumerate(parts):
+            full |= part.full
+            step.suspicious |= any(bucket.suspicious for bucket in part.buckets)
             step.packed += self._packed(part)
             step.notes += part.notes
             if tap.scale is not None:
@@ -317,18 +319,27 @@ class Monitor:
                 step.scalars[f"lr_{i}" if i else "lr"] = tap.optimizer.param_groups[0]["lr"]
         step.sites, step.shapes = self._names.sites, self._names.shapes
         step.scalars.update(self._scalars)
-        full = any(part.full for _, part in parts)
-        if full:
-            self._last_full, self._asked = self._done, False
-        self._cost.ended(full, deep=self._flow is not None)
         self._scalars, self._begun = {}, False
         step.flow, self._flow = self._flow, None
         step.due = self._done % self._every == 0
         self._host.held = step
         self._step += 1
-        self._done += 1
+        self._ended(full, deep=step.flow is not None)
         if self._deep_every is not None and self._done % self._deep_every == 0:
             self._deep.arm()
+
+    def _ended(self, full: bool, deep: bool) -> None:
+        """What the step cost, and when the next is read in full."""
+        if full:
+            self._last_full, self._asked = self._done, False
+        self._done += 1
+        self._cost.ended(full, deep)
+        if full or self._cost.timing:
+            self._interval = self._cost.interval(self._budget / 2)
+            if self._done < YOUNG:
+                self._interval = min(self._interval, SELDOM)
+        if self.full():
+            self._cost.next(timing=True)
 
     def _packed(self, part: Part) -> list[Packed]:
         packed: list[Packed] = []
@@ -348,5 +359,4 @@ def kept(value: float | Tensor) -> float | Tensor:
     """A scalar as it is now, off the graph; one on a device is not waited for."""
     if not isinstance(value, Tensor):
         return float(value)
-    value = value.detach()
-    return value.clone() if value.device.type != "cpu" else number(value)
+    return number(value) if value.device.type == "cpu" else value.detach().clone()

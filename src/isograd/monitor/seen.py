@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from statistics import median
 
 import torch
@@ -39,6 +40,8 @@ class Seen:
     sites: tuple[str, ...]
     dead: Tensor
     """Share of a layer's units without gradient, at the site of its bias, shape (site,); nan: not known."""
+    counted: bool
+    """Any share of dead units may be known."""
     inside: Tensor | None
     """Where that was counted by a look from inside, over all samples and positions; None: nowhere."""
     rest: Tensor
@@ -58,32 +61,46 @@ class Seen:
         return self.grad + self.weight
 
 
-def seen(reading: Reading) -> Seen:
-    """A reading in logarithms. Only what is finite may come here."""
-    plan = _plan(reading.sites, reading.shapes)
-    missing = torch.full((len(reading.sites),), math.nan)
-    columns = torch.stack([reading.columns.get(name, missing) for name in NORMS]).double()
+def seen(readings: Sequence[Reading]) -> list[Seen]:
+    """Readings that are `alike`, in logarithms: as many operations as for one. Only what is finite may come here."""
+    if not readings:
+        return []
+    first = readings[0]
+    plan = _plan(first.sites, first.shapes)
+    missing = torch.full((len(first.sites),), math.nan)
+    columns = [[reading.columns.get(name, missing) for reading in readings] for name in NORMS]
+    stacked = torch.stack([torch.stack(column) for column in columns]).double()  # (norm, reading, site)
     # What has no gradient does not move; what was not measured leaves the whole unknown.
-    length = float(columns[2].square().masked_fill_(columns[0].isnan(), 0.0).sum())
-    norms = columns.log10_()
-    grad, (by_matrix, weight, update) = norms[0], norms[:, plan.matrices]
-    total = reading.scalars.get("grad_norm", math.nan)
-    dead, inside = _dead(reading, plan)
-    return Seen(
-        reading.step,
-        reading.scalars.get("loss", math.nan),
-        math.log10(total) if total > 0 else _summed(grad),
-        math.log10(length) / 2 if length > 0 else -math.inf if length == 0 else math.nan,
-        plan.names,
-        by_matrix,
-        weight,
-        update - weight,
-        plan.scale(grad),
-        reading.sites,
-        dead,
-        inside,
-        grad[plan.rest],
+    lengths = stacked[2].square().masked_fill_(stacked[0].isnan(), 0.0).sum(1).tolist()
+    norms = stacked.log10_()
+    grad, (by_matrix, weight, update) = norms[0], norms[:, :, plan.matrices]
+    totals = [reading.scalars.get("grad_norm", math.nan) for reading in readings]
+    rows = zip(
+        readings, totals, lengths, grad, by_matrix, weight, update - weight, plan.scale(grad), strict=True
     )
+    return [
+        Seen(
+            reading.step,
+            reading.scalars.get("loss", math.nan),
+            math.log10(total) if total > 0 else _summed(all_grads),
+            math.log10(length) / 2 if length > 0 else -math.inf if length == 0 else math.nan,
+            plan.names,
+            grads,
+            weights,
+            updates,
+            scales,
+            reading.sites,
+            *_dead(reading, plan),
+            all_grads[plan.rest],
+        )
+        for reading, total, length, all_grads, grads, weights, updates, scales in rows
+    ]
+
+
+def alike(readings: Iterable[Reading]) -> Iterator[list[Reading]]:
+    """Runs of readings with the same columns of the same parameters."""
+    for _, run in groupby(readings, lambda reading: (reading.sites, reading.shapes, *reading.columns)):
+        yield list(run)
 
 
 NORMS = ("grad_norm", "weight_norm", "update_norm")
@@ -110,7 +127,7 @@ class Plan:
         dW is the sum of delta x^T over the samples and db that of delta, so that their quotient is the norm of x
         where the samples' deltas do not cancel. No activation is read.
         """
-        values = grad[self.matrices] - grad[self.biases] - self.fan_in
+        values = grad[..., self.matrices] - grad[..., self.biases] - self.fan_in
         kept = (self.biases >= 0) & (values.abs() < math.log10(LARGEST_SCALE))
         return torch.where(kept, values, math.nan)
 
@@ -139,15 +156,15 @@ def _sibling(name: str) -> str:
     return f"{head}.{last.replace('weight', 'bias')}" if "weight" in last else ""
 
 
-def _dead(reading: Reading, plan: Plan) -> tuple[Tensor, Tensor | None]:
+def _dead(reading: Reading, plan: Plan) -> tuple[Tensor, bool, Tensor | None]:
     """A unit is dead where its bias gets a gradient of exactly zero; counted activations are better."""
     zeros = reading.columns.get("zeros")
     dead = torch.full_like(plan.units, math.nan) if zeros is None else zeros / plan.units
     counted = reading.columns.get("dead")
     if counted is None:
-        return dead, None
+        return dead, zeros is not None, None
     inside = ~counted.isnan()
-    return torch.where(inside, counted, dead), inside
+    return torch.where(inside, counted, dead), True, inside
 
 
 def _summed(logs: Tensor) -> float:
@@ -168,12 +185,17 @@ def finite(values: Iterable[float]) -> list[float]:
     return [value for value in values if math.isfinite(value)]
 
 
-def nonfinite(reading: Reading) -> Tensor | None:
-    """NaN or Inf elements of each gradient; None where all is finite, the loss too."""
-    counted, norms = reading.columns.get("nonfinite"), reading.columns.get("grad_norm")
-    # One sum tells that nothing is wrong; where it is not finite, or not zero, each element is looked at.
-    if counted is not None and float(counted.sum()) != 0 and bool((counted > 0).any()):
-        return counted.nan_to_num(0.0)
-    if norms is not None and not math.isfinite(float(norms.sum())) and bool((broken := norms.isinf()).any()):
-        return broken.float()
-    return None if math.isfinite(reading.scalars.get("loss", 0.0)) else torch.zeros(len(reading.sites))
+def nonfinite(readings: Sequence[Reading]) -> list[Tensor | None]:
+    """Of readings that are `alike`, the NaN or Inf elements of each gradient; None where all is finite, the loss too."""
+    found: list[Tensor | None] = [
+        None if math.isfinite(reading.scalars.get("loss", 0.0)) else torch.zeros(len(reading.sites))
+        for reading in readings
+    ]
+    for name, is_broken in (("grad_norm", torch.isinf), ("nonfinite", lambda counts: counts > 0)):
+        if name not in readings[0].columns:
+            continue
+        values = torch.stack([reading.columns[name] for reading in readings])  # (reading, site)
+        broken = is_broken(values)
+        for i in broken.any(1).nonzero().flatten().tolist():
+            found[i] = broken[i].float() if name == "grad_norm" else values[i].nan_to_num(0.0)
+    return found

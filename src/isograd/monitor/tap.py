@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from isograd.monitor import scaling
-from isograd.monitor.parts import Part, read
+from isograd.monitor.parts import Part, Reader
 from isograd.monitor.provenance import Closure, Provenance
 from isograd.monitor.sharding import local
 from isograd.monitor.statistics import norms
@@ -62,6 +62,7 @@ class Tap:
     ) -> None:
         self.optimizer, self.owner = optimizer, watcher
         self._watcher, self.parameters = watcher, parameters
+        self._reader = Reader(parameters)
         self._part: Part | None = None
         self._read_at = 0
         self.scale: Tensor | None = None
@@ -98,15 +99,13 @@ class Tap:
     # What the training loop does, in the order in which it happens.
 
     def _backward_ended(self) -> None:
-        if self._captures():
-            return
+        if not self._captures():
+            self._watcher.guarded(self._after_backward)
 
-        def act() -> None:
-            self._watcher.began(self)
-            if self.provenance.early and not self._taken:  # a closure may run its backward many times
-                self._read()
-
-        self._watcher.guarded(act)
+    def _after_backward(self) -> None:
+        self._watcher.began(self)
+        if self.provenance.early and not self._taken:  # a closure may run its backward many times
+            self._read()
 
     def clipped_to(self, norm: Tensor) -> None:
         """The monitor itself has clipped the gradients."""
@@ -138,7 +137,9 @@ class Tap:
     def _pre(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
         if torch.compiler.is_compiling() or self._captures():
             return None
-        closure = kwargs.get("closure") or next((a for a in args if callable(a)), None)
+        closure = None
+        if args or kwargs:
+            closure = kwargs.get("closure") or next((a for a in args if callable(a)), None)
         if closure is None:
             self._watcher.guarded(self._before_step)
             return None
@@ -178,7 +179,7 @@ class Tap:
         """The gradients as they are now: the raw ones, unless something wrote to them since."""
         touched = self.provenance.touched
         raw = self.take()
-        return read(self.parameters(), full=False) if touched else raw
+        return self._reader.read(full=False) if touched else raw
 
     def _take(self) -> Part:
         provenance = self.provenance
@@ -201,7 +202,7 @@ class Tap:
 
     def _read(self) -> Part:
         # All columns only where more of the step is not to be expected: micro-batches are read for the norm.
-        self._part = read(self.parameters(), self._watcher.full() and self.provenance.complete)
+        self._part = self._reader.read(self._watcher.full() and self.provenance.complete)
         self._read_at = self.provenance.backwards
         return self._part
 
@@ -235,4 +236,4 @@ def _norm(part: Part) -> Tensor | None:
 
 def capturing() -> bool:
     """A CUDA graph is being captured: Python does not run when it is replayed."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -84,6 +84,8 @@ class Dying(Detector):
             self.sites, self.by_site = seen.sites, torch.full((4, len(seen.sites)), math.nan)
             self.by_site[2:] = 0
             self.calm = False
+        if not seen.counted:
+            return []
         largest = float(seen.dead.nan_to_num(-1.0).max()) if self.sites else -1.0
         if largest < 0:  # nothing was counted
             return []
