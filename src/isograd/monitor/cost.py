@@ -22,6 +22,8 @@ YOUNG = 1000
 """Steps that reach detectors and record whatever it costs: short trainings, and the start of long ones."""
 AROUND = 32
 """Steps that one stands out from."""
+FARTHEST = 32
+"""Steps from one that is kept to the next at most, whatever it costs."""
 ALERT = 8
 """Steps that are kept after one that stands out."""
 
@@ -122,7 +124,7 @@ class Pace:
         self._took.append(seconds / readings)
         share = self._share * self._cost.step
         if share > 0:
-            self.spacing = max(1, math.ceil(median(self._took) / share))
+            self.spacing = min(max(1, math.ceil(median(self._took) / share)), FARTHEST)
 
     def _stands_out(self, reading: Reading) -> bool:
         """Above all that came just before, by half of their range."""

@@ -129,7 +129,7 @@ class Reader:
     def __init__(self, parameters: Callable[[], Sequence[Tensor]]) -> None:
         self.parameters = parameters
         self._ids: list[int] = []
-        self._kinds: list[object] = []
+        self._kinds: Sequence[object] = ()
         self._sorted: list[tuple[list[Tensor], list[int]]] = []
         """Parameters of each bucket, and the places of their gradients among all."""
 
@@ -147,7 +147,7 @@ class Reader:
             else:
                 part = self._sort(parameters, gradients, full)
                 plain = all(type(g) in PLAIN and g.layout is torch.strided for g in gradients)
-                self._ids, self._kinds = (ids, kinds) if plain and not part.sharded else ([], [])
+                self._ids, self._kinds = (ids, kinds) if plain and not part.sharded else ([], ())
             for bucket in part.buckets:
                 bucket.read(full)
         return part

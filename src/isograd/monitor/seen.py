@@ -191,11 +191,11 @@ def nonfinite(readings: Sequence[Reading]) -> list[Tensor | None]:
         None if math.isfinite(reading.scalars.get("loss", 0.0)) else torch.zeros(len(reading.sites))
         for reading in readings
     ]
-    for name, is_broken in (("grad_norm", torch.isinf), ("nonfinite", lambda counts: counts > 0)):
+    for name in ("grad_norm", "nonfinite"):
         if name not in readings[0].columns:
             continue
         values = torch.stack([reading.columns[name] for reading in readings])  # (reading, site)
-        broken = is_broken(values)
+        broken = values.isinf() if name == "grad_norm" else values > 0
         for i in broken.any(1).nonzero().flatten().tolist():
             found[i] = broken[i].float() if name == "grad_norm" else values[i].nan_to_num(0.0)
     return found
