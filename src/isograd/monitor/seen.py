@@ -26,6 +26,8 @@ class Seen:
     loss: float
     grad_norm: float
     """log10 of the global norm."""
+    update_norm: float
+    """log10 of the length of the whole step that followed; nan: not measured."""
     names: tuple[str, ...]
     """The weight matrices, in the order of the model's parameters: input side first, mostly."""
     grad: Tensor
@@ -39,8 +41,13 @@ class Seen:
     """Share of a layer's units without gradient, at the site of its bias, shape (site,); nan: not known."""
     inside: Tensor | None
     """Where that was counted by a look from inside, over all samples and positions; None: nowhere."""
-    bias: float
-    """log10 of the largest gradient of a parameter that is no matrix; -inf: there is none, or all are zero."""
+    rest: Tensor
+    """log10 of the gradients of the parameters that are no matrix."""
+
+    @property
+    def silent(self) -> bool:
+        """Is there no gradient in any parameter but the matrices?"""
+        return bool((self.rest.nan_to_num(-math.inf, neginf=-math.inf) == -math.inf).all())
 
     @property
     def elasticity(self) -> Tensor:
@@ -55,15 +62,18 @@ def seen(reading: Reading) -> Seen:
     """A reading in logarithms. Only what is finite may come here."""
     plan = _plan(reading.sites, reading.shapes)
     missing = torch.full((len(reading.sites),), math.nan)
-    norms = torch.stack([reading.columns.get(name, missing) for name in NORMS]).double().log10_()
+    columns = torch.stack([reading.columns.get(name, missing) for name in NORMS]).double()
+    # What has no gradient does not move; what was not measured leaves the whole unknown.
+    length = float(columns[2].square().masked_fill_(columns[0].isnan(), 0.0).sum())
+    norms = columns.log10_()
     grad, (by_matrix, weight, update) = norms[0], norms[:, plan.matrices]
     total = reading.scalars.get("grad_norm", math.nan)
-    rest = grad[plan.rest].nan_to_num(-math.inf, neginf=-math.inf)
     dead, inside = _dead(reading, plan)
     return Seen(
         reading.step,
         reading.scalars.get("loss", math.nan),
         math.log10(total) if total > 0 else _summed(grad),
+        math.log10(length) / 2 if length > 0 else -math.inf if length == 0 else math.nan,
         plan.names,
         by_matrix,
         weight,
@@ -72,7 +82,7 @@ def seen(reading: Reading) -> Seen:
         reading.sites,
         dead,
         inside,
-        float(rest.max()) if len(rest) else -math.inf,
+        grad[plan.rest],
     )
 
 
@@ -160,11 +170,10 @@ def finite(values: Iterable[float]) -> list[float]:
 
 def nonfinite(reading: Reading) -> Tensor | None:
     """NaN or Inf elements of each gradient; None where all is finite, the loss too."""
-    counted = reading.columns.get("nonfinite")
-    if counted is not None and bool((counted > 0).any()):
+    counted, norms = reading.columns.get("nonfinite"), reading.columns.get("grad_norm")
+    # One sum tells that nothing is wrong; where it is not finite, or not zero, each element is looked at.
+    if counted is not None and float(counted.sum()) != 0 and bool((counted > 0).any()):
         return counted.nan_to_num(0.0)
-    values = reading.columns.get("grad_norm")
-    broken = None if values is None else values.isinf()
-    if broken is not None and bool(broken.any()):
+    if norms is not None and not math.isfinite(float(norms.sum())) and bool((broken := norms.isinf()).any()):
         return broken.float()
     return None if math.isfinite(reading.scalars.get("loss", 0.0)) else torch.zeros(len(reading.sites))
