@@ -260,7 +260,7 @@ def test_the_scale_of_the_inputs_is_read_off_the_gradients() -> None:
         norms = torch.stack([layer.weight.grad.norm(), layer.bias.grad.norm()])
         reading = Reading(0, ("a.weight", "a.bias"), {"grad_norm": norms}, shapes=((50, 100), (50,)))
         # the samples' deltas cancel here, in part: a factor of two
-        assert 10 ** float(seen(reading).scale) == pytest.approx(rms, rel=1.0)
+        assert 10 ** float(seen([reading])[0].scale) == pytest.approx(rms, rel=1.0)
 
 
 def test_the_layer_that_moved_first_is_named() -> None:
