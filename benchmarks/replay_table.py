@@ -40,6 +40,9 @@ AGREED = 0.9
 ATLAS = {"dead_relus": "dying ReLU", "vanishing_gradients": "vanishing gradient", "exploding_init": "exploding gradient"}  # fmt: skip
 LABELS = {"vanishing_gradient": "vanishing gradient", "exploding_gradient": "exploding gradient", "dying_relu": "dying ReLU"}  # fmt: skip
 
+PAGE = Path(__file__).with_name("replay.md")
+MARK = "<!-- what follows is written by `python -m benchmarks.replay save` -->"
+
 Rows = dict[tuple[str, str], list[Row]]
 
 
@@ -58,6 +61,13 @@ def report(path: Path) -> str:
     rows = read(path)
     parts = (_detection, _said, _repair, _problems, _harm, _labels, _short_networks, _short_cases)
     return "\n\n".join(text for part in parts if (text := part(rows)))
+
+
+def saved(page: Path, text: str) -> str:
+    """Put the tables into the page, below its mark; says so."""
+    above = page.read_text().partition(MARK)[0]
+    page.write_text(f"{above}{MARK}\n\n{text}\n")
+    return f"written to {page.name}"
 
 
 def _section(title: str, header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -22,7 +22,7 @@ from benchmarks.autotrainer import (
 )
 from benchmarks.population import Recipe, Run
 from benchmarks.replay import attempt, cases, networks, settings, sick
-from benchmarks.replay_table import control, disputed, effect, fails, problem, read, report
+from benchmarks.replay_table import MARK, PAGE, control, disputed, effect, fails, problem, read, report, saved
 from gallery.autotrainer import data
 
 
@@ -233,3 +233,11 @@ def test_an_effect_needs_both_its_size_and_its_certainty() -> None:
     size, p = effect([0.5, 0.6] * 5, [0.5, 0.6] * 5)
     assert (size, p) == (0.0, pytest.approx(1.0))
     assert replay.SEEDS >= 10
+
+
+def test_the_tables_are_put_below_the_mark_of_the_page(tmp_path: Path) -> None:
+    page = tmp_path / "replay.md"
+    page.write_text(f"# Title\n\n{MARK}\n\nold\n")
+    saved(page, "## New")
+    assert page.read_text() == f"# Title\n\n{MARK}\n\n## New\n"
+    assert MARK in PAGE.read_text()
