@@ -9,23 +9,24 @@ Watched every third epoch, on the kernels' gradients of the epoch's first batch:
     oscillating  accuracy falls by 3 points from a peak in 20% of the epochs, after 30% of them
 
 Each problem has its repairs in order, each judged by a full training; a repair is kept when the detector falls
-silent, whatever the accuracy. At most `TRIES` trainings.
+silent, whatever the accuracy. At most `TRIES` problems are treated, one after the other. Where AutoTrainer draws an
+initialiser or an optimizer at random, the common ones are taken in turn; left out are its schedule for the learning
+rate, momentum and noise against oscillation.
 """
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from benchmarks.population import Member, Recipe, Run, member, trained
 from gallery.autotrainer import Data
-from gallery.keras_net import Spec, loss_of, network
+from gallery.keras_net import Spec
 
 RATIO_DOWN, NORM_DOWN, RATIO_UP, ZEROS = 1e-3, 1e-4, 70.0, 0.7
 GATE, SLOW, FALL, FALLS, SETTLED = 0.6, 0.01, 0.03, 0.2, 0.3
@@ -33,84 +34,54 @@ EVERY = 3
 TRIES = 10
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """A network in Keras terms, and how it is trained."""
-
-    layers: list[Spec]
-    loss: str
-    lr: float = 1e-3
-    clip: float | None = None
-    """Largest absolute value of a gradient entry."""
-    batch: int = 128
-    optimizer: str = "adam"
-    momentum: float = 0.0
-
-
 @dataclass
 class Watched:
-    """What one training showed."""
+    """One training, and what the rules make of it."""
 
+    run: Run
     problem: str = ""
     at: int = -1
     """Epoch of the first alarm."""
-    train: list[float] = field(default_factory=list[float])
-    held_out: list[float] = field(default_factory=list[float])
-
-    @property
-    def final(self) -> float:
-        return self.held_out[-1] if self.held_out else 0.0
 
 
-def optimizer_of(recipe: Recipe, model: nn.Module) -> torch.optim.Optimizer:
-    """With Keras's epsilon."""
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), recipe.lr, momentum=recipe.momentum)
-    return torch.optim.Adam(model.parameters(), recipe.lr, eps=1e-7)
+class Trainer:
+    """Trains recipes on one data set and watches them; the same recipe with the same seed only once."""
+
+    def __init__(self, data: Data, epochs: int) -> None:
+        self.data, self.epochs = data, epochs
+        self.known: dict[tuple[str, int], Watched] = {}
+
+    def watched(self, asked: Sequence[tuple[Recipe, int]]) -> list[Watched]:
+        """Of each recipe with its seed, in this order; what is not known yet is trained together."""
+        keys = [(repr(recipe), seed) for recipe, seed in asked]
+        new = {key: pair for key, pair in zip(keys, asked, strict=True) if key not in self.known}
+        members = [member(recipe, self.data, seed) for recipe, seed in new.values()]
+        self.known |= dict(zip(new, self._watched(members), strict=True))
+        return [self.known[key] for key in keys]
+
+    def _watched(self, members: Sequence[Member]) -> list[Watched]:
+        alarms: dict[int, tuple[str, int]] = {}
+
+        def look(number: int, run: Run, epoch: int, kernels: list[Tensor]) -> None:
+            if epoch % EVERY or number in alarms:  # an alarm stays
+                return
+            if problem := _gradients(kernels, run, epoch / self.epochs):
+                alarms[number] = problem, epoch
+
+        runs = trained(members, self.data, self.epochs, look)
+        seen = [Watched(run, *alarms.get(number, ("", -1))) for number, run in enumerate(runs)]
+        for one in seen:
+            if one.run.lost is not None:
+                one.problem, one.at = "exploding", one.run.lost
+            one.problem = one.problem or curve(one.run)
+        return seen
 
 
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    with torch.no_grad():
-        answer = model.eval()(x)
-    model.train()
-    right = (answer > 0.5).float() == y if answer.shape[-1] == 1 else answer.argmax(-1) == y.argmax(-1)
-    return right.float().mean().item()
-
-
-def trained(recipe: Recipe, data: Data, seed: int, epochs: int, model: nn.Module | None = None) -> Watched:
-    """Train for all epochs, or until a value is not finite, and watch. `model`: instead of the recipe's own."""
-    torch.manual_seed(seed)
-    model = (model if model is not None else network(recipe.layers, data.x[:2])).train()
-    optimizer, loss = optimizer_of(recipe, model), loss_of(recipe.loss)
-    generator = torch.Generator().manual_seed(seed)
-    seen = Watched()
-    for epoch in range(epochs):
-        for number, rows in enumerate(torch.randperm(len(data.x), generator=generator).split(recipe.batch)):
-            optimizer.zero_grad()
-            value = loss(model(data.x[rows]), data.y[rows])
-            value.backward()
-            if number == 0 and epoch % EVERY == 0 and not seen.problem:
-                seen.problem = _look(model, seen, epoch / epochs)
-                seen.at = epoch if seen.problem else -1
-            if not math.isfinite(value.item()):
-                seen.problem, seen.at = "exploding", epoch
-                seen.held_out.append(0.0)
-                return seen
-            if recipe.clip is not None:
-                nn.utils.clip_grad_value_(model.parameters(), recipe.clip)
-            optimizer.step()
-        seen.train.append(accuracy(model, data.x, data.y))
-        seen.held_out.append(accuracy(model, data.held_x, data.held_y))
-    seen.problem = seen.problem or _curve(seen)
-    return seen
-
-
-def _look(model: nn.Module, seen: Watched, progress: float) -> str:
+def _gradients(kernels: list[Tensor], run: Run, progress: float) -> str:
     """The gradient rules, once accuracy has had 30% of the epochs to show that all is well."""
-    kernels = [p.grad for p in model.parameters() if p.ndim > 1 and p.grad is not None]
     if any(not g.isfinite().all() for g in kernels):
         return "exploding"
-    best = max((*seen.train, *seen.held_out), default=0.0)
+    best = max((*run.train, *run.held_out), default=0.0)
     if progress < SETTLED or best >= GATE:
         return ""
     first, last = kernels[0].norm().item(), kernels[-1].norm().item()
@@ -123,7 +94,7 @@ def _look(model: nn.Module, seen: Watched, progress: float) -> str:
     return "dying" if zeros >= ZEROS else ""
 
 
-def _curve(seen: Watched) -> str:
+def curve(seen: Run) -> str:
     """The rules of the learning curve."""
     gains = [b - a for series in (seen.train, seen.held_out) for a, b in pairwise(series)]
     if gains and max(gains) < SLOW and max(seen.held_out) < GATE:
@@ -175,6 +146,10 @@ def setting(**changes: Any) -> Callable[[Recipe], Recipe]:
     return lambda recipe: replace(recipe, **changes)
 
 
+def rate(factor: float) -> Callable[[Recipe], Recipe]:
+    return lambda recipe: replace(recipe, lr=recipe.lr * factor)
+
+
 def initialiser(name: str) -> Callable[[Recipe], Recipe]:
     def change(spec: Spec) -> Spec:
         if spec["class"] in ("Dense", "Conv2D"):
@@ -191,32 +166,52 @@ INITIALISERS = tuple(initialiser(name) for name in ("he_uniform", "glorot_unifor
 ORDER: dict[str, tuple[Callable[[Recipe], Recipe], ...]] = {
     "vanishing": (SELU, RELU, batch_normalisation),
     "exploding": (SELU, RELU, setting(clip=9.0), setting(clip=10.0), TANH, batch_normalisation),
-    "dying": (SELU, batch_normalisation, *INITIALISERS),
-    "oscillating": (setting(optimizer="adam"), *(setting(lr=10.0**-k) for k in (4, 5)), setting(batch=64)),
+    "dying": (SELU, batch_normalisation, *INITIALISERS, activation("elu", "he_uniform")),
+    "oscillating": (
+        setting(optimizer="adam", lr=1e-3),
+        rate(0.1),
+        rate(0.01),
+        *(setting(batch=32 * 2**k) for k in range(4)),
+        *INITIALISERS,
+    ),
     "slow": (
         setting(optimizer="sgd", momentum=0.9, lr=0.01),
-        setting(lr=1e-2),
-        setting(lr=0.1),
+        *(rate(10.0**k) for k in (1, 2, 3)),
         *INITIALISERS,
     ),
 }
 
 
-def repaired(recipe: Recipe, data: Data, seed: int, epochs: int) -> Iterator[tuple[Recipe, Watched]]:
-    """The unrepaired training first, then every attempt; the last one is what AutoTrainer answers with."""
-    seen = trained(recipe, data, seed, epochs)
-    yield recipe, seen
+def repairs(recipe: Recipe) -> Generator[Recipe, Watched, None]:
+    """AutoTrainer's search as a dialogue: asks for a recipe to be trained, is sent what that showed.
+
+    The first is the unrepaired one, the last what AutoTrainer answers with.
+    """
+    seen = yield recipe
     for _ in range(TRIES):
-        if not seen.problem:
+        if not (problem := seen.problem):
             return
-        queue = ORDER[seen.problem]
-        problem = seen.problem
-        for change in queue:
+        for change in ORDER[problem]:
             attempt = change(recipe)
-            seen = trained(attempt, data, seed, epochs)
-            yield attempt, seen
+            seen = yield attempt
             if seen.problem != problem:  # silent about this problem; another one has its own repairs
                 recipe = attempt
                 break
         else:
             return
+
+
+def repaired(recipe: Recipe, trainer: Trainer, seeds: Sequence[int]) -> list[list[tuple[Recipe, Watched]]]:
+    """For each seed, what its search had trained, in order. Seeds go each their own way and are trained together."""
+    searches = [repairs(recipe) for _ in seeds]
+    tries: list[list[tuple[Recipe, Watched]]] = [[] for _ in seeds]
+    asked = {i: next(search) for i, search in enumerate(searches)}
+    while asked:
+        seen = trainer.watched([(wanted, seeds[i]) for i, wanted in asked.items()])
+        for (i, wanted), shown in zip(list(asked.items()), seen, strict=True):
+            tries[i].append((wanted, shown))
+            try:
+                asked[i] = searches[i].send(shown)
+            except StopIteration:
+                del asked[i]
+    return tries

@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,14 +38,16 @@ class Peak(NamedTuple):
         return self.peak - self.built
 
 
-def peak_memory(name: str, method: str, setting: Setting, *, compact: bool) -> Peak:
-    """Peak of a fresh process that does nothing but `STEPS` times this.
+def peak_memory(
+    name: str, method: str, setting: Setting, *, compact: bool, module: str = "benchmarks.memory"
+) -> Peak:
+    """Peak of a fresh process that does nothing but a few times this: `python -m module` with these arguments.
 
     `compact`: the C library returns what is freed to the system at once, so that the peak is what was in use,
     without the holes in the heap that depend on the order of small allocations.
     """
     environment = {**os.environ, "MALLOC_TRIM_THRESHOLD_": "0"} if compact else None
-    command = [sys.executable, "-m", "benchmarks.memory", name, method, setting.device, str(setting.threads)]
+    command = [sys.executable, "-m", module, name, method, setting.device, str(setting.threads)]
     done = subprocess.run(
         command + ["--quick"] * setting.quick,
         cwd=ROOT,
@@ -72,20 +75,26 @@ def in_use(device: str) -> tuple[int, int]:
     return kilobytes["VmRSS"] * 1024, kilobytes["VmHWM"] * 1024
 
 
-def main() -> None:
+def asked(methods: Iterable[str]) -> tuple[str, str, Setting]:
+    """Workload, method and setting that this process was started with."""
     parser = argparse.ArgumentParser()
     parser.add_argument("workload")
-    parser.add_argument("method", choices=METHODS)
+    parser.add_argument("method", choices=methods)
     parser.add_argument("device")
     parser.add_argument("threads", type=int)
     parser.add_argument("--quick", action="store_true")
-    asked = parser.parse_args()
-    torch.set_num_threads(asked.threads)
-    model, loss = workload(asked.workload).built(Setting(asked.quick, asked.device, asked.threads))
-    built, _ = in_use(asked.device)
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    return given.workload, given.method, Setting(given.quick, given.device, given.threads)
+
+
+def main() -> None:
+    name, method, setting = asked(METHODS)
+    model, loss = workload(name).built(setting)
+    built, _ = in_use(setting.device)
     for _ in range(STEPS):
-        METHODS[asked.method](model, loss)
-    print(json.dumps((built, in_use(asked.device)[1])))
+        METHODS[method](model, loss)
+    print(json.dumps((built, in_use(setting.device)[1])))
 
 
 if __name__ == "__main__":

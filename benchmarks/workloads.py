@@ -78,6 +78,15 @@ def mlp50(setting: Setting) -> tuple[nn.Module, Loss]:
     return mlp(nn.ReLU, depth, width, HE), lambda m: functional.cross_entropy(m(x), y)
 
 
+def small_gpt(setting: Setting) -> tuple[nn.Module, Loss]:
+    """The shape of GPT-2 124M, its 12 layers and 148 parameters, at a width of 64."""
+    config = transformers.GPT2Config(
+        n_layer=12, n_embd=64, n_head=4, vocab_size=512, bos_token_id=0, eos_token_id=0
+    )
+    tokens = torch.randint(512, (4, 64), device=setting.device)
+    return transformers.GPT2LMHeadModel(config), lambda m: m(input_ids=tokens, labels=tokens).loss
+
+
 def transformer(layers: int) -> Workload:
     """A pre-norm decoder of width 32: 16 tokens, batch 4."""
 
@@ -99,8 +108,11 @@ FLOW = (
 )
 
 
+SMALL_GPT = Workload("small-gpt", "GPT-2 at width 64, 12 layers, 64 tokens, batch 4", small_gpt, 9)
+
+
 def workload(name: str) -> Workload:
     """A workload by its name, as a fresh process is told it."""
     if name.startswith("transformer-"):
         return transformer(int(name.removeprefix("transformer-")))
-    return next(w for w in FLOW if w.name == name)
+    return next(w for w in (SMALL_GPT, *FLOW) if w.name == name)

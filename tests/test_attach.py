@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
-import isograd
+from isograd.cli.watch import watch
 from isograd.record import NotARun, Run
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -176,8 +177,112 @@ def test_two_models_of_one_process_have_a_record_each(tmp_path: Path) -> None:
         assert losses == pytest.approx([float(row[column]) for row in told], rel=1e-5)
 
 
-def test_no_such_program(tmp_path: Path) -> None:
-    got = run([*ISOGRAD, "watch", "--", "no-such-program"], tmp_path)
-    assert got.returncode == 2
-    assert "no-such-program" in got.stderr
-    assert isograd.__version__ not in got.stderr
+def test_a_search_over_models_has_a_record_of_each_and_lets_go_of_them(tmp_path: Path) -> None:
+    """Raw norms from the first step on, the loss of each step although gradients are cleared to zeros."""
+    beside, record = watched(script("search"), tmp_path)
+    assert beside.returncode == 0, beside.stderr
+    lines = [line.split() for line in beside.stdout.splitlines()]
+    for seed in range(3):
+        with Run.open(tmp_path / f"run-{seed + 1}" if seed else record) as kept:
+            rows = list(kept.rows())
+        told = [
+            (float(norm), float(loss))
+            for who, norm, loss in (x for x in lines if len(x) == 3)
+            if who == str(seed)
+        ]
+        assert [row.scalars["grad_norm"] for row in rows] == pytest.approx(
+            [norm for norm, _ in told], rel=1e-4
+        )
+        assert [row.scalars["loss"] for row in rows] == pytest.approx([loss for _, loss in told], rel=1e-4)
+        assert all(not row.notes for row in rows)
+    # one that was let go of may stay until the next is found, two never
+    assert max(int(words[1]) for words in lines if words[0] == "alive") <= 2
+    assert beside.stderr.count("isograd report") == 3
+
+
+SELF = """
+import isograd, torch
+model = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+monitor = isograd.watch(model, optimizer, run="own")
+for _ in range(5):
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+print(monitor.latest().step)
+"""  # and never closed
+
+
+def test_a_script_that_watches_itself_is_left_to_it(tmp_path: Path) -> None:
+    (tmp_path / "own.py").write_text(SELF)
+    beside, record = watched([sys.executable, "own.py"], tmp_path)
+    assert (beside.returncode, beside.stdout) == (0, "4\n"), beside.stderr
+    assert not record.exists()
+    assert "the script watches its own training" in beside.stderr
+    assert len(norms(tmp_path / "own")) == 5  # the last step too
+
+
+BY_HAND = """
+import sys, torch
+model = torch.nn.Linear(4, 1)
+model(torch.ones(2, 4)).sum().backward()
+for p in model.parameters():
+    p.data -= p.grad
+sys.stdout.buffer.write(bytes(range(256)))
+sys.exit(3)
+"""
+
+
+def test_a_script_without_an_optimizer_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "hand.py").write_text(BY_HAND)
+    command = [*ISOGRAD, "watch", "--run", "run", "--", sys.executable, "hand.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=QUIET, capture_output=True, timeout=240)
+    assert (done.returncode, done.stdout) == (3, bytes(range(256)))
+    assert b"nothing was recorded: no optimizer of torch took a step" in done.stderr
+    assert b"monitor.step()" in done.stderr
+
+
+WORKERS = """
+import torch
+from torch.utils.data import DataLoader
+if __name__ == "__main__":
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        for x in DataLoader(torch.randn(12, 4), batch_size=4, num_workers=2):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+"""
+
+
+def test_workers_of_a_loader_record_nothing(tmp_path: Path) -> None:
+    (tmp_path / "workers.py").write_text(WORKERS)
+    beside, record = watched([sys.executable, "workers.py"], tmp_path)
+    assert beside.returncode == 0, beside.stderr
+    assert len(norms(record)) == 6
+    assert beside.stderr.count("isograd report") == 1
+    assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ["run"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "there is nothing to watch"),
+        (["--lr", "3", "train.py"], "isograd watch has no option --lr"),
+        (["--run", "file/run", "--", "python", "x.py"], "file is a file"),
+        (["--run", "sealed/run", "--", "python", "x.py"], "sealed may not be written"),
+        (["--", "no-such-program"], "there is no program 'no-such-program'"),
+    ],
+)
+def test_what_cannot_be_watched_says_why_and_what_to_type(
+    words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "sealed").mkdir()
+    access = os.access  # root may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "sealed" and access(path, mode))
+    monkeypatch.chdir(tmp_path)
+    got = CliRunner().invoke(watch, words)
+    assert got.exit_code == 2
+    assert told in got.stderr
+    assert "  try  isograd watch " in got.stderr

@@ -110,6 +110,10 @@ CASES: dict[str, tuple[list[Step], str]] = {
     "the norm drifts": (falling(300) + [Step(loss=0.25, grad=0.7)] * 20, "EG204"),
     "a plateau from the start": ([Step(2.3 + 0.01 * math.sin(2.3 * i)) for i in range(300)], "TR701"),
     "a spike": (falling(200) + [replace(LOW, loss=3.0)] * 10, "TR702"),
+    "data in blocks": (
+        [Step(2.3 * math.exp(-(i % 30) / 4) + 0.01, grad=-3.0) for i in range(240)],
+        "TR704",
+    ),
     "divergence": (falling(100) + [replace(LOW, loss=30.0, grad=1.0)] * 5, "TR703"),
 }
 
@@ -146,6 +150,12 @@ WELL: dict[str, list[Step]] = {
     "a layer that grew sparse and trains": falling(100) + [replace(s, dead=0.9) for s in falling(300)[100:]],
     "batches of one class": [
         replace(s, dead=0.0 if i < 50 else 0.8 + 0.1 * (i % 3 == 0)) for i, s in enumerate(falling(200)[::-1])
+    ],
+    "hard batches here and there": [
+        replace(s, loss=3.0) if i > 80 and i % 9 == 8 else s for i, s in enumerate(falling(500, grad=-3.0))
+    ],
+    "two tasks in turn": [
+        replace(s, loss=s.loss * (1.0 if i % 2 else 10.0)) for i, s in enumerate(falling(500, grad=-3.0))
     ],
     "half of the units off": [replace(step, dead=0.5) for step in falling(200)],
     "no loss": [replace(step, loss=NAN) for step in falling(300)],
@@ -224,6 +234,21 @@ def test_the_cause_is_the_most_upstream(scale: float, slope: float, cause: str) 
     assert found.evidence["cause"] == cause
 
 
+@pytest.mark.parametrize(("update", "cause"), [(-2.5, "data"), (0.0, "learning-rate")])
+def test_what_the_step_cannot_explain_is_not_the_learning_rate(update: float, cause: str) -> None:
+    quiet = falling(199, grad=-3.0)
+    spike = [replace(LOW, loss=3.0, grad=-1.5)] * 8
+    told_of = told([*quiet, replace(quiet[-1], update=update), *spike])
+    found = next(f for _, f in told_of if f.code == "TR702")
+    assert found.evidence["cause"] == cause
+
+
+def test_across_steps_that_were_not_read_nothing_is_said_of_the_data() -> None:
+    steps, _ = CASES["data in blocks"]
+    sparse = [replace(made(i, step), step=2 * i) for i, step in enumerate(steps)]
+    assert "TR704" not in codes(sparse)
+
+
 def test_the_scale_of_the_inputs_is_read_off_the_gradients() -> None:
     torch.manual_seed(0)
     for rms in (0.1, 1.0, 30.0):
@@ -235,7 +260,7 @@ def test_the_scale_of_the_inputs_is_read_off_the_gradients() -> None:
         norms = torch.stack([layer.weight.grad.norm(), layer.bias.grad.norm()])
         reading = Reading(0, ("a.weight", "a.bias"), {"grad_norm": norms}, shapes=((50, 100), (50,)))
         # the samples' deltas cancel here, in part: a factor of two
-        assert 10 ** float(seen(reading).scale) == pytest.approx(rms, rel=1.0)
+        assert 10 ** float(seen([reading])[0].scale) == pytest.approx(rms, rel=1.0)
 
 
 def test_the_layer_that_moved_first_is_named() -> None:

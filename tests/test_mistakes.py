@@ -1,7 +1,6 @@
 """Mistakes that monitors of today make, by the number they have in our list of them; each as a test.
 
-5, 7 and 23 are tested with real processes in tests/distributed, 11 and 18 by counting in test_monitor_cost.py;
-19 needs a GPU.
+5, 7 and 23 are tested with real processes in tests/distributed, 11 and 18 by counting in test_monitor_cost.py.
 """
 
 from __future__ import annotations
@@ -288,6 +287,24 @@ def test_15_raw_parameters_recurrences_ties_and_the_unused() -> None:
     assert min(value for name, value in column.items() if "unused" not in name) > 0
 
 
+def test_19_steps_in_a_cuda_graph_are_not_seen_and_said_to_be_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While a graph is captured nothing is read, for reading would become part of it; what follows is not seen."""
+    model, optimizer, monitor = watched()
+    capturing = False
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
+    with monitor:
+        for _ in range(3):  # warm-up
+            step(model, optimizer)
+        assert "training" not in monitor.diagnosis().unexamined
+        capturing = True
+        for _ in range(2):
+            step(model, optimizer)
+        capturing = False
+        assert monitor.latest().step == 2
+        assert "steps went into a CUDA graph" in monitor.diagnosis().unexamined["training"]
+
+
 def test_20_norms_of_half_precision_do_not_overflow() -> None:
     model = nn.Sequential(nn.Linear(8, 4)).half()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
@@ -317,7 +334,7 @@ def test_22_it_never_ends_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
     model, optimizer, monitor = watched()
     with warnings.catch_warnings(record=True) as told, monitor:
         warnings.simplefilter("always")
-        monkeypatch.setattr("isograd.monitor.tap.read", lambda *_: 1 / 0)
+        monkeypatch.setattr("isograd.monitor.parts.Reader.read", lambda *_: 1 / 0)
         for _ in range(3):
             step(model, optimizer)
     assert len(told) == 1
@@ -327,7 +344,7 @@ def test_25_nothing_of_the_size_of_the_model_is_kept_between_steps() -> None:
     model, optimizer, monitor = watched()
     with monitor:
         step(model, optimizer)
-        held = monitor._held
+        held = monitor._host.held
         assert held is not None
         assert sum(packed.values().numel() for packed in held.packed) <= 6 * len(list(model.parameters()))
         assert all(tap._part is None and not tap._sampled._copies for tap in monitor._taps)

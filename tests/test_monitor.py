@@ -61,6 +61,9 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "SGD maximize": lambda m: torch.optim.SGD(
         m.parameters(), lr=1e-3, momentum=0.9, nesterov=True, weight_decay=0.1, maximize=True
     ),
+    "SGD fused": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, fused=True),
+    "SGD foreach": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, weight_decay=0.1, foreach=True),
+    "SGD tensor rate": lambda m: torch.optim.SGD(m.parameters(), lr=torch.tensor(0.1)),
     "SGD groups": lambda m: torch.optim.SGD(
         [
             {"params": list(m.parameters())[:2], "momentum": 0.9},
@@ -73,6 +76,8 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     "Adam amsgrad": lambda m: torch.optim.Adam(m.parameters(), amsgrad=True, maximize=True),
     "Adam fused": lambda m: torch.optim.Adam(m.parameters(), fused=True),
     "AdamW": lambda m: torch.optim.AdamW(m.parameters(), weight_decay=0.1),
+    "AdamW fused": lambda m: torch.optim.AdamW(m.parameters(), amsgrad=True, maximize=True, fused=True),
+    "AdamW foreach": lambda m: torch.optim.AdamW(m.parameters(), weight_decay=0.1, foreach=True),
     "AdamW groups": lambda m: torch.optim.AdamW(
         [
             {"params": [p for p in m.parameters() if p.dim() > 1]},
@@ -81,6 +86,7 @@ OPTIMIZERS: dict[str, Callable[[nn.Module], Optimizer]] = {
     ),
     "AdamW tensor rate": lambda m: torch.optim.AdamW(m.parameters(), lr=torch.tensor(0.01)),
     "RMSprop": lambda m: torch.optim.RMSprop(m.parameters()),
+    "Adafactor": lambda m: torch.optim.Adafactor(m.parameters()),
     "NAdam": lambda m: torch.optim.NAdam(m.parameters()),
 }
 
@@ -109,9 +115,10 @@ def test_every_column_of_every_step(rule: str) -> None:
             same(reading, {"update_norm": moved}, rtol=2e-4)  # the weights are rounded to float32
 
 
-def test_muon_is_known_too() -> None:
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_is_known_too(nesterov: bool) -> None:
     model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Tanh(), nn.Linear(16, 4, bias=False))
-    optimizer = torch.optim.Muon(model.parameters(), lr=0.02)
+    optimizer = torch.optim.Muon(model.parameters(), lr=0.02, nesterov=nesterov)
     with isograd.watch(model, optimizer) as monitor:
         for x, y in batches(4):
             functional.cross_entropy(model(x), y).backward()
@@ -120,6 +127,22 @@ def test_muon_is_known_too() -> None:
             optimizer.zero_grad()
             moved = torch.stack([(a - b).norm() for a, b in zip(weights(model), before, strict=True)])
             same(monitor.latest(), {"update_norm": moved}, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW, torch.optim.Muon])
+def test_a_decay_that_leaves_nothing_of_the_weight(kind: Callable[..., Optimizer]) -> None:
+    """A rate that explodes is what a monitor is for: the update is not known, and all else is read."""
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Tanh(), nn.Linear(16, 4, bias=False))
+    optimizer = kind(model.parameters(), lr=10.0, weight_decay=0.1)
+    with isograd.watch(model, optimizer) as monitor:
+        for x, y in batches(3):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x), y).backward()
+            expected = by_hand(model)
+            optimizer.step()
+            reading = monitor.latest()
+            same(reading, expected)
+            assert reading.columns["update_norm"].isnan().all()
 
 
 def test_latest_before_any_step_says_what_to_do() -> None:

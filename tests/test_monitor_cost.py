@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from threading import Event
 from typing import Any
 
 import pytest
@@ -17,7 +19,12 @@ from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import isograd
-from isograd.monitor.cost import Cost
+from isograd.diagnosis import Finding
+from isograd.monitor import Reading, host
+from isograd.monitor import monitor as monitor_module
+from isograd.monitor.cost import ALERT, YOUNG, Cost, Pace
+from isograd.monitor.detectors import Detectors
+from isograd.monitor.host import Ended, Host, alike, reading_of, readings_of
 
 SYNCHRONISING = {"aten._local_scalar_dense", "aten.item", "aten.nonzero", "aten.equal", "aten.is_nonzero"}
 
@@ -127,7 +134,7 @@ def test_memory_of_a_step_that_waits_to_be_read() -> None:
     optimizer = RULES["AdamW"](model)
     with isograd.watch(model, optimizer) as monitor:
         train(model, optimizer)
-        held = monitor._held
+        held = monitor._host.held
         assert held is not None
         assert sum(packed.values().nbytes for packed in held.packed) < 64 * 148
 
@@ -224,3 +231,227 @@ def test_the_budget_spaces_full_readings_and_latest_asks_for_one(monkeypatch: py
             if step in (13, 14):
                 assert ("update_norm" in monitor.latest().columns) == (step == 14)
                 assert "grad_norm" in monitor.latest().columns
+
+
+# -- steps that are taken together -------------------------------------------------------------------------
+
+
+def ended(steps: int, monkeypatch: pytest.MonkeyPatch, every: int = 3) -> list[Ended]:
+    """Steps as the training thread hands them over, one in `every` read in full."""
+    monkeypatch.setattr(Cost, "interval", lambda self, budget: every)
+    handed: list[Ended] = []
+    monkeypatch.setattr(Host, "put", lambda self, ended, now=False: handed.append(ended))
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=5)
+    with isograd.watch(model, optimizer) as monitor:
+        for step, (x, y) in enumerate(batches(steps)):
+            optimizer.zero_grad()
+            loss = functional.cross_entropy(model(x), y)
+            scaler.scale(loss * (torch.nan if step == 12 else 1.0)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            monitor.log(loss=loss)
+    monkeypatch.undo()
+    return handed
+
+
+def test_readings_made_together_are_those_made_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = ended(30, monkeypatch)
+    runs = list(alike(steps))
+    assert 5 < len(runs) < 30
+    together = [reading for run in runs for reading in readings_of(run)]
+    for one, other in zip(map(reading_of, steps), together, strict=True):
+        assert (one.step, one.sites, one.notes, one.shapes) == (
+            other.step,
+            other.sites,
+            other.notes,
+            other.shapes,
+        )
+        assert one.scalars == pytest.approx(other.scalars, rel=1e-12, nan_ok=True)
+        assert one.columns.keys() == other.columns.keys()
+        for name, column in one.columns.items():
+            assert torch.equal(column.nan_to_num(-1.0), other.columns[name].nan_to_num(-1.0)), name
+
+
+def test_detectors_find_the_same_in_steps_taken_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    readings = [reading_of(step) for step in ended(60, monkeypatch)]
+    readings[20].scalars["loss"] = torch.inf
+    single, together = Detectors(), Detectors()
+    found = [single.observe(reading) for reading in readings]
+    assert any(found)
+    assert [f for i in range(0, 60, 16) for f in together.follow(readings[i : i + 16])] == found
+    assert json.dumps(single.state()) == json.dumps(together.state())
+
+
+class Batches:
+    """An observer that keeps how many steps came together."""
+
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+
+    def follow(self, readings: Sequence[Reading]) -> list[tuple[Finding, ...]]:
+        self.sizes.append(len(readings))
+        return [()] * len(readings)
+
+
+def test_steps_wait_for_each_other_and_for_nobody_who_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps = ended(12, monkeypatch, every=1)
+    monkeypatch.setattr(host, "LINGER", 60.0)
+    observer, told = Batches(), Event()
+    taken: list[int] = []
+
+    def sink(scalars: dict[str, float], step: int) -> None:
+        taken.append(step)
+        if step == 11:
+            told.set()
+
+    taker = Host(observer, None, [sink], Pace(1.0, Cost()))
+    for step in steps[:9]:
+        taker.put(step)
+    taker.drain()
+    assert observer.sizes == [9]
+    taker.put(steps[9])
+    taker.put(steps[10])
+    taker.put(steps[11], now=True)  # as a step is that is not finite
+    assert told.wait(30.0)
+    assert observer.sizes == [9, 3]
+    taker.put(steps[0])
+    taker.close()
+    assert taken == [*range(12), 0]
+
+
+def test_a_step_that_is_not_finite_is_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host, "LINGER", 60.0)
+    told = Event()
+
+    def sink(scalars: dict[str, float], step: int) -> None:
+        if step == 3:
+            told.set()
+
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with isograd.watch(model, optimizer, sinks=[sink]):
+        for step, (x, y) in enumerate(batches(5)):
+            optimizer.zero_grad()
+            (functional.cross_entropy(model(x), y) * (torch.nan if step == 3 else 1.0)).backward()
+            optimizer.step()
+        assert told.wait(30.0)
+
+
+def test_what_the_host_thread_takes_keeps_to_its_share() -> None:
+    def plain(step: int, norm: float = 1.0, **columns: Tensor) -> Reading:
+        return Reading(step, ("w",), {"grad_norm": torch.ones(1), **columns}, {"grad_norm": norm})
+
+    cost = Cost()
+    pace = Pace(0.005, cost)
+    assert all(pace.keeps(plain(step)) for step in range(YOUNG))
+    assert pace.spacing == 1
+    cost.step = 0.01
+    for _ in range(8):
+        pace.took(0.003, 10)  # 0.3 ms a reading, 10 ms a step: 50 us of them are its share
+    assert pace.spacing == 6
+    start = YOUNG
+    assert [i for i in range(24) if pace.keeps(plain(start + i))] == [5, 11, 17, 23]
+    start += 24
+    assert pace.keeps(plain(start, norm=2.0)), "it stands out"
+    assert all(pace.keeps(plain(start + i)) for i in range(1, ALERT))
+    start += ALERT
+    assert not pace.keeps(plain(start))
+    assert pace.keeps(plain(start + 1, weight_norm=torch.ones(1))), "a full reading"
+    assert not any(pace.keeps(plain(start + i), due=False) for i in range(2, 20))
+
+
+# -- readings between those in full ------------------------------------------------------------------------
+
+
+def unfreeze(model: nn.Sequential, optimizer: torch.optim.Optimizer, step: int) -> None:
+    model[0].requires_grad_(not 3 <= step < 6)
+
+
+def grow(model: nn.Sequential, optimizer: torch.optim.Optimizer, step: int) -> None:
+    if step == 3:
+        model.append(nn.Linear(4, 4))
+        optimizer.add_param_group({"params": list(model[5].parameters())})
+
+
+def convert(model: nn.Sequential, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """The same parameters in another precision, and then in two."""
+    if step == 3:
+        model.double()
+    if step == 6:
+        model[0].float()
+
+
+CHANGES = [unfreeze, grow, convert]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_is_remembered_of_the_parameters_follows_them(
+    change: Callable[[nn.Sequential, torch.optim.Optimizer, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(monitor_module, "FIRST", 0)
+    monkeypatch.setattr(Cost, "interval", lambda self, budget: 1000)
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found: list[dict[str, float]] = []
+    expected: list[dict[str, float]] = []
+    with isograd.watch(model, optimizer, sinks=[lambda scalars, step: found.append(scalars)]):
+        for step, (x, y) in enumerate(batches(9)):
+            change(model, optimizer, step)
+            optimizer.zero_grad()
+            h = model[0](x.to(model[0].weight.dtype))
+            functional.cross_entropy(model[1:](h.to(model[2].weight.dtype)), y).backward()
+            expected.append(
+                {
+                    f"isograd/grad_norm/{name}": float(p.grad.norm())
+                    for name, p in model.named_parameters()
+                    if p.grad is not None
+                }
+            )
+            optimizer.step()
+    for one, other in zip(found, expected, strict=True):
+        told = {name: value for name, value in one.items() if name.startswith("isograd/grad_norm/")}
+        assert told == pytest.approx(other, rel=1e-5)
+    assert "isograd/weight_norm/0.weight" not in found[-1]
+
+
+def test_zeros_cost_no_operation_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A gradient that is exactly zero may be one whose squares underflow: all of them are looked at together."""
+    monkeypatch.setattr(Cost, "interval", lambda self, budget: 1000)
+
+    def dead(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        (model(input_ids=TOKENS, labels=TOKENS).loss * 0.0).backward()
+        optimizer.step()
+
+    model = gpt()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    base = sum(counted(model, optimizer, dead).calls.values())
+    with isograd.watch(model, optimizer):
+        operations = [sum(counted(model, optimizer, dead).calls.values()) - base for _ in range(14)]
+    assert max(operations[10:]) <= 16
+
+
+def test_a_clip_that_does_not_clip_scales_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three operations less than torch's, of which one goes through all gradients."""
+    monkeypatch.setattr(Cost, "interval", lambda self, budget: 1000)
+
+    def clipped(clip: Callable[[nn.Module], object]) -> Step:
+        def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+            optimizer.zero_grad()
+            model(input_ids=TOKENS, labels=TOKENS).loss.backward()
+            clip(model)
+            optimizer.step()
+
+        return step
+
+    model, stock = gpt(), gpt()
+    optimizer, other = RULES["AdamW"](model), RULES["AdamW"](stock)
+    theirs = clipped(lambda m: nn.utils.clip_grad_norm_(m.parameters(), 1e9))
+    with isograd.watch(model, optimizer) as monitor:
+        ours = clipped(lambda _: monitor.clip_(1e9))
+        for _ in range(12):
+            count, torchs = counted(model, optimizer, ours).calls, counted(stock, other, theirs).calls
+    assert sum(count.values()) <= sum(torchs.values()) - 3
+    assert count["aten._foreach_mul_"] == torchs["aten._foreach_mul_"] - 1

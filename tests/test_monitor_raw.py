@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import io
 import warnings
 import weakref
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_monitor import batches, by_hand, net, same, weights
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
 
 import isograd
+from isograd.record import Run
 
 
 def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -226,6 +232,95 @@ def test_parameters_frozen_thawed_and_added() -> None:
             )
 
 
+@pytest.mark.parametrize("clip", [None, clip_norm])
+def test_a_backward_that_was_not_heard_of_is_told(clip: Callable[[nn.Module], None] | None) -> None:
+    """Of a step only the last parameter of its backward is listened to; when that is frozen the next step
+    cannot know whether it was clipped."""
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    notes: list[int] = []
+    with isograd.watch(model, optimizer) as monitor:
+        for step, batch in enumerate(batches(12)):
+            if step == 5:
+                model[0].requires_grad_(False)
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            norm = float(by_hand(model)["grad_norm"].norm())
+            if clip is not None:
+                clip(model)
+            optimizer.step()
+            reading = monitor.latest()
+            if reading.notes:
+                notes.append(step)
+                assert reading.notes[0].startswith("no backward was heard of before this step")
+            else:
+                assert reading.scalars["grad_norm"] == pytest.approx(norm, rel=1e-5)
+    assert notes == [5]
+
+
+class Odd(nn.Module):
+    """Complex numbers, a parameter without dimensions and one without elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.matrix = nn.Parameter(torch.randn(4, 8, dtype=torch.complex64))
+        self.shift = nn.Parameter(torch.tensor(1 - 2j))
+        self.scale = nn.Parameter(torch.tensor(0.5))
+        self.empty = nn.Parameter(torch.empty(0, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        spectrum = x.to(torch.complex64) @ self.matrix.T + self.shift
+        return spectrum.abs() * self.scale + self.empty.sum()
+
+
+ODD: dict[str, Callable[[nn.Module], torch.optim.Optimizer]] = {
+    "SGD": lambda m: torch.optim.SGD(m.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1),
+    "Adam": lambda m: torch.optim.Adam(m.parameters(), lr=0.01),
+    "AdamW": lambda m: torch.optim.AdamW(m.parameters(), lr=0.01, amsgrad=True),
+    "RMSprop": lambda m: torch.optim.RMSprop(m.parameters(), lr=0.01),
+}
+
+
+@pytest.mark.parametrize("rule", ODD)
+def test_complex_numbers_are_pairs_and_any_shape_is_read(rule: str) -> None:
+    model = Odd()
+    optimizer = ODD[rule](model)
+    with isograd.watch(model, optimizer) as monitor, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for batch in batches(4):
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            held = [p for p in model.parameters() if p.numel()]
+            grads = [torch.view_as_real(p.grad) if p.is_complex() else p.grad for p in held]
+            before = weights(model)[:3]
+            optimizer.step()
+            column = {name: values[:3] for name, values in monitor.latest().columns.items()}
+            moved = [(a - b).abs().double().norm() for a, b in zip(weights(model)[:3], before, strict=True)]
+            expected = {
+                "grad_norm": torch.stack([g.double().norm() for g in grads]),  # type: ignore[union-attr]
+                "grad_max": torch.stack([g.abs().max() for g in grads]),  # type: ignore[union-attr]
+                "zeros": torch.zeros(3),
+                "nonfinite": torch.zeros(3),
+                "update_norm": torch.stack(moved),
+            }
+            for name, values in expected.items():
+                torch.testing.assert_close(column[name].double(), values.double(), rtol=2e-4, atol=0)
+
+
+@pytest.mark.parametrize("factor", [1e-30, 1e25])
+def test_complex_norms_whose_squares_leave_float32(factor: float) -> None:
+    model = Odd()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with isograd.watch(model, optimizer) as monitor:
+        (loss_of(model, next(batches(1))) * factor).backward()
+        norms = [float(p.grad.abs().double().norm()) for p in model.parameters() if p.grad is not None]
+        optimizer.step()
+        reading = monitor.latest()
+    assert reading.columns["grad_norm"][:3].tolist() == pytest.approx(norms[:3], rel=1e-5)
+    assert reading.columns["nonfinite"][:3].tolist() == [0, 0, 0]
+
+
 def test_zero_is_no_gradient_and_no_gradient_is_not_zero() -> None:
     model = nn.Sequential(nn.Linear(8, 4), nn.Linear(8, 4))
     optimizer = torch.optim.SGD(model.parameters())
@@ -330,6 +425,113 @@ def test_what_is_watched_is_left_as_it_was() -> None:
     assert (torch.amp.GradScaler.step, torch.amp.GradScaler.unscale_) == (step, unscale)
 
 
+@pytest.mark.parametrize("deep_every", [None, 1])
+def test_copies_and_files_of_what_is_watched_are_plain(deep_every: int | None) -> None:
+    """Averages of the weights, target networks, checkpoints: nothing of ours is in them, at any moment."""
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def plain() -> None:
+        file = io.BytesIO()
+        torch.save((model, optimizer), file)
+        file.seek(0)
+        assert b"isograd" not in file.getvalue()
+        for other, its in (torch.load(file, weights_only=False), copy.deepcopy((model, optimizer))):
+            assert not its._optimizer_step_pre_hooks
+            assert all(not p._post_accumulate_grad_hooks for p in other.parameters())
+            torch.testing.assert_close(other(batch[0]), model(batch[0]))
+
+    with isograd.watch(model, optimizer, deep_every=deep_every) as monitor:
+        for batch in batches(3):
+            optimizer.zero_grad()
+            plain()
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = loss_of(model, batch)
+            loss.backward()
+            expected = by_hand(model)
+            with torch.no_grad():  # as a validation
+                plain()
+            optimizer.step()
+            same(monitor.latest(), expected)
+
+
+def test_an_average_of_the_weights_is_taken_beside() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with isograd.watch(model, optimizer, deep_every=2) as monitor:
+        average = swa_utils.AveragedModel(model, multi_avg_fn=swa_utils.get_ema_multi_avg_fn(0.9))
+        for batch in batches(5):
+            optimizer.zero_grad(set_to_none=False)
+            loss_of(model, batch).backward()
+            expected = by_hand(model)
+            optimizer.step()
+            average.update_parameters(model)
+            average(batch[0])
+            same(monitor.latest(), expected)
+        assert monitor.latest().sites == tuple(dict(model.named_parameters()))
+
+
+class Sharpness(torch.optim.Optimizer):
+    """SAM as it is written everywhere: a step up, a second gradient there, and the base optimizer's step."""
+
+    def __init__(self, parameters: Any, base: type[torch.optim.Optimizer], **options: Any) -> None:
+        super().__init__(parameters, options)
+        self.base = base(self.param_groups, **options)
+        self.param_groups = self.base.param_groups
+
+    @torch.no_grad()
+    def climb(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            self.state[p]["up"] = up = p.grad * 0.05
+            p.add_(up)
+
+    @torch.no_grad()
+    def descend(self) -> None:
+        for p in self.param_groups[0]["params"]:
+            p.sub_(self.state[p]["up"])
+        self.base.step()
+
+
+def test_an_optimizer_that_steps_twice() -> None:
+    """The base optimizer is watched: its step has the second gradient. Of the outer one's, no step is seen."""
+    model = net()
+    optimizer = Sharpness(model.parameters(), torch.optim.SGD, lr=0.1)
+    with isograd.watch(model, optimizer.base) as monitor:
+        for batch in batches(6):
+            loss_of(model, batch).backward()
+            optimizer.climb()
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            expected = by_hand(model)
+            optimizer.descend()
+            optimizer.zero_grad()
+            same(monitor.latest(), expected)
+    with isograd.watch(model, optimizer) as monitor:
+        loss_of(model, batch).backward()
+        optimizer.climb()
+        optimizer.descend()
+        assert "no step was seen" in monitor.diagnosis().unexamined["training"]
+
+
+def test_two_networks_and_a_target() -> None:
+    """As in Q-learning: the target follows the online network, and is none of the watched parameters."""
+    online, target = net(), net()
+    optimizer = torch.optim.Adam(online.parameters())
+    with isograd.watch(online, optimizer) as monitor:
+        for x, y in batches(5):
+            with torch.no_grad():
+                aim = target(x).max(dim=1).values
+            optimizer.zero_grad()
+            functional.smooth_l1_loss(online(x).gather(1, y[:, None])[:, 0], aim).backward()
+            expected = by_hand(online)
+            clip_value(online)
+            optimizer.step()
+            for a, b in zip(target.parameters(), online.parameters(), strict=True):
+                a.data.lerp_(b.data, 0.1)
+            same(monitor.latest(), expected)
+        assert "parameters" not in monitor.diagnosis().unexamined
+
+
 def test_a_notebook_cell_run_twice_watches_once() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -344,16 +546,20 @@ def test_a_notebook_cell_run_twice_watches_once() -> None:
     assert steps == [0, 1]
 
 
-def test_nothing_of_a_watched_model_is_kept_alive() -> None:
+def test_nothing_of_a_watched_model_is_kept_alive_and_its_last_step_is_kept(tmp_path: Path) -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    monitor = isograd.watch(model, optimizer)
-    loss_of(model, next(batches(1))).backward()
-    optimizer.step()
+    monitor = isograd.watch(model, optimizer, run=tmp_path / "run")
+    for batch in batches(3):
+        loss_of(model, batch).backward()
+        optimizer.step()
     gone = weakref.ref(model)
     del model, optimizer, monitor
     gc.collect()
     assert gone() is None
+    with Run.open(tmp_path / "run") as run:
+        assert run.last == 2
+        assert run.progress().ended
 
 
 def test_an_error_inside_is_one_warning_and_the_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import multiprocessing
 import os
@@ -23,6 +24,8 @@ from typing import Any
 import pytest
 import torch
 
+import isograd
+from isograd.cli import main
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.reading import Reading
 from isograd.record import NotARun, Run, database, runs
@@ -174,6 +177,34 @@ def test_a_second_process_gets_a_run_of_its_own(tmp_path: Path) -> None:
         Run.create(tmp_path / "run").close()
 
 
+def test_two_processes_never_share_a_record(tmp_path: Path) -> None:
+    def record(said: Connection, go: Connection) -> None:
+        warnings.simplefilter("ignore")
+        with Run.create(tmp_path / "run") as run:
+            said.send(run.name)
+            go.recv()
+            for step in range(100):
+                run.append(reading(step))
+
+    fork = multiprocessing.get_context("fork")
+    started = []
+    for _ in range(2):
+        (hear, said), (heard, go) = fork.Pipe(duplex=False), fork.Pipe(duplex=False)
+        process = fork.Process(target=record, args=(said, heard))
+        process.start()
+        started.append((process, hear.recv(), go))
+    for _, _, go in started:
+        go.send(None)
+    for process, _, _ in started:
+        process.join()
+        assert process.exitcode == 0
+    assert [name for _, name, _ in started] == ["run", "run-2"]
+    for name in ("run", "run-2"):
+        with Run.open(tmp_path / name) as run:
+            assert all(same(one, reading(step)) for step, one in enumerate(run.readings()))
+            assert len(run) == 100
+
+
 def write(path: Path, said: Connection) -> None:
     """A training that records until it is killed, and says each step when it is committed."""
     run = Run.create(path, detectors=(memory := Counting()))
@@ -301,6 +332,41 @@ def test_a_full_disk_is_one_warning_and_a_gap(tmp_path: Path) -> None:
         assert row.notes == (f"{599 - held} steps before this one could not be recorded",)
 
 
+LIMITED = """
+import resource, sys, warnings
+from test_record import Run, reading
+with warnings.catch_warnings(record=True) as told, Run.create(sys.argv[1]) as run:
+    warnings.simplefilter("always")
+    run.append(reading(0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, resource.RLIM_INFINITY))
+    for step in range(1, 300):
+        run.append(reading(step))
+    held = run.last
+    resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    run.append(reading(300))
+    print(len(told), held, run.last)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits on a process's files")
+def test_the_system_lets_no_file_grow_further(tmp_path: Path) -> None:
+    """The write itself fails, as on a full disk: one warning, a gap, and a whole record."""
+    command = [sys.executable, "-c", LIMITED, str(tmp_path / "run")]
+    path = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    warned, held, last = map(int, done.stdout.split())
+    assert warned == 1
+    assert 0 < held < 299
+    assert last == 300
+    with Run.open(tmp_path / "run") as run:
+        assert [row.step for row in run.rows()] == [*range(held + 1), 300]
+        assert next(run.rows(300)).notes == (f"{299 - held} steps before this one could not be recorded",)
+    db = sqlite3.connect(tmp_path / "run" / database.FILE)
+    assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
 def test_a_directory_that_cannot_be_written_is_one_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,6 +403,80 @@ def test_what_is_no_run_is_said(tmp_path: Path) -> None:
         Run.open(tmp_path)
     with pytest.raises(ValueError, match="is a file: a run is a directory"):
         Run.create(tmp_path / database.FILE)
+
+
+def test_a_record_that_was_damaged_is_said(tmp_path: Path) -> None:
+    """By Python and by every command; a list of runs goes on with the others."""
+    for name in ("broken", "whole"):
+        with Run.create(tmp_path / name) as run:
+            for step in range(300):
+                run.append(reading(step), [finding(step)])
+    file = tmp_path / "broken" / database.FILE
+    pages = file.read_bytes()
+    file.write_bytes(pages[: 6 * 4096] + b"\xa5" * (len(pages) - 6 * 4096))
+    with pytest.raises(NotARun, match="broken"), Run.open(tmp_path / "broken") as run:
+        list(run.rows())
+    for command in (["report"], ["export", "-o", str(tmp_path / "tables")], ["check"]):
+        got = in_shell([*command, str(tmp_path / "broken")])
+        assert got[0] == 2, got
+        assert "broken" in got[1]
+        assert "bug in isograd" not in got[1]
+    status, text = in_shell(["runs", str(tmp_path)])
+    assert status == 0
+    assert text.count("ended") + text.count("unreadable") == 2
+
+
+def test_another_database_is_no_run(tmp_path: Path) -> None:
+    sqlite3.connect(tmp_path / database.FILE).execute("CREATE TABLE info (key)").connection.close()
+    with pytest.raises(NotARun, match="is a database, but no record of a run"):
+        Run.open(tmp_path)
+
+
+def test_a_long_name_is_told_by_its_end(tmp_path: Path) -> None:
+    inside = "transformer.layers.11.attention.projection"
+    with Run.create(tmp_path / "run") as run:
+        run.append(reading(0, sites=(f"{inside}.weight", f"{inside}.bias", "head.weight")))
+    shown = in_shell(["report", str(tmp_path / "run")])[1]
+    names = [line.split()[0] for line in shown.splitlines() if line.startswith("  ")]
+    assert names[0].startswith("…")
+    assert names[0].endswith("projection.weight")
+    assert names[1].endswith("projection.bias")
+    assert names[2] == "head.weight"
+
+
+def in_shell(words: list[str]) -> tuple[int, str]:
+    """Exit status of a command, and all that it said."""
+    said = io.StringIO()
+    with (
+        contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())) as out,
+        contextlib.redirect_stderr(io.TextIOWrapper(io.BytesIO())) as err,
+        pytest.raises(SystemExit) as end,
+    ):
+        main(words)
+    for stream in (out, err):
+        stream.flush()
+        said.write(stream.buffer.getvalue().decode())
+    assert isinstance(end.value.code, int)
+    return end.value.code, said.getvalue()
+
+
+def test_nothing_in_a_record_is_run_and_nothing_in_it_is_markup(tmp_path: Path) -> None:
+    """Names come from a model that somebody else wrote; nothing of theirs is unpickled, or shown as markup."""
+    name = "<script>alert(1)</script>[bold red]x[/]\x1b[31m"
+    one = Finding("TR702", "loss-spike", Severity.ERROR, f"{name} rose", name, (name,), {"step": 1}, (name,))
+    with Run.create(tmp_path / "run") as run:
+        for step in range(3):
+            run.append(reading(step, sites=(name, "b", "c")), [one])
+    for file in (tmp_path / "run").iterdir():
+        assert b"\x80\x04\x95" not in file.read_bytes()  # how a pickle begins
+    shown = in_shell(["report", str(tmp_path / "run")])[1]
+    assert name.replace("\x1b", "\\x1b") in shown  # what would steer the terminal is spelled out
+    assert "\x1b" not in shown
+    with Run.open(tmp_path / "run") as run:
+        page = isograd.diagnose(run)._repr_html_()
+    assert "<script>alert" not in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "[bold red]" in in_shell(["check", str(tmp_path / "run")])[1]
 
 
 def test_a_newer_format_is_not_touched(tmp_path: Path) -> None:

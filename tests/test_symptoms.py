@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, AdamW, Optimizer
 
-from isograd import check, diagnose, measure, prescribe
+from isograd import check, diagnose, measure, repair
 from isograd.check import along_time
 from isograd.diagnosis import Diagnosis, Finding, Severity
 from isograd.flow import (
@@ -302,13 +302,16 @@ def test_tokens_that_become_alike_beside_whole_skips_are_a_warning(norm_first: b
     assert found.evidence["skip"] == pytest.approx(1.0, abs=1e-5)
 
 
-def test_a_damped_skip_is_left_to_its_author() -> None:
+def test_a_damped_skip_gets_a_whole_one_around_it() -> None:
     torch.manual_seed(0)
     model, loss = tokens(0.3)
-    (rx,) = (rx for rx in prescribe(check(model, loss), model, loss) if rx.remedy == "insert-residual")
-    assert not rx.applicable
-    assert "let only 0.3 of the signal by" in rx.why_not
-    assert "test_symptoms.py" in rx.advice[0]
+    found = repair(model, loss)
+    assert [f.code for f in found.before.errors] == ["VG105"]
+    assert found.cured
+    assert found.prescription is not None
+    assert [edit.place for edit in found.prescription.edits] == ["1.0", "1.1", "1.2", "1.3"]
+    assert "let only 0.3 of the signal by" in found.prescription.title
+    assert "test_symptoms.py" in found.prescription.advice[0]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -438,7 +441,7 @@ def flows(draw: st.DrawFn) -> Flow:
         losses=(call,) if draw(st.booleans()) else (),
         inputs={"x": InputStatistics(*(draw(NUMBERS) for _ in range(5)))} if sites and draw(st.booleans()) else {},
         failure=Failure("backward", "RuntimeError", "text", "") if draw(st.booleans()) else None,
-        nonfinite=NonFinite("backward", SITE, 1, 0, 4) if draw(st.booleans()) else None,
+        nonfinite=NonFinite("backward", SITE, "a NaN", "numerics", "") if draw(st.booleans()) else None,
     )  # fmt: skip
 
 

@@ -227,13 +227,16 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class NonFinite:
-    """The first operation, in the order of execution, that made a NaN or an Inf out of finite values."""
+    """The first operation, in the order of execution, that made a NaN or an Inf, or was given one."""
 
     phase: str
     site: Site
-    nan: int
-    inf: int
-    elements: int
+    what: str
+    """What its forward gave, where that was not finite: 'a NaN' or 'an Inf'."""
+    cause: str
+    """'numerics', 'precision', 'data', 'weights', 'mask' or 'empty'."""
+    words: str
+    """The same for the user, with the names of what is to blame."""
 
 
 @dataclass(frozen=True)

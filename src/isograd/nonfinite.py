@@ -7,7 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from isograd.diagnosis import Finding, diagnose
-from isograd.graph.traced import Loss, unwrapped
+from isograd.graph.traced import Loss
 from isograd.measure import measure
 
 CODES = ("NF401", "NF402", "NF404")
@@ -42,14 +42,4 @@ def find_nonfinite(model: nn.Module, loss: Loss) -> Finding | None:
     if found is None:
         return None
     phase = "forward" if found.code == "NF401" else "backward"
-    told = {"operation": "", "source": "", "phase": phase} | found.evidence
-    broken = _broken(unwrapped(model)[0]) if phase == "forward" else []
-    if not broken:
-        return replace(found, evidence=told)
-    words = f"weights were not finite before the forward began: {', '.join(broken[:3])}"
-    return replace(found, cause=words, evidence=told | {"cause": "weights"})
-
-
-def _broken(model: nn.Module) -> list[str]:
-    """Names of the parameters that hold values that are not finite."""
-    return [name for name, p in model.named_parameters() if not p.detach().isfinite().all()]
+    return replace(found, evidence={"operation": "", "source": "", "phase": phase} | found.evidence)

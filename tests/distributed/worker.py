@@ -1,16 +1,22 @@
-"""One process of a sharded training, watched; every reading is held against an unsharded twin.
+"""Sharded trainings, watched, one after the other; every reading is held against an unsharded twin.
 
-python -m torch.distributed.run --nproc-per-node 4 tests/distributed/worker.py fsdp2_tp adamw ours
+A training is given as mode:optimizer:clipping. Below torchrun this is one of its processes; alone it makes as many
+as it is told, which need to import torch only once:
+
+python -m torch.distributed.run --nproc-per-node 4 tests/distributed/worker.py 4 fsdp2_tp:adamw:ours
+python tests/distributed/worker.py 4 fsdp2_tp:adamw:ours hsdp:adamw:torch
 """
 
 from __future__ import annotations
 
 import copy
+import os
 import sys
+import tempfile
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, distributed, multiprocessing, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -89,8 +95,18 @@ def batch_of(step: int, mode: str) -> tuple[Tensor, Tensor]:
     return whole, whole.chunk(ranks)[me]
 
 
-def main(mode: str, rule: str, clip: str) -> None:
-    distributed.init_process_group("gloo")
+def process(rank: int, processes: int, store: str, trainings: list[str]) -> None:
+    """One of the processes; without a store it is one of torchrun's."""
+    if store:
+        distributed.init_process_group("gloo", f"file://{store}", rank=rank, world_size=processes)
+    else:
+        distributed.init_process_group("gloo")
+    for training in trainings:
+        train(*training.split(":"))
+    distributed.destroy_process_group()
+
+
+def train(mode: str, rule: str, clip: str) -> None:
     torch.manual_seed(0)
     twin = Net().double()
     model = MODES[mode](copy.deepcopy(twin))
@@ -132,13 +148,12 @@ def main(mode: str, rule: str, clip: str) -> None:
         monitor.close()
     assert written == (list(range(STEPS)) if distributed.get_rank() == 0 else []), written
     distributed.barrier()
-    distributed.destroy_process_group()
 
 
 def count_reductions() -> list[int]:
     """Sizes of the reductions that the monitor starts."""
     calls: list[int] = []
-    original = distributed.all_reduce
+    original = torch.distributed.all_reduce
 
     def all_reduce(tensor: Tensor, *args: object, **kwargs: object) -> object:
         calls.append(tensor.numel())
@@ -179,4 +194,10 @@ def compare(expected: isograd.Reading, reading: isograd.Reading, step: int) -> N
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    processes, trainings = int(sys.argv[1]), sys.argv[2:]
+    if "RANK" in os.environ:
+        process(int(os.environ["RANK"]), processes, "", trainings)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = (processes, f"{folder}/store", trainings)
+            multiprocessing.start_processes(process, arguments, processes, start_method="fork")

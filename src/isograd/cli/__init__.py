@@ -22,6 +22,7 @@ from isograd.cli.report import report
 from isograd.cli.runs import runs
 from isograd.cli.spectrum import spectrum
 from isograd.cli.watch import watch
+from isograd.record import NotARun
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -58,6 +59,9 @@ def main(args: Sequence[str] | None = None) -> NoReturn:
     except click.ClickException as error:
         error.show()
         status = error.exit_code
+    except NotARun as error:  # found out while it was read
+        click.echo(f"isograd: {error}", err=True)
+        status = USAGE_ERROR
     except (click.Abort, KeyboardInterrupt):
         click.echo("isograd: interrupted", err=True)
         status = INTERRUPTED

@@ -16,6 +16,8 @@ from isograd.record import NotARun, Row, Run
 
 PARTS = 8
 """Columns in which the course of a training is told."""
+WIDTH = 32
+"""Characters for a name; of a longer one the end is told, which tells a weight from its bias."""
 MOST = 40
 """Parameters listed; `isograd export` has them all."""
 
@@ -50,7 +52,7 @@ def report(run: Run, output: Path | None) -> None:
     isograd check isograd-runs/20260314-091500-train     # the verdict, with its exit status
     """
     with progress(f"reading {run.path}"):
-        text = "\n".join(lines(run)) + "\n"
+        text = "".join(f"{_plain(line)}\n" for line in lines(run))
     if output is None:
         click.echo(text, nl=False)
     else:
@@ -91,6 +93,11 @@ def lines(run: Run) -> Iterator[str]:
         yield f"            more   isograd explain {found['code']}"
 
 
+def _plain(line: str) -> str:
+    """Names come from the model: what would steer the terminal is spelled out."""
+    return "".join(letter if letter.isprintable() else repr(letter)[1:-1] for letter in line)
+
+
 def _parts(rows: Sequence[Row]) -> list[Sequence[Row]]:
     """The run in up to eight parts of about as many steps each."""
     size = max(1, math.ceil(len(rows) / PARTS))
@@ -108,7 +115,7 @@ def _sites(parts: Sequence[Sequence[Row]]) -> Iterator[str]:
     sites = parts[-1][-1].layout.sites
     yield _line("gradient norm", ["" for _ in parts])
     for site in sites[:MOST]:
-        yield _line(f"  {site}", [_cell(_values(part, "grad_norm", site)) for part in parts])
+        yield _line(f"  {_end(site)}", [_cell(_values(part, "grad_norm", site)) for part in parts])
     if len(sites) > MOST:
         yield f"  … {len(sites) - MOST} more: isograd export"
 
@@ -127,8 +134,13 @@ def _cell(values: Sequence[float]) -> str:
     return number(median(known)) if known else f"{values[-1]}" if values else ""
 
 
+def _end(site: str) -> str:
+    room = WIDTH - 4
+    return site if len(site) <= room else f"…{site[1 - room :]}"
+
+
 def _line(name: str, cells: Sequence[str]) -> str:
-    return f"{name[:28]:<28}" + "".join(f"{cell:>10}" for cell in cells)
+    return f"{name[:WIDTH]:<{WIDTH}}" + "".join(f"{cell:>10}" for cell in cells)
 
 
 def _duration(seconds: float) -> str:

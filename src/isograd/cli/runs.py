@@ -37,11 +37,10 @@ def runs(root: Path | None) -> None:
 
 def _row(path: Path) -> tuple[str, ...]:
     try:
-        run = Run.open(path)
+        with Run.open(path) as run:
+            progress = run.progress()
     except NotARun as error:
         return (str(path), f"unreadable: {error}", "", "", "", "", "")
-    progress = run.progress()
-    run.close()
     if progress.step < 0:
         return (str(path), state(progress), "none", "", "", "", "")
     when = time.strftime("%Y-%m-%d %H:%M", time.localtime(progress.time)) if progress.time else ""

@@ -41,7 +41,7 @@ RUNS = "isograd-runs"
     help="Share of a step that watching may take. Default: 0.01.",
 )
 @click.option("--quiet", is_flag=True, help="No live line and no findings at the end, only the record.")
-@click.argument("command", nargs=-1, required=True, type=click.UNPROCESSED)
+@click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def watch(
     run: Path | None, every: int, deep_every: int | None, budget: float, quiet: bool, command: tuple[str, ...]
 ) -> None:
@@ -56,6 +56,18 @@ def watch(
     isograd watch --run runs/a -- torchrun --nproc-per-node 2 train.py
     isograd watch -- -m package.train
     """
+    if not command:
+        raise TargetError(
+            "there is nothing to watch",
+            why="the command that starts the training is missing",
+            type_="isograd watch -- python train.py",
+        )
+    if command[0].startswith("-") and command[0] != "-m":
+        raise TargetError(
+            f"isograd watch has no option {command[0]}",
+            why="its own options are in `isograd watch --help`; those of the script follow the script",
+            type_="isograd watch -- python train.py --lr 3e-4",
+        )
     words = _python(command)
     program = shutil.which(words[0])
     if program is None:
@@ -65,7 +77,9 @@ def watch(
             type_=f"isograd watch -- python {' '.join(command)}",
         )
     where = (run or _default(words)).absolute()
+    _writable(where)
     settings = {"run": str(where), "every": every, "deep_every": deep_every, "budget": budget, "quiet": quiet}
+    settings["pid"] = os.getpid()
     path = os.pathsep.join(filter(None, (str(SITE), os.environ.get("PYTHONPATH"))))
     os.environ |= {"PYTHONPATH": path, "ISOGRAD_WATCH": json.dumps(settings)}
     if not quiet:
@@ -77,6 +91,18 @@ def watch(
         os.execv(program, list(words))
     except OSError as error:
         raise TargetError(f"{words[0]} cannot be started: {error.strerror}") from None
+
+
+def _writable(where: Path) -> None:
+    """Hours later is too late to say it."""
+    there = next(folder for folder in (where, *where.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        why = "may not be written" if there.is_dir() else "is a file"
+        raise TargetError(
+            f"no record can be written to {where}",
+            why=f"{there} {why}",
+            type_="isograd watch --run SOMEWHERE -- …, or from a folder that can be written",
+        )
 
 
 def _python(command: tuple[str, ...]) -> tuple[str, ...]:

@@ -10,25 +10,21 @@ from torch.autograd.graph import Node
 from isograd.flow import NonFinite
 from isograd.graph.backbone import Graph, step_site
 from isograd.graph.backward import Backward
-from isograd.graph.trace import Made
+from isograd.graph.operations import operation_of
+from isograd.graph.trace import Call
 from isograd.graph.traced import Traced
 
 
 def first_nonfinite(
     run: Traced, passed: Backward, rms: Mapping[Node, float], *, reached: bool
 ) -> NonFinite | None:
-    """The first operation, in order of execution, that made a non-finite value out of finite ones.
+    """The first operation, in order of execution, that made a non-finite value or was given one.
 
     `reached`: such a gradient reached a parameter. Where none did, a clamp or a mask has caught it.
     """
-    made = run.trace.made
     if not math.isfinite(float(run.value.detach())):
-        first = min(
-            (n for n in run.graph.order if not math.isfinite(rms.get(n, 0.0))),
-            key=lambda n: made[n].call.order,
-            default=None,
-        )
-        return None if first is None else _nonfinite("forward", made[first], rms[first])
+        return _forward(run, rms)
+    made = run.trace.made
     order = {node: i for i, node in enumerate(passed.fired)}
     bad = [node for node in order if not math.isfinite(float(passed.norms[node]))]
     if not bad or not reached:
@@ -36,7 +32,92 @@ def first_nonfinite(
     # Its gradient is a sum: of those that contributed, the last made it what it is.
     feeding = [n for n in order if n not in bad and bad[0] in _next_read(run.graph, passed, n)]
     origin = max(feeding, key=lambda node: order[node], default=bad[0])
-    return _nonfinite("backward", made[origin], math.nan)
+    operation, value = made[origin].call.operation, rms.get(origin, 0.0)
+    words = f"the derivative of {operation} is not finite at its input"
+    if not math.isfinite(value):
+        words = f"{operation} made {_called(value)} in the forward, which did not reach the loss; its derivative does"
+    return NonFinite("backward", step_site(made[origin]), _called(value), "numerics", words)
+
+
+def _forward(run: Traced, rms: Mapping[Node, float]) -> NonFinite | None:
+    """Of the values that are not finite and reach the loss as such, the first."""
+    made = run.trace.made
+    bad = sorted(_reaching(run.graph, rms), key=lambda n: made[n].call.order)
+    if not bad:
+        return None
+    node, call = bad[0], made[bad[0]].call
+    buffers = {id(buffer): name for name, buffer in run.model.named_buffers()}
+    spoiled = [(name, tensor) for name, tensor in call.given if not bool(tensor.isfinite().all())]
+    broken = [f"buffer {buffers[id(tensor)]}" for _, tensor in spoiled if id(tensor) in buffers]
+    broken += [f"weight {name}" for name, p in run.model.named_parameters() if not bool(p.isfinite().all())]
+    data = [(name, tensor) for name, tensor in spoiled if id(tensor) not in buffers]
+
+    def found(cause: str, words: str) -> NonFinite:
+        return NonFinite("forward", step_site(made[node]), _called(rms[node]), cause, words)
+
+    if broken:
+        return found("weights", f"not finite before the forward began: {', '.join(broken[:3])}")
+    if call.operation == "input" or any(bool(tensor.isnan().any()) for _, tensor in data):
+        who = f"; {data[0][0]} of {call.operation} held it" if data else ""
+        return found("data", f"it came with the data, and no operation made it{who}")
+    if data or _infinite(call):  # a mask: no fault before something makes a NaN of it
+        who = (
+            f"{data[0][0]} of {step_site(made[node]).place} held"
+            if data
+            else f"{step_site(made[node]).place} put in"
+        )
+        node = next((n for n in bad if math.isnan(rms[n])), None) or node
+        operation = made[node].call.operation
+        row = made[node].call.kind in ("softmax", "attention")
+        words = f"{operation} made {_called(rms[node])} of the Inf that {who}"
+        return found("mask", words + ": a row of it is masked throughout" if row else words)
+    if nothing := _nothing(run, node):
+        return found("empty", f"{call.operation} of nothing: {nothing}")
+    if made[node].dtype == "float16" and math.isinf(rms[node]):
+        return found("precision", f"{call.operation} went beyond 65504, the largest number of float16")
+    words = f"{call.operation} made {_called(rms[node])} out of finite values"
+    if any(operation_of(n) == "copy_slices" and made[n].call is call for n in made):
+        words += ", or of what was written into its input in place"
+    return found("numerics", words)
+
+
+def _called(value: float) -> str:
+    return "a NaN" if math.isnan(value) else "an Inf"
+
+
+def _infinite(call: Call) -> bool:
+    """Is one of its own arguments infinite, as the -Inf of a masked_fill?"""
+    return any(isinstance(value, float) and math.isinf(value) for _, value in call.settings)
+
+
+def _nothing(run: Traced, node: Node) -> str:
+    """Why there is nothing to average; '' where there is something."""
+    if any(
+        0 in (run.trace.made[child].shape or ())
+        for child in run.graph.children[node]
+        if child in run.trace.made
+    ):
+        return "its input is empty"
+    for call in run.trace.losses:
+        low, high = call.values[-2:].tolist()
+        if call.node is node and call.target == "classes" and low == high < 0:
+            return f"every target is {low:.0f}, which is ignored"
+    return ""
+
+
+def _reaching(graph: Graph, rms: Mapping[Node, float]) -> list[Node]:
+    """Operations whose result is not finite, and from which such values lead to the loss without a break."""
+    found: list[Node] = []
+    stack, seen = [graph.order[0]], set[Node]()
+    while stack:
+        node = stack.pop()
+        if node in seen or math.isfinite(rms.get(node, math.nan)):
+            continue
+        seen.add(node)
+        if node in rms:
+            found.append(node)
+        stack.extend(graph.children[node])
+    return found
 
 
 def _next_read(graph: Graph, passed: Backward, node: Node) -> set[Node]:
@@ -53,8 +134,3 @@ def _next_read(graph: Graph, passed: Backward, node: Node) -> set[Node]:
         else:
             stack.extend(graph.children[child])
     return found
-
-
-def _nonfinite(phase: str, made: Made, value: float) -> NonFinite:
-    elements = math.prod(made.shape or ())
-    return NonFinite(phase, step_site(made), int(math.isnan(value)), int(math.isinf(value)), elements)

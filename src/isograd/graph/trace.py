@@ -83,6 +83,8 @@ class Call:
     """Names of the model's parameters that it works with; of an attention, those that made its values."""
     settings: tuple[tuple[str | int, object], ...] = ()
     """Its arguments that are no tensors, by name or position: a slope, a stride, whether it is training."""
+    given: tuple[tuple[str, Tensor], ...] = ()
+    """The numbers it works with that no gradient reaches (a target, a mask, a buffer), and which argument they are."""
 
     @property
     def weighted(self) -> bool:
@@ -209,6 +211,7 @@ class Trace(TorchFunctionMode):
     # -- modules -----------------------------------------------------------------------------------
 
     def _enter(self, module: nn.Module, args: Any) -> None:
+        self.attribute_custom(args)
         self.entered += 1
         name = self._names.get(id(module), self._stack[-1][0] if self._stack else "")
         if torch.is_grad_enabled():
@@ -222,7 +225,7 @@ class Trace(TorchFunctionMode):
         name = self._stack[-1][0]
         for tensor in pytree.tree_leaves(output) if output is not None else ():
             if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
-                if tensor.grad_fn not in self.made:  # made outside of any torch function: a custom Function
+                if tensor.grad_fn not in self.made:  # made outside of any torch function
                     self._attribute(tensor, self._call("custom", "custom"))
                 self.outputs[name] = tensor.grad_fn
                 if module is self.model:
@@ -238,8 +241,8 @@ class Trace(TorchFunctionMode):
             if not isinstance(value, Tensor) or value.layout != torch.strided or value.numel() < 2:
                 return value
             self.given.add(value.data_ptr())
-            name = pytree.keystr(path)
-            name = named.get(name, name.removeprefix("[1]").strip("[]'"))
+            head = pytree.keystr(path[:2])
+            name = named.get(head, head.removeprefix("[1]").strip("[]'")) + pytree.keystr(path[2:])
             if not value.is_floating_point() or value.grad_fn is not None or "mask" in name:
                 return value
             seen = value.detach().double() if value.numel() < 1_000_000 else value.detach().float()
@@ -253,6 +256,7 @@ class Trace(TorchFunctionMode):
             made.rms = norm([value]) / value.numel() ** 0.5
             made.distinct = signal.distinct(value)
             made.call.user_input = True
+            made.call.settings = (("name", name),)
             assert opened.grad_fn is not None
             self.made[opened.grad_fn] = made
             self.opened.append(leaf)
@@ -281,6 +285,8 @@ class Trace(TorchFunctionMode):
         derivative = None
         if activation and args[0].requires_grad and args[0].is_floating_point():
             derivative = _derivative(func, args, kwargs)
+        if torch.is_grad_enabled():
+            self.attribute_custom(args)
         out = func(*args, **kwargs)
         if not torch.is_grad_enabled():
             return out
@@ -318,6 +324,14 @@ class Trace(TorchFunctionMode):
         given = (*enumerate(args), *kwargs.items())
         call.settings = tuple(
             (key, _plain(a)) for key, a in given if a is not None and not isinstance(a, Tensor)
+        )
+        call.given = tuple(
+            (f"argument {key + 1 if isinstance(key, int) else key}", a)
+            for key, a in given
+            if isinstance(a, Tensor)
+            and a.is_floating_point()
+            and not a.requires_grad
+            and id(a) not in self._parameters
         )
         if call.kind in ("linear", "convolution"):
             self._weigh(call, tensors)
@@ -365,6 +379,16 @@ class Trace(TorchFunctionMode):
             node = next((below for below, _ in node.next_functions if below is not None), None)
         return self.made[node] if node is not None else None
 
+    def attribute_custom(self, operands: Iterable[object]) -> None:
+        """Custom Functions are no torch calls: their results are first seen where something takes them in."""
+        flat = (one for a in operands for one in (a if isinstance(a, list | tuple) else (a,)))
+        for tensor in flat:
+            if not isinstance(tensor, Tensor) or not hasattr(tensor.grad_fn, "_forward_cls"):
+                continue
+            if tensor.grad_fn not in self.made:
+                with torch._C.DisableTorchFunction(), torch.no_grad():
+                    self._attribute(tensor, self._call("custom", "custom"))
+
     def _attribute(self, tensor: Tensor, call: Call) -> None:
         """All nodes between this result and those already known were made by this call."""
         top = tensor.grad_fn
@@ -374,10 +398,7 @@ class Trace(TorchFunctionMode):
             node = stack.pop()
             if node in self.made:
                 continue
-            own = hasattr(node, "_forward_cls")  # a custom Function is no torch call: it was seen by nobody
-            self.made[node] = Made(
-                replace(call, operation=operation_of(node), kind="custom", source="") if own else call
-            )
+            self.made[node] = Made(_custom(call, node) if hasattr(node, "_forward_cls") else call)
             stack.extend(n for n, _ in node.next_functions if n is not None and not hasattr(n, "variable"))
         made = self.made[top]
         if made.shape is not None:  # a later output of the same node, or a result passed on unchanged
@@ -441,6 +462,14 @@ class Trace(TorchFunctionMode):
         kind = "values" if target.is_floating_point() else "classes"
         shape = (given.numel() // max(rows.shape[1], 1), rows.shape[1])
         self.losses.append(LossCall(name, out.grad_fn, given.grad_fn, shape, values, kind))
+
+
+def _custom(call: Call, node: Any) -> Call:
+    """The call of a custom Function; nobody saw the line that applied it, but its own forward stands in a file."""
+    code = getattr(inspect.unwrap(node._forward_cls.forward), "__code__", None)
+    shown = _shown(code.co_filename) if code is not None else ""
+    source = f"{shown}:{code.co_firstlineno}" if code is not None and shown else ""
+    return replace(call, operation=operation_of(node), kind="custom", source=source, given=())
 
 
 def _plain(value: object) -> object:

@@ -62,6 +62,7 @@ def traced(model: nn.Module, loss: Loss) -> Iterator[Traced]:
     with preserved(model), _eager():
         with trace.recording():
             value = loss(model)
+            trace.attribute_custom([value])
         _validate(value, model)
         assert value.grad_fn is not None
         graph = Graph(value.grad_fn)

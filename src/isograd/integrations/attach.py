@@ -1,8 +1,8 @@
 """Watch a script that knows nothing of isograd: `isograd watch -- python train.py`.
 
-`site/sitecustomize.py` calls `after_import` in each Python process of the run. Nothing happens until the
-first backward or optimizer step; then the optimizers and the models that own their parameters are found among
-the living objects, and each model gets a `Monitor`. The value at the root of the backward is the loss.
+`site/sitecustomize.py` calls `after_import` in each Python process of the run. Optimizers are noticed as they
+are made; at the first backward or step after that, the models that own their parameters are found among the
+living objects, and each model gets a `Monitor`. The value at the root of the backward is the loss.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -26,12 +26,18 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from isograd.integrations.loss import AccumulatedLoss
-from isograd.monitor import Monitor, watch
+from isograd.monitor import Monitor, scaling, watch
+from isograd.record import Run
+from isograd.record.verdict import verdict
 
 VARIABLE = "ISOGRAD_WATCH"
 """Environment variable with the `Settings`, as JSON."""
 LIVE = (2.0, 5.0, 10.0, 30.0)
 """Seconds between two live lines; the last one repeats."""
+MOST = 32
+"""Optimizers that are watched: a search or a learner in a loop may make thousands."""
+UNSCALED = "_isograd_unscaled"
+"""Where a loss that a scaler has multiplied keeps what it was."""
 
 
 class Settings(msgspec.Struct, frozen=True):
@@ -42,15 +48,24 @@ class Settings(msgspec.Struct, frozen=True):
     deep_every: int | None = None
     budget: float = 0.01
     quiet: bool = False
+    pid: int = 0
+    """The process that `isograd watch` became; what that starts has others."""
 
 
 @dataclass
 class _Watched:
-    monitor: Monitor
-    model: nn.Module
+    """A model that was found. The script alone keeps it alive: models of a search go when it lets go of them."""
+
+    monitor: weakref.ref[Monitor]
+    model: weakref.ref[nn.Module]
     loss: AccumulatedLoss
     name: str
-    run: Path
+    path: str
+    """Where its record was asked for, and"""
+    record: Any
+    """the record itself; None in all processes but one."""
+    shown: tuple[float, int] | None = None
+    """When a line of it was first shown, and the step."""
 
 
 class Attachment:
@@ -59,18 +74,35 @@ class Attachment:
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.watched: list[_Watched] = []
-        self.known: set[int] = set()
-        self.scalers: list[Any] = []
-        self.looked = False
+        self.made: weakref.WeakSet[Any] = weakref.WeakSet()
+        """Optimizers that were made and not yet looked at."""
+        self.found = self.theirs = 0
+        """Optimizers that are watched, and those that the script watches itself."""
         self.inside = threading.local()
         self.broken = False
         self.closed = threading.Event()
 
     def install(self) -> None:
-        """From now on each backward and each step of an optimizer is seen."""
-        original = torch.autograd.backward
+        """From now on each optimizer that is made, each backward and each step is seen."""
+        make, scale, accumulate = (
+            torch.optim.Optimizer.__init__,
+            torch.amp.GradScaler.scale,
+            torch.autograd.backward,
+        )
 
-        @functools.wraps(original)
+        @functools.wraps(make)
+        def init(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            make(optimizer, *args, **kwargs)
+            self.made.add(optimizer)
+
+        @functools.wraps(scale)
+        def scaled(scaler: Any, outputs: Any) -> Any:
+            result = scale(scaler, outputs)
+            if isinstance(result, torch.Tensor) and result is not outputs:
+                setattr(result, UNSCALED, outputs.detach())
+            return result
+
+        @functools.wraps(accumulate)
         def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
             # a backward inside a backward is reentrant checkpointing
             outermost = not getattr(self.inside, "backward", False)
@@ -78,32 +110,36 @@ class Attachment:
                 self._safely(self._before_backward)
                 self.inside.backward = True
             try:
-                original(tensors, *args, **kwargs)
+                accumulate(tensors, *args, **kwargs)
             finally:
                 if outermost:
                     self.inside.backward = False
                     self._safely(lambda: self._after_backward(tensors))
 
+        torch.optim.Optimizer.__init__ = init  # pyright: ignore[reportAttributeAccessIssue]
+        torch.amp.GradScaler.scale = scaled  # pyright: ignore[reportAttributeAccessIssue]
         torch.autograd.backward = backward
-        register_optimizer_step_pre_hook(
-            lambda optimizer, args, kwargs: self._safely(lambda: self._before_step(optimizer))
-        )
+        register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self._safely(self._before_step))
         atexit.register(self.close)
 
     def watch(self, model: nn.Module, optimizers: list[Any], name: str) -> Monitor:
-        """A monitor of this model, recording into a run of its own."""
-        number = len(self.watched)
-        run = Path(self.settings.run + (f"-{number + 1}" if number else ""))
+        """A monitor of this model, recording into a run of its own; one that was watched before goes on there."""
+        before = self._known(model)
+        number = len(self.watched) + 1
+        path = before.path if before is not None else self.settings.run + (f"-{number}" if number > 1 else "")
         monitor = watch(
             model,
             optimizers or None,
-            run=run,
+            run=path,
             every=self.settings.every,
             deep_every=self.settings.deep_every,
             budget=self.settings.budget,
         )
-        self.watched.append(_Watched(monitor, model, AccumulatedLoss(model), name, run))
-        if number == 0 and not self.settings.quiet and _writes():
+        if before is not None:
+            self.watched.remove(before)
+        loss = AccumulatedLoss(monitor, model)
+        self.watched.append(_Watched(weakref.ref(monitor), weakref.ref(model), loss, name, path, monitor.run))
+        if number == 1 and not self.settings.quiet and monitor.run is not None:
             threading.Thread(target=self._live, name="isograd-live", daemon=True).start()
         return monitor
 
@@ -111,9 +147,13 @@ class Attachment:
         """Close the monitors and tell what they found."""
         self.closed.set()
         for watched in self.watched:
-            self._safely(watched.monitor.close)
-            if not self.settings.quiet and _writes():
+            monitor = watched.monitor()
+            if monitor is not None:
+                self._safely(monitor.close)
+            if not self.settings.quiet and watched.record is not None:
                 self._safely(functools.partial(_report, watched))
+        if self.theirs and not self.watched and not self.settings.quiet:
+            _say("the script watches its own training: see the record that it keeps, if any")
 
     def _safely(self, action: Callable[[], object]) -> None:
         """The training comes first: an error of ours is one warning, and the end of the watching."""
@@ -126,7 +166,7 @@ class Attachment:
             warnings.warn(f"isograd stopped watching: {type(error).__name__}: {error}", stacklevel=2)
 
     def _before_backward(self) -> None:
-        if not self.looked:
+        if self.made:
             self._look()
         for watched in self.watched:
             watched.loss.before_backward()
@@ -134,51 +174,57 @@ class Attachment:
     def _after_backward(self, tensors: Any) -> None:
         if not isinstance(tensors, torch.Tensor) or tensors.numel() != 1:
             return
-        loss = tensors.detach()
-        for scaler in self.scalers:
-            if scaler._scale is not None:
-                loss = loss / scaler._scale
+        loss = getattr(tensors, UNSCALED, tensors)
         for watched in self.watched:
             if watched.loss.reached():
-                watched.monitor.log(loss=watched.loss.add(loss))
+                watched.loss.add(loss)
 
-    def _before_step(self, optimizer: Any) -> None:
-        if id(optimizer) not in self.known:
+    def _before_step(self) -> None:
+        if self.made:
             self._look()
 
     def _look(self) -> None:
-        """Find the optimizers, and the models that own their parameters."""
+        """Find the models that own the parameters of the optimizers that were made."""
+        made = list(self.made)
+        self.made.clear()
+        mine = [o for o in made if scaling.watched(o) is None]
+        self.theirs += len(made) - len(mine)
+        if not mine or self.found > MOST:
+            return
+        self.found += len(mine)
+        if self.found > MOST:
+            _say(f"the script has made more than {MOST} optimizers: the later ones are not watched")
+            return
+        if self.watched:
+            gc.collect()  # a watched optimizer and its monitor refer to each other
         objects = gc.get_objects()
-        optimizers: list[Any] = [
-            o for o in objects if issubclass(type(o), torch.optim.Optimizer) and _own_groups(o)
-        ]
-        new = [o for o in optimizers if id(o) not in self.known]
-        self.known.update(map(id, new))
-        self.looked = bool(self.known)
-        self.scalers = [o for o in objects if issubclass(type(o), torch.amp.GradScaler) and o.is_enabled()]
         variables = _variables()
         order = {model: place for place, model in enumerate(variables)}
-        owners = sorted(_owners(new, objects), key=lambda owner: order.get(id(owner[0]), len(order)))
+        owners = sorted(_owners(mine, objects), key=lambda owner: order.get(id(owner[0]), len(order)))
         for model, own in owners:
-            known = next((w for w in self.watched if w.model is model), None)
-            if known is None:
+            known = self._known(model)
+            monitor = None if known is None else known.monitor()
+            if monitor is None:
                 self.watch(model, own, variables.get(id(model), type(model).__name__))
             else:
                 for optimizer in own:
-                    known.monitor.add(optimizer)
+                    monitor.add(optimizer)
+
+    def _known(self, model: nn.Module) -> _Watched | None:
+        return next((watched for watched in self.watched if watched.model() is model), None)
 
     def _live(self) -> None:
         waits = iter(LIVE)
-        wait, begin = next(waits), time.monotonic()
+        wait = next(waits)
         while not self.closed.wait(wait):
             wait = next(waits, LIVE[-1])
-            for watched in self.watched:
-                reading = watched.monitor.newest()
+            several = len(self.watched) > 1
+            for watched in list(self.watched):
+                monitor = watched.monitor()
+                reading = None if monitor is None else monitor.newest()
                 if reading is not None:
-                    rate = reading.step / max(time.monotonic() - begin, 1e-9)
-                    _say(
-                        f"{_place(watched, self.watched)}{_line(reading.step, reading.scalars)}  {rate:.3g} steps/s"
-                    )
+                    name = f"{watched.name}  " if several else ""
+                    _say(f"{name}{_line(reading.step, reading.scalars)}{_rate(watched, reading.step)}")
 
 
 def after_import(module: str) -> None:
@@ -190,6 +236,11 @@ def after_import(module: str) -> None:
         _attachment.install()
     if module == "keras":
         _watch_keras(_attachment)
+
+
+def has_told() -> bool:
+    """Something was found in this process, and said at its end."""
+    return _attachment is not None and bool(_attachment.watched or _attachment.theirs)
 
 
 _attachment: Attachment | None = None
@@ -223,11 +274,6 @@ def _watch_keras(attachment: Attachment) -> None:
     trained.fit = fit
 
 
-def _own_groups(optimizer: Any) -> bool:
-    """False for wrappers (Accelerate's) that show the groups of the optimizer inside them."""
-    return "param_groups" in vars(optimizer)
-
-
 def _variables() -> dict[int, str]:
     """Names of the modules that the running functions hold, in the order of their variables."""
     found: dict[int, str] = {}
@@ -259,12 +305,30 @@ def _owners(optimizers: list[Any], objects: list[Any]) -> list[tuple[Any, list[A
 
 
 def _report(watched: _Watched) -> None:
-    reading = watched.monitor.newest()
-    if reading is None:
-        _say(f"{watched.name} was found, but no step of its optimizer was seen")
+    record, monitor = watched.record, watched.monitor()
+    if monitor is not None:
+        newest = monitor.newest()
+        steps, diagnosis = 0 if newest is None else newest.step + 1, monitor.diagnosis()
+    elif record.recording:  # the script let go of the model
+        with Run.open(record.path) as run:
+            steps, diagnosis = run.last + 1, verdict(run)
+    else:
         return
-    print(watched.monitor.diagnosis(), file=sys.stderr)
-    _say(f"{reading.step + 1} steps of {watched.name} recorded: isograd report {watched.run}")
+    if not steps:
+        _say(f"{watched.name} was found, but no step of its optimizer was read")
+        return
+    print(diagnosis, file=sys.stderr)
+    kept = f"recorded: isograd report {record.path}" if record.recording else "watched, and not recorded"
+    _say(f"{steps} steps of {watched.name} {kept}")
+
+
+def _rate(watched: _Watched, step: int) -> str:
+    now = time.monotonic()
+    if watched.shown is None:
+        watched.shown = now, step
+        return ""
+    since, first = watched.shown
+    return f"  {(step - first) / (now - since):.3g} steps/s"
 
 
 def _line(step: int, scalars: dict[str, float]) -> str:
@@ -273,15 +337,6 @@ def _line(step: int, scalars: dict[str, float]) -> str:
         if name in scalars:
             parts.append(f"{words} {scalars[name]:.4g}")
     return "  ".join(parts)
-
-
-def _place(watched: _Watched, all_of_them: list[_Watched]) -> str:
-    return f"{watched.name}  " if len(all_of_them) > 1 else ""
-
-
-def _writes() -> bool:
-    """One process of a distributed run speaks."""
-    return os.environ.get("RANK", "0") == "0"
 
 
 def _say(words: str) -> None:

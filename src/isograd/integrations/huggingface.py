@@ -13,6 +13,7 @@ from torch import nn
 
 from isograd.integrations.loss import AccumulatedLoss
 from isograd.monitor import Monitor, watch
+from isograd.monitor.deep import Staying
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -23,8 +24,8 @@ except ImportError:
 class IsogradCallback(TrainerCallback):
     """Watches `trainer.train()`: raw gradients (accumulated, before clipping) and what they mean.
 
-    The loss is what the model returns with its output: the Trainer's own log averages it over
-    `logging_steps` and leaves values out that are not finite.
+    The loss is what the model returns with its output, as the Trainer weighs it over the batches of a step;
+    the Trainer's own log averages it over `logging_steps` and leaves values out that are not finite.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class IsogradCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         assert model is not None
+        self._close()  # a training that raised has no end
         monitor = watch(
             model,
             optimizer,
@@ -57,19 +59,31 @@ class IsogradCallback(TrainerCallback):
             deep_every=self.deep_every,
             budget=self.budget,
         )
-        accumulated = AccumulatedLoss(model)
+        accumulated = AccumulatedLoss(monitor, model)
+        scaler: Any = getattr(optimizer, "scaler", None)
 
         def returned(module: nn.Module, inputs: Any, output: Any) -> None:
             loss = output.get("loss") if isinstance(output, dict) else None
-            if module.training and isinstance(loss, torch.Tensor):
-                accumulated.before_backward()
-                monitor.log(loss=accumulated.add(loss))
+            if not module.training or not isinstance(loss, torch.Tensor) or not loss.requires_grad:
+                return
+            value = loss.detach().clone()
 
-        self.monitor, self._hook = monitor, model.register_forward_hook(returned)
+            def weighed(weight: torch.Tensor) -> None:
+                accumulated.before_backward()
+                accumulated.add(value * (weight if scaler is None else weight / scaler._scale))
+
+            # How much of it goes into the step only the backward knows: the Trainer divides by the number of
+            # batches, of tokens, or not at all.
+            loss.register_hook(weighed)
+
+        self.monitor, self._hook = monitor, model.register_forward_hook(Staying(returned))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._close()
+
+    def _close(self) -> None:
         if self.monitor is not None:
             self._hook.remove()
             self.monitor.close()

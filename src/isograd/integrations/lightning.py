@@ -44,15 +44,14 @@ class IsogradCallback(Callback):
             budget=self.budget,
             sinks=[logger.log_metrics for logger in trainer.loggers],
         )
-        self._loss = AccumulatedLoss(pl_module)
+        self._loss = AccumulatedLoss(self.monitor, pl_module)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        assert self.monitor is not None
         assert self._loss is not None
         scaler: Any = getattr(trainer.precision_plugin, "scaler", None)
         self._loss.before_backward()
         # in 16-mixed the loss comes here multiplied by the scale
-        self.monitor.log(loss=self._loss.add(loss if scaler is None else loss / scaler._scale))
+        self._loss.add(loss if scaler is None else loss / scaler._scale)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()

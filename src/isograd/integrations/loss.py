@@ -2,38 +2,51 @@
 
 from __future__ import annotations
 
+import weakref
+
 from torch import Tensor, nn
+
+from isograd.monitor import Monitor
 
 PROBES = 8
 """Parameters by which a backward is seen to have reached a model: it reaches nearly all of them or none."""
 
 
 class AccumulatedLoss:
-    """Sum of the losses since the gradients were cleared: what the accumulated gradient is the gradient of."""
+    """Sum of the losses since the last step: what the accumulated gradient is the gradient of.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    It keeps neither the monitor nor the model alive.
+    """
+
+    def __init__(self, monitor: Monitor, model: nn.Module) -> None:
+        self._monitor, self._model = weakref.ref(monitor), weakref.ref(model)
         self.value: Tensor | None = None
+        self._stepped = 0
         self._before: tuple[tuple[int, int], ...] = ()
 
     def before_backward(self) -> None:
-        """Look at the gradients; when there are none, a new step begins, also after one that overflowed."""
+        """A new sum begins after a step, which may leave zeros for gradients, and where there are none: a
+        batch that the loop has left out."""
         self._before = self._gradients()
-        if not self._before:
-            self.value = None
+        monitor = self._monitor()
+        if monitor is not None and (not self._before or self._stepped != monitor.stepped):
+            self.value, self._stepped = None, monitor.stepped
 
     def reached(self) -> bool:
         """Whether the backward since `before_backward` reached this model."""
         return self._gradients() != self._before
 
-    def add(self, loss: Tensor) -> Tensor:
-        """The sum with this loss in it, as a tensor without dimensions; nothing waits for the device."""
+    def add(self, loss: Tensor) -> None:
+        """Log the sum with this loss in it; nothing waits for the device."""
         loss = loss.detach().reshape(())
         self.value = loss if self.value is None else self.value + loss
-        return self.value
+        monitor = self._monitor()
+        if monitor is not None:
+            monitor.log(loss=self.value)
 
     def _gradients(self) -> tuple[tuple[int, int], ...]:
         """Identity and version of some gradients: a backward changes them."""
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        model = self._model()
+        trained = [] if model is None else [p for p in model.parameters() if p.requires_grad]
         some = trained[:: max(len(trained) // PROBES, 1)]
         return tuple((id(p.grad), p.grad._version) for p in some if p.grad is not None)

@@ -4,6 +4,7 @@
 # pyright: reportPrivateImportUsage=false
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 from isograd.monitor.parts import Part
 from isograd.monitor.sharding import Shards
 from isograd.monitor.updates import number
+
+SURELY = 1.001
+"""The factor is 1 however it is rounded."""
 
 
 def clip(parts: Sequence[Part], max_norm: float, shards: Shards) -> Tensor:
@@ -22,15 +26,16 @@ def clip(parts: Sequence[Part], max_norm: float, shards: Shards) -> Tensor:
     """
     with torch.no_grad():
         total = total_norm(parts, shards)
-        factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
         if total.device.type == "cpu":
-            if not total.isfinite().tolist() or number(factor) >= 1:
+            norm = number(total)
+            if not math.isfinite(norm) or max_norm > SURELY * (norm + 1e-6):
                 return total
-        else:  # where it is not finite, 0 * NaN would spread it
+        factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+        if total.device.type != "cpu":  # where it is not finite, 0 * NaN would spread it
             factor = torch.where(total.isfinite(), factor, 1.0)
         for part in parts:
             for bucket in part.buckets:
-                dense = [p.grad for p in bucket.parameters if p.grad is not None and p.grad.is_sparse]
+                dense = [g for p in bucket.parameters if (g := p.grad) is not None and g.is_sparse]
                 for gradient in dense:
                     gradient.mul_(factor)
                 if not dense:
@@ -42,11 +47,14 @@ def total_norm(parts: Sequence[Part], shards: Shards) -> Tensor:
     """Norm of all gradients as one vector, from the norms of each."""
     norms: list[Tensor] = []
     for part in parts:
-        read = [norm for bucket in part.buckets if not bucket.sharded for norm in bucket.rows["grad_norm"]]
+        read = [bucket.norms for bucket in part.buckets if not bucket.sharded]
         for parameters in shards.split(part.sharded):
             row = part.shares(parameters)["grad_norm"]
-            read.append(torch.linalg.vector_norm(shards.reduce(parameters, {"grad_norm": row})[1]()))
+            whole = shards.reduce(parameters, {"grad_norm": row})[1]()
+            read.append(torch.linalg.vector_norm(whole).view(1))
         norms += read if part.scale is None else [norm / part.scale for norm in read]
     if not norms:
         return torch.zeros(())
-    return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device) for norm in norms]))
+    if len(norms) == 1:
+        return torch.linalg.vector_norm(norms[0])
+    return torch.linalg.vector_norm(torch.cat([norm.to(norms[0].device) for norm in norms]))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -24,6 +24,23 @@ from isograd.monitor.sharding import is_sharded
 
 SAMPLES = 8
 """A unit that is off half of the time is off in 8 samples by chance once in 256."""
+
+
+class Staying:
+    """A forward hook that stays with its module.
+
+    Copies of a watched model (an average of its weights, a target network) and files it is saved to get
+    in its place a function of the standard library that takes the same three arguments and does nothing.
+    """
+
+    def __init__(self, hook: Callable[..., object]) -> None:
+        self._hook = hook
+
+    def __call__(self, *args: Any) -> None:
+        self._hook(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (nullcontext(), "__exit__")
 
 
 class Deep:
@@ -49,7 +66,7 @@ class Deep:
         self._handles: list[Any] = []
         self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._state: Tensor | None = None
-        self._context: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self._precision: tuple[str, torch.dtype] | None = None
         self._cotangents: dict[int, Tensor] = {}
 
     def arm(self) -> None:
@@ -57,8 +74,8 @@ class Deep:
         if self.refused or self._handles:
             return
         self._handles = [
-            self._model.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
-            self._model.register_forward_hook(self._after),
+            self._model.register_forward_pre_hook(Staying(self._before), with_kwargs=True, prepend=True),
+            self._model.register_forward_hook(Staying(self._after)),
         ]
 
     def measure(self) -> Flow | None:
@@ -71,7 +88,7 @@ class Deep:
         def loss(model: nn.Module) -> Tensor:
             if self._state is not None:
                 torch.set_rng_state(self._state)
-            with self._context():
+            with nullcontext() if self._precision is None else torch.autocast(*self._precision):
                 outputs = tree_leaves(model(*call[0], **call[1]))
             return torch.stack(
                 [(outputs[i] * cotangent).sum().float() for i, cotangent in cotangents.items()]
@@ -92,11 +109,8 @@ class Deep:
         self._call, self._cotangents = (args, kwargs), {}
         self._state = torch.get_rng_state()
         device = next((p.device.type for p in module.parameters()), "cpu")
-        if torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
-            self._context = lambda: torch.autocast(device, dtype)
-        else:
-            self._context = nullcontext
+        on = torch.is_autocast_enabled(device)
+        self._precision = (device, torch.get_autocast_dtype(device)) if on else None
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not torch.is_grad_enabled():

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
+
+from torch import Tensor
 
 from isograd.diagnosis import Finding
 from isograd.monitor.history import Detector, History
 from isograd.monitor.reading import Reading
-from isograd.monitor.seen import nonfinite, seen
+from isograd.monitor.seen import Seen, alike, nonfinite, seen
 from isograd.symptoms import STREAMED
 from isograd.symptoms.nonfinite_step import NonFinite
 
@@ -29,15 +32,30 @@ class Detectors:
 
     def observe(self, reading: Reading) -> tuple[Finding, ...]:
         """What is new with this step. Values that are not finite reach one detector only, and no baseline."""
-        counts = nonfinite(reading)
-        if counts is not None:
-            broken = self._nonfinite
-            found = broken.broken(reading, counts, self.history)
-            return () if found is None else tuple(broken.tell(found))
-        self.history.add(seen(reading))
+        return self.follow([reading])[0]
+
+    def follow(self, readings: Sequence[Reading]) -> list[tuple[Finding, ...]]:
+        """The same for several steps: what they have in common is worked out once."""
+        found: list[tuple[Finding, ...]] = []
+        for run in alike(readings):
+            counts = nonfinite(run)
+            finite = iter(
+                seen([reading for reading, count in zip(run, counts, strict=True) if count is None])
+            )
+            for reading, count in zip(run, counts, strict=True):
+                found.append(self._finite(next(finite)) if count is None else self._broken(reading, count))
+        return found
+
+    def _finite(self, seen: Seen) -> tuple[Finding, ...]:
+        self.history.add(seen)
         return tuple(
             finding for detector in self.by_code.values() for finding in detector.observe(self.history)
         )
+
+    def _broken(self, reading: Reading, counts: Tensor) -> tuple[Finding, ...]:
+        detector = self._nonfinite
+        found = detector.broken(reading, counts, self.history)
+        return () if found is None else tuple(detector.tell(found))
 
     def outcomes(self) -> tuple[dict[str, str], dict[str, str]]:
         """By code: with what evidence all is well now, and what could not be examined, and why."""

@@ -17,6 +17,8 @@ RECENT = 16
 """Readings whose median stands for now where a single batch must not decide."""
 START = 5
 """Readings whose median is the level that the training started from."""
+JUMP = 1 / 3
+"""Share of the first loss: a smaller rise from one batch to the next is noise."""
 AGAIN = 64
 """Readings of quiet after which the same is told again: an episode is told once."""
 MOST = 20
@@ -54,6 +56,11 @@ class History:
         """Update over weight of the median matrix."""
         self.scales: list[list[float]] = []
         """Scale of the layers' inputs, the last RECENT."""
+        self.last: list[float] = []
+        """Loss, log10 of the gradient norm and log10 of the length of the step, of the newest reading."""
+        self.jump: list[float] = []
+        """Count of readings, loss before and after, and the most that the step can explain, where the loss last rose
+        by more than that, and far: other data came. Forgotten once the loss fell back in the same way."""
         self.first_losses: list[float] = []
         """The first START."""
         self.first: dict[str, list[float]] = {}
@@ -72,7 +79,12 @@ class History:
             self.names = names
             self.grads, self.updates, self.weights, self.scales = [], [], [], []
             self.early_grads, self.late_grads, self.early_updates, self.late_updates = [], [], [], []
+        # Across a step that was not read, nothing is known.
+        follows = self.last and seen.step == self.step + 1
         self.count, self.step, self.now = self.count + 1, seen.step, seen
+        if follows:
+            self._compare(seen)
+        self.last = [seen.loss, seen.grad_norm, seen.update_norm]
         if not self.first:
             self.first = {
                 "elasticity": seen.elasticity.tolist(),
@@ -106,6 +118,20 @@ class History:
         if known:
             self.pace = max(self.pace, self.typical_update)
             self.moving += self.typical_update >= self.pace - 0.5
+
+    def _compare(self, seen: Seen) -> None:
+        """Did the last step change the loss, or another batch?
+
+        The loss of a quadratic changes by the mean of the gradients at both ends along the step (the trapezoid
+        rule is exact), so at most by the step's length times the mean of their norms.
+        """
+        before, norm, length = self.last
+        explained = 10**length * (10**norm + 10**seen.grad_norm) / 2
+        rise = seen.loss - before
+        if rise > max(explained, JUMP * self.first_loss) > 0:
+            self.jump = [self.count, before, seen.loss, explained]
+        elif self.jump and -rise > explained and 2 * seen.loss < self.jump[1] + self.jump[2]:
+            self.jump = []
 
     def state(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "now"}

@@ -1,6 +1,6 @@
 """The host thread: device statistics become readings, which reach detectors, record and sinks.
 
-Nothing here runs on the training thread. What raises here is one warning, and the training goes on.
+Only `Host.put` runs on the training thread. What raises here is one warning, and the training goes on.
 """
 
 from __future__ import annotations
@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 import sys
 import threading
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass, field
-from queue import SimpleQueue
+from itertools import groupby
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from isograd.diagnosis import Finding
 from isograd.flow import Flow
+from isograd.monitor.cost import Pace
 from isograd.monitor.deep import dead_units
 from isograd.monitor.reading import Reading
 from isograd.monitor.updates import number
@@ -29,6 +31,10 @@ Sink = Callable[[dict[str, float], int], None]
 
 WAITING = 10_000
 """Readings that may wait for the record; further ones are dropped, and counted."""
+LINGER = 0.25
+"""Seconds that a step waits for others to be taken with, unless somebody waits for it or it is not finite."""
+TOGETHER = 64
+"""Steps that are taken together at most."""
 
 
 def bound(sink: Sink) -> Sink:
@@ -44,14 +50,14 @@ def bound(sink: Sink) -> Sink:
 class Record(Protocol):
     """Where readings are kept: `isograd.record.Run`, or anything with these methods."""
 
-    def append(self, reading: Reading, findings: Sequence[Finding] = ()) -> None: ...
+    def extend(self, steps: Sequence[tuple[Reading, Sequence[Finding]]]) -> None: ...
     def close(self) -> None: ...
 
 
 class Observer(Protocol):
     """What examines readings as they come: `isograd.monitor.detectors.Detectors`."""
 
-    def observe(self, reading: Reading) -> Sequence[Finding]: ...
+    def follow(self, readings: Sequence[Reading]) -> list[tuple[Finding, ...]]: ...
 
 
 @dataclass
@@ -82,6 +88,8 @@ class Ended:
     flow: Flow | None = None
     due: bool = True
     """To be kept; others only if something in them is not finite."""
+    suspicious: bool = False
+    """Something is not finite, as far as the training thread could tell without waiting."""
     logged_early: set[str] = field(default_factory=set[str])
     """Names that were logged before the step ended."""
 
@@ -93,46 +101,65 @@ COUNTED = {"nonzero": "zeros"}
 
 def reading_of(ended: Ended) -> Reading:
     """The reading of a step; waits for its device."""
-    scalars = {name: value(v) for name, v in ended.scalars.items()}
-    names = {COUNTED.get(name, name) for packed in ended.packed for name in packed.columns}
+    return readings_of([ended])[0]
+
+
+def readings_of(steps: Sequence[Ended]) -> list[Reading]:
+    """The readings of steps that are `alike`: all in the same few operations. Waits for their device."""
+    first = steps[0]
+    scalars = [{name: value(v) for name, v in ended.scalars.items()} for ended in steps]
+    names = {COUNTED.get(name, name) for packed in first.packed for name in packed.columns}
     if "grad_norm" in names:
         names.add("nonfinite")
     place = {name: i for i, name in enumerate(name for name in COLUMNS if name in names)}
-    table = torch.full((len(place), len(ended.sites)), math.nan, dtype=torch.float64)  # (column, site)
-    for packed in ended.packed:
-        values = packed.values().cpu().double()
-        index = torch.tensor(packed.sites)
-        if packed.scale is not None:
-            scalars["scale"] = scale = value(packed.scale)
-            scaled = [[scale if name in ("grad_norm", "grad_max") else 1.0] for name in packed.columns]
-            values = values / torch.tensor(scaled, dtype=torch.float64)
-        table[torch.tensor([[place[COUNTED.get(name, name)]] for name in packed.columns]), index] = values
+    table = torch.full((len(steps), len(place), len(first.sites)), math.nan, dtype=torch.float64)
+    for i, packed in enumerate(first.packed):
+        values = torch.stack(
+            [ended.packed[i].values().cpu() for ended in steps]
+        ).double()  # (step, column, site)
+        for row, ended, numbers in zip(values, steps, scalars, strict=True):
+            scale = ended.packed[i].scale
+            if scale is not None:
+                numbers["scale"] = value(scale)
+                row[[name in ("grad_norm", "grad_max") for name in packed.columns]] /= numbers["scale"]
+        at = torch.tensor(packed.sites)
+        into = torch.tensor([[place[COUNTED.get(name, name)]] for name in packed.columns])
+        table[:, into, at] = values
         if "nonzero" in packed.columns:
-            table[place["zeros"], index] = (
-                torch.tensor(packed.elements, dtype=torch.float64) - table[place["zeros"], index]
-            )
-    columns = dict(zip(place, table.float(), strict=True))
-    if "grad_norm" in columns:
-        norms = table[place["grad_norm"]]
+            elements = torch.tensor(packed.elements, dtype=torch.float64)
+            table[:, place["zeros"], at] = elements - table[:, place["zeros"], at]
+    if "grad_norm" in place:
+        norms, counts = table[:, place["grad_norm"]], table[:, place["nonfinite"]]
         # A finite sum of squares has finite terms only; one that is not was looked at, on the CPU.
-        finite = torch.where(norms.isfinite(), 0.0, math.nan).float()
-        counted = torch.where(columns["nonfinite"].isnan(), finite, columns["nonfinite"])
-        columns["nonfinite"] = counted
-        known = norms[~norms.isnan() | (counted > 0)]
-        scalars["grad_norm"] = float(torch.linalg.vector_norm(known)) if len(known) else math.nan
-    if ended.flow is not None:
-        dead = dead_units(ended.flow)
-        columns["dead"] = torch.tensor([dead.get(site, math.nan) for site in ended.sites])
-    return Reading(
-        ended.step,
-        ended.sites,
-        columns,
-        scalars,
-        tuple(ended.notes),
-        ended.time,
-        shapes=ended.shapes,
-        flow=ended.flow,
-    )
+        counts.copy_(torch.where(counts.isnan() & norms.isfinite(), 0.0, counts))
+        known = ~norms.isnan() | (counts > 0)
+        totals = torch.linalg.vector_norm(torch.where(known, norms, 0.0), dim=1)
+        totals = torch.where(known.any(1), totals, math.nan).tolist()
+        for numbers, total in zip(scalars, totals, strict=True):
+            numbers["grad_norm"] = total
+    readings: list[Reading] = []
+    for ended, numbers, rows in zip(steps, scalars, table.float(), strict=True):
+        columns = dict(zip(place, rows, strict=True))
+        if ended.flow is not None:
+            dead = dead_units(ended.flow)
+            columns["dead"] = torch.tensor([dead.get(site, math.nan) for site in ended.sites])
+        notes = tuple(ended.notes)
+        readings.append(
+            Reading(
+                ended.step, ended.sites, columns, numbers, notes, ended.time, ended.shapes, flow=ended.flow
+            )
+        )
+    return readings
+
+
+def alike(steps: Sequence[Ended]) -> Iterator[list[Ended]]:
+    """Runs of steps that were read of the same parameters in the same way."""
+
+    def kind(ended: Ended) -> tuple[object, ...]:
+        return ended.sites, id(ended.flow), [(packed.sites, packed.columns) for packed in ended.packed]
+
+    for _, run in groupby(steps, kind):
+        yield list(run)
 
 
 def on_its_way(values: Tensor, columns: int) -> Callable[[], Tensor]:
@@ -159,76 +186,133 @@ def value(scalar: float | Tensor) -> float:
 class Host:
     """Takes the steps that ended, in order, on a thread of its own.
 
+    Steps wait for `LINGER` seconds and are taken together: waking a thread, and the few operations that make
+    readings of all of them, cost as much for one as for many.
+
     Attributes:
         newest: the last reading that was made, or None.
         findings: what the detectors have found so far, with the step.
+        held: the step that ended last; until the next begins scalars may be added to it.
         dropped: readings that were dropped because the record could not keep up.
     """
 
-    def __init__(self, observer: Observer | None, record: Record | None, sinks: Sequence[Sink]) -> None:
+    def __init__(
+        self,
+        observer: Observer | None,
+        record: Record | None,
+        sinks: Sequence[Sink],
+        pace: Pace,
+    ) -> None:
         self.newest: Reading | None = None
         self.findings: list[tuple[int, Finding]] = []
         self.dropped = 0
+        self.held: Ended | None = None
         self._observer, self._record, self._sinks = observer, record, list(sinks)
-        self._queue: SimpleQueue[Ended | None] = SimpleQueue()
-        self._waiting = 0
-        self._idle = threading.Condition()
+        self._pace = pace
+        self._waiting: list[Ended] = []
+        self._taking = self._hurry = self._closing = False
+        self._changed = threading.Condition()
         self._failed: set[str] = set()
         self._thread: threading.Thread | None = None
 
-    def put(self, ended: Ended) -> None:
-        """Hand a step over; never waits."""
+    def release(self) -> None:
+        """Take the step that is held: nothing can be added to it any more."""
+        held, self.held = self.held, None
+        if held is not None:
+            self.put(held, now=held.suspicious)
+
+    def put(self, ended: Ended, *, now: bool = False) -> None:
+        """Hand a step over, to be dealt with soon or `now`; never waits."""
         if self._thread is None:
+            self._closing = False
             self._thread = threading.Thread(target=self._run, name="isograd monitor", daemon=True)
             self._thread.start()
-        with self._idle:
-            if self._waiting >= WAITING:
+        with self._changed:
+            if len(self._waiting) >= WAITING:
                 self.dropped += 1
                 return
-            self._waiting += 1
-        self._queue.put(ended)
+            self._waiting.append(ended)
+            self._hurry |= now
+            if now or len(self._waiting) in (1, TOGETHER):
+                self._changed.notify_all()
 
     def drain(self) -> None:
         """Wait until everything that was put has been dealt with."""
-        with self._idle:
-            self._idle.wait_for(lambda: not self._waiting)
+        with self._changed:
+            self._hurry = bool(self._waiting)
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: not self._waiting and not self._taking)
 
     def close(self) -> None:
         """Deal with what is waiting, and end the thread and the record."""
-        self.drain()
-        if self._thread is not None:
-            self._queue.put(None)
-            self._thread.join()
-            self._thread = None
+        self.release()
+        thread, self._thread = self._thread, None
+        if thread is None:
+            self._end()
+            return
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if thread is not threading.current_thread():  # there a garbage collection may have brought us
+            thread.join()
+
+    def _end(self) -> None:
         if self._record is not None:
             self._guarded("record", self._record.close)
             self._record = None
 
     def _run(self) -> None:
-        while (ended := self._queue.get()) is not None:
-            self._guarded("reading", lambda ended=ended: self._take(ended))
-            with self._idle:
-                self._waiting -= 1
-                self._idle.notify_all()
+        while steps := self._next():
+            for run in alike(steps):
+                self._guarded("reading", lambda run=run: self._take(run))
+            with self._changed:
+                self._taking = False
+                self._changed.notify_all()
+        self._end()
 
-    def _take(self, ended: Ended) -> None:
-        reading = reading_of(ended)
-        counts = reading.columns.get("nonfinite")
-        if not ended.due and (counts is None or not (counts > 0).any() | counts.isnan().all()):
+    def _next(self) -> list[Ended]:
+        """The steps to be taken now; none: the thread ends."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._closing)
+            self._changed.wait_for(
+                lambda: self._hurry or self._closing or len(self._waiting) >= TOGETHER, LINGER
+            )
+            steps, self._waiting = self._waiting[:TOGETHER], self._waiting[TOGETHER:]
+            self._taking = bool(steps)
+            self._hurry &= bool(self._waiting)
+            return steps
+
+    def _take(self, run: Sequence[Ended]) -> None:
+        readings = readings_of(run)  # of every step: nothing to be saved by taking fewer
+        kept = [reading for ended, reading in zip(run, readings, strict=True) if self._worth(ended, reading)]
+        self.newest = readings[-1]
+        if not kept:
             return
-        found: Sequence[Finding] = ()
+        start = time.thread_time()
+        found: list[tuple[Finding, ...]] = [()] * len(kept)
         if self._observer is not None:
-            observe = self._observer.observe
-            found = self._guarded("detectors", lambda: tuple(observe(reading))) or ()
-            self.findings += [(reading.step, finding) for finding in found]
+            follow = self._observer.follow
+            found = self._guarded("detectors", lambda: follow(kept)) or found
+        steps = list(zip(kept, found, strict=True))
+        self.findings += [(reading.step, finding) for reading, findings in steps for finding in findings]
         if self._record is not None:
-            append = self._record.append
-            self._guarded("record", lambda: append(reading, found))
-        if self._sinks:
-            flat = reading.flat()
-            for sink in self._sinks:
-                self._guarded(f"sink {sink!r}", lambda sink=sink: sink(flat, reading.step))
-        self.newest = reading
+            extend = self._record.extend
+            self._guarded("record", lambda: extend(steps))
+        self._pace.took(time.thread_time() - start, len(kept))
+        for reading in kept if self._sinks else ():
+            self._tell(reading.flat(), reading.step)
+
+    def _tell(self, flat: dict[str, float], step: int) -> None:
+        for sink in self._sinks:
+            self._guarded(f"sink {sink!r}", lambda sink=sink: sink(flat, step))
+
+    def _worth(self, ended: Ended, reading: Reading) -> bool:
+        if self._pace.keeps(reading, ended.due):
+            return True
+        if math.isfinite(reading.scalars.get("grad_norm", math.nan)):
+            return False
+        counts = reading.columns.get("nonfinite")  # (site,)
+        return counts is not None and bool((counts > 0).any() | counts.isnan().all())
 
     def _guarded(self, what: str, act: Callable[[], Any]) -> Any:
         try:

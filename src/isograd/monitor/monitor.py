@@ -19,7 +19,7 @@ from isograd.diagnosis import Diagnosis, diagnose
 from isograd.flow import Flow
 from isograd.monitor import scaling
 from isograd.monitor.clipping import clip
-from isograd.monitor.cost import Cost
+from isograd.monitor.cost import YOUNG, Cost, Pace
 from isograd.monitor.deep import Deep
 from isograd.monitor.detectors import Detectors
 from isograd.monitor.host import Ended, Host, Packed, Record, Sink, bound, on_its_way, reading_of
@@ -37,6 +37,8 @@ from isograd.record.verdict import examined
 
 FIRST = 10
 """Steps that are read in full whatever it costs: faults of the initialisation show in them."""
+SELDOM = 32
+"""Steps from one full reading to the next, at most, as long as a training is young."""
 
 
 def watch(
@@ -91,7 +93,12 @@ def watch(
 
 
 class Monitor:
-    """A watched training: `latest()` and `diagnosis()` tell, `close()` ends it; a context manager."""
+    """A watched training: `latest()` and `diagnosis()` tell, `close()` ends it; a context manager.
+
+    Attributes:
+        run: where the readings are kept; None: nowhere, or by process 0.
+        stepped: steps of all watched optimizers so far, also those that a scaler left out.
+    """
 
     def __init__(
         self,
@@ -114,19 +121,21 @@ class Monitor:
         self._step = self._done = 0  # of the run, and under this monitor
         self._closed = self._begun = self._asked = False
         self._scalars: dict[str, float | Tensor] = {}
+        self.stepped = 0
         self._open: list[tuple[Tap, Part]] = []
-        self._held: Ended | None = None
         self._cost = Cost()
-        self._last_full = -1
+        self._last_full, self._interval = -1, 1
         self._shards = Shards(model.parameters())
         self._silent = silent()
         self._detectors = detectors = Detectors()
         record: Record | None = None
         if rank() == 0:  # the readings are the same in all processes
             record = Run.create(Path(run), detectors=detectors) if isinstance(run, str | PathLike) else run
+        self.run = record
         if isinstance(record, Run):
             self._step = record.last + 1
-        self._host = Host(detectors, record, [bound(sink) for sink in sinks] if rank() == 0 else [])
+        sinks = [bound(sink) for sink in sinks] if rank() == 0 else []
+        self._host = Host(detectors, record, sinks, Pace(budget / 2, self._cost))
         for optimizer in optimizers:
             self.add(optimizer)
         if not optimizers:
@@ -157,7 +166,7 @@ class Monitor:
         """
         self._logged |= scalars.keys()
         for name, value in scalars.items():
-            held = self._held
+            held = self._host.held
             if held is not None and name not in held.logged_early and not self._begun:
                 held.scalars[name] = kept(value)
             else:
@@ -195,7 +204,7 @@ class Monitor:
         self._flush()
         self._host.drain()
         self._asked = True
-        newest = reading_of(self._held) if self._held is not None else self._host.newest
+        newest = reading_of(self._host.held) if self._host.held is not None else self._host.newest
         if newest is None:
             raise RuntimeError(
                 "no step has ended since the monitor was attached: call latest() after optimizer.step()"
@@ -209,7 +218,7 @@ class Monitor:
     def diagnosis(self) -> Diagnosis:
         """What has been found so far, and what could not be examined; waits for the newest step."""
         self._flush()
-        self._release()
+        self._host.release()
         self._host.drain()
         diagnosis = examined(self._host.findings, self._detectors, flow=self._looked_at)
         if self._looked_at is not None:
@@ -225,7 +234,7 @@ class Monitor:
             return
         self._closed = True
         self._flush()
-        self._release()
+        self._host.release()
         self._deep.disarm()
         for tap in self._taps:
             tap.remove()
@@ -247,18 +256,14 @@ class Monitor:
             return False
         if self._shards:  # every process must come to the same answer, and their clocks differ
             return self._done < FIRST or self._done % FIRST == 0
-        return (
-            self._done < FIRST
-            or self._asked
-            or self._done - self._last_full >= self._cost.interval(self._budget)
-        )
+        return self._done < FIRST or self._asked or self._done - self._last_full >= self._interval
 
     def guarded(self, act: Callable[[], object]) -> None:
         """Do something inside the user's training loop: what fails here is a warning, once, and the end of
         the watching."""
         if self._closed:
             return
-        start = time.thread_time()  # not what other processes or the host thread take meanwhile
+        self._cost.enter()
         try:
             act()
         except Exception as error:
@@ -269,14 +274,14 @@ class Monitor:
                 f"isograd.watch failed and has stopped watching; the training goes on unchanged. {type(error).__name__}: {error}",
                 stacklevel=2,
             )
-        self._cost.spent += time.thread_time() - start
+        self._cost.leave()
 
     def began(self, tap: Tap) -> None:
         """What is read now belongs to a new step."""
         self._begun = True
         if any(stepped is tap for stepped, _ in self._open):
             self._flush()
-        self._release()
+        self._host.release()
 
     def stepping(self) -> None:
         """Look at the step from inside, if it is the turn of one."""
@@ -286,6 +291,7 @@ class Monitor:
 
     def ended(self, tap: Tap, part: Part) -> None:
         """One optimizer has stepped; the step ends when all have, or when one is about to step again."""
+        self.stepped += 1
         if any(stepped is tap for stepped, _ in self._open):
             self._flush()
         self._open.append((tap, part))
@@ -296,10 +302,13 @@ class Monitor:
         """End the step that is open."""
         if not self._open:
             return
-        self._release()
+        self._host.release()
         parts, self._open = self._open, []
         step = Ended(self._step, (), (), [], {}, [], time.time(), logged_early=set(self._scalars))
+        full = False
         for i, (tap, part) in enumerate(parts):
+            full |= part.full
+            step.suspicious |= any(bucket.suspicious for bucket in part.buckets)
             step.packed += self._packed(part)
             step.notes += part.notes
             if tap.scale is not None:
@@ -310,18 +319,27 @@ class Monitor:
                 step.scalars[f"lr_{i}" if i else "lr"] = tap.optimizer.param_groups[0]["lr"]
         step.sites, step.shapes = self._names.sites, self._names.shapes
         step.scalars.update(self._scalars)
-        full = any(part.full for _, part in parts)
-        if full:
-            self._last_full, self._asked = self._done, False
-        self._cost.ended(full, deep=self._flow is not None)
         self._scalars, self._begun = {}, False
         step.flow, self._flow = self._flow, None
         step.due = self._done % self._every == 0
-        self._held = step
+        self._host.held = step
         self._step += 1
-        self._done += 1
+        self._ended(full, deep=step.flow is not None)
         if self._deep_every is not None and self._done % self._deep_every == 0:
             self._deep.arm()
+
+    def _ended(self, full: bool, deep: bool) -> None:
+        """What the step cost, and when the next is read in full."""
+        if full:
+            self._last_full, self._asked = self._done, False
+        self._done += 1
+        self._cost.ended(full, deep)
+        if full or self._cost.timing:
+            self._interval = self._cost.interval(self._budget / 2)
+            if self._done < YOUNG:
+                self._interval = min(self._interval, SELDOM)
+        if self.full():
+            self._cost.next(timing=True)
 
     def _packed(self, part: Part) -> list[Packed]:
         packed: list[Packed] = []
@@ -336,16 +354,9 @@ class Monitor:
             packed.append(Packed(sites, columns, values, elements, part.scale))
         return packed
 
-    def _release(self) -> None:
-        """Hand the last step over: nothing can be logged to it any more."""
-        if self._held is not None:
-            self._host.put(self._held)
-            self._held = None
-
 
 def kept(value: float | Tensor) -> float | Tensor:
     """A scalar as it is now, off the graph; one on a device is not waited for."""
     if not isinstance(value, Tensor):
         return float(value)
-    value = value.detach()
-    return value.clone() if value.device.type != "cpu" else number(value)
+    return number(value) if value.device.type == "cpu" else value.detach().clone()

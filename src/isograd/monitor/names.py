@@ -10,6 +10,9 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 ADDED = {"_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 """Parts of a name that torch.compile, Fabric, FSDP and checkpoint wrappers put in."""
 
+MANY = 32
+"""Lists of parameters whose sites are remembered."""
+
 
 class Names:
     """Sites of a watched model: parameters by their names, in the order of `named_parameters()`.
@@ -23,10 +26,20 @@ class Names:
         self._refresh(())
 
     def find(self, parameters: Sequence[Tensor]) -> tuple[list[int], list[int]]:
-        """Sites of these parameters, and their numbers of elements, whole where they are sharded."""
-        if any(id(p) not in self._index for p in parameters):
-            self._refresh(parameters)
-        return [self._index[id(p)] for p in parameters], [p.numel() for p in parameters]
+        """Sites of these parameters, and their numbers of elements, whole where they are sharded.
+
+        A complex number is two. Looked up where the same list comes again: it must not have been changed.
+        """
+        known = self._found.get(id(parameters))
+        if known is None or known[0] is not parameters:
+            if any(id(p) not in self._index for p in parameters):
+                self._refresh(parameters)
+            elements = [p.numel() * (2 if p.is_complex() else 1) for p in parameters]
+            found = [self._index[id(p)] for p in parameters], elements
+            if len(self._found) >= MANY:
+                self._found.clear()
+            self._found[id(parameters)] = known = parameters, found
+        return known[1]
 
     def _refresh(self, strays: Sequence[Tensor]) -> None:
         named: dict[str, Tensor] = {clean(name, self._model): p for name, p in self._model.named_parameters()}
@@ -36,6 +49,7 @@ class Names:
                 named[f"(not in the model) {len(named)}"] = p
         self._held = list(named.values())  # no other tensor can come by the id of one that is held
         self._index = {id(p): i for i, p in enumerate(self._held)}
+        self._found: dict[int, tuple[Sequence[Tensor], tuple[list[int], list[int]]]] = {}
         self.sites = tuple(named)
         self.shapes = tuple(tuple(p.shape) for p in self._held)
 

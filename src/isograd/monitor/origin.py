@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from isograd.monitor.history import History, early, late
+from isograd.monitor.history import WINDOW, History, early, late
 from isograd.monitor.seen import finite
 
 INPUT = 1.0
@@ -38,14 +38,9 @@ class Cause:
 
 def origin(history: History) -> Cause:
     """The most upstream thing that is out of order; it was read off the run, not tested by intervention."""
-    start = _first(history.first.get("scale", []))
-    now = _first([_median(column) for column in zip(*history.scales[-3:], strict=True)])
-    if now - start >= INPUT_GROWTH:
-        words = f"the first layer now gets inputs of rms {10**now:.3g}, at the start {10**start:.3g}"
-        return Cause(words, "input-change", ("standardise-input", "clip-gradients"))
-    if start >= INPUT:
-        words = f"the first layer gets inputs of rms {10**start:.3g}: they are not normalised"
-        return Cause(words, "unnormalised-input", ("standardise-input",))
+    data = given(history)
+    if data is not None:
+        return data
     forward, backward = (_along(history.first.get(name, [])) for name in ("scale", "elasticity"))
     if max(forward, backward) >= SPAN and history.count <= 64:
         words = (
@@ -63,6 +58,26 @@ def origin(history: History) -> Cause:
         return Cause(words, "learning-rate", ("lower-learning-rate", "warm-up", "clip-gradients"))
     words = "not told by the run: inputs, weights and the size of the steps were as before; look at the batch"
     return Cause(words, "unclear", ("clip-gradients", "lower-learning-rate"))
+
+
+def given(history: History) -> Cause | None:
+    """What is out of order with the data; None: nothing."""
+    start = _first(history.first.get("scale", []))
+    now = _first([_median(column) for column in zip(*history.scales[-3:], strict=True)])
+    if now - start >= INPUT_GROWTH:
+        words = f"the first layer now gets inputs of rms {10**now:.3g}, at the start {10**start:.3g}"
+        return Cause(words, "input-change", ("standardise-input", "clip-gradients"))
+    if start >= INPUT:
+        words = f"the first layer gets inputs of rms {10**start:.3g}: they are not normalised"
+        return Cause(words, "unnormalised-input", ("standardise-input",))
+    if history.jump and history.count - history.jump[0] <= WINDOW:
+        _, before, after, explained = history.jump
+        words = (
+            f"the loss went from {before:.2g} to {after:.2g} in one step, which explains {explained:.1g} of it at most: "
+            "what the network was given has changed"
+        )
+        return Cause(words, "data", ("shuffle the data", "look at the batch", "clip-gradients"))
+    return None
 
 
 def _first(values: Sequence[float]) -> float:

@@ -1,16 +1,24 @@
 """Statistics of one optimizer's parameters at one step, still on their device."""
 
+# torch exports its multi-tensor functions under private names only.
+# pyright: reportPrivateImportUsage=false
+
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
-from isograd.monitor.sharding import is_sharded, local
+from isograd.monitor.sharding import PLAIN, is_sharded, local
 from isograd.monitor.statistics import largest, nonfinite, norms
+
+KIND = attrgetter("device", "dtype", "layout", "__class__")
+"""What decides how a gradient is read."""
 
 
 @dataclass
@@ -18,52 +26,58 @@ class Bucket:
     """Parameters of one device and dtype that have a gradient, and what was read of them.
 
     Attributes:
-        parameters: as the optimizer holds them.
+        parameters: as the optimizer holds them; the same list in each step in which they are the same.
         gradients: what this process holds of their gradients: plain, dense, not empty.
         sharded: several processes hold them: what is read here is not yet the whole.
         rows: by column, one scalar tensor a parameter.
+        suspicious: a gradient is not finite; not known (False) where it would have to be waited for.
     """
 
     parameters: list[Tensor]
     gradients: list[Tensor]
     sharded: bool = False
     rows: dict[str, list[Tensor]] = field(default_factory=dict[str, "list[Tensor]"])
-    _norms: Tensor | None = None
-    """The row of norms as one tensor, where it was looked at."""
+    suspicious: bool = False
 
     @property
     def weights(self) -> list[Tensor]:
         """What this process holds of the parameters."""
         return [local(p) for p in self.parameters]
 
+    @cached_property
+    def norms(self) -> Tensor:
+        """The norms of the gradients in one tensor, (parameter,)."""
+        return torch.stack(self.rows["grad_norm"])
+
     def read(self, full: bool) -> None:
         """Read the gradients: their norms, and all else if `full` or if a norm is suspicious."""
-        rows = {"grad_norm": norms(self.gradients)}
-        suspicious: list[int] = []
+        self.rows["grad_norm"] = norms(self.gradients)
         if self.gradients[0].device.type == "cpu":  # there the values can be looked at without waiting
-            self._norms = torch.stack(rows["grad_norm"])
-            values: list[float] = self._norms.tolist()
-            suspicious = [i for i, value in enumerate(values) if not math.isfinite(value) or value == 0]
-        if suspicious:
-            self._scrutinise(rows, suspicious)
+            values: list[float] = self.norms.tolist()
+            if not (all(values) and math.isfinite(math.hypot(*values))):
+                self._scrutinise(values)
         if full:
-            rows["grad_max"] = largest(self.gradients)
-            rows["nonzero"] = norms(self.gradients, 0)
-        self.rows = rows
+            self.rows["grad_max"] = largest(self.gradients)
+            self.rows["nonzero"] = norms(self.gradients, 0)
 
-    def _scrutinise(self, rows: dict[str, list[Tensor]], suspicious: list[int]) -> None:
+    def _scrutinise(self, values: Sequence[float]) -> None:
         """Tell values that are not finite from squares that over- or underflow in float32."""
-        count = [torch.zeros((), device=g.device) for g in self.gradients[:1]] * len(self.gradients)
-        for i in suspicious:
-            gradient = self.gradients[i]
-            count[i] = nonfinite(gradient).float()
-            rows["grad_norm"][i] = torch.linalg.vector_norm(gradient, dtype=torch.float64).float()
-        rows["nonfinite"] = count
+        odd = [i for i, value in enumerate(values) if not math.isfinite(value) or value == 0]
+        exact = torch._foreach_norm([self.gradients[i] for i in odd], 2.0, dtype=torch.float64)
+        self.norms[odd] = torch.stack(exact).to(self.norms.dtype)
+        self.rows["grad_norm"] = list(self.norms.unbind())
+        count = [torch.zeros(())] * len(values)
+        for i in odd:
+            if not math.isfinite(values[i]):
+                self.suspicious = True
+                count[i] = nonfinite(self.gradients[i]).float()
+        if self.suspicious:
+            self.rows["nonfinite"] = count
 
     def pack(self) -> Tensor:
         """All rows as one tensor, one after the other, in their order."""
-        if len(self.rows) == 1 and self._norms is not None:
-            return self._norms
+        if len(self.rows) == 1:
+            return self.norms
         return torch.stack([value for row in self.rows.values() for value in row])
 
 
@@ -105,28 +119,54 @@ class Part:
         return rows
 
 
-def read(parameters: Sequence[Tensor], full: bool) -> Part:
-    """Read the gradients of these parameters as they are now."""
-    groups: dict[tuple[torch.device, torch.dtype, bool], Bucket] = {}
-    sharded: list[Tensor] = []
-    bucket = Bucket([], [])
-    of: tuple[torch.device, torch.dtype, bool] | None = None
-    with torch.no_grad():
-        for parameter in parameters:
-            gradient = parameter.grad
-            if gradient is None:
-                continue
+class Reader:
+    """Reads the gradients of one optimizer's parameters.
+
+    Sorting them by device and dtype is remembered: as long as nothing but the values has changed from one step
+    to the next, as in nearly all of them, it is looked up.
+    """
+
+    def __init__(self, parameters: Callable[[], Sequence[Tensor]]) -> None:
+        self.parameters = parameters
+        self._ids: list[int] = []
+        self._kinds: Sequence[object] = ()
+        self._sorted: list[tuple[list[Tensor], list[int]]] = []
+        """Parameters of each bucket, and the places of their gradients among all."""
+
+    def read(self, full: bool) -> Part:
+        """Read the gradients as they are now."""
+        parameters = self.parameters()
+        gradients = [g for p in parameters if (g := p.grad) is not None]
+        if len(gradients) < len(parameters):
+            parameters = [p for p in parameters if p.grad is not None]
+        ids, kinds = list(map(id, parameters)), list(map(KIND, gradients))
+        with torch.no_grad():
+            if not full and ids == self._ids and kinds == self._kinds:
+                buckets = [Bucket(held, [gradients[i] for i in places]) for held, places in self._sorted]
+                part = Part(buckets, full)
+            else:
+                part = self._sort(parameters, gradients, full)
+                plain = all(type(g) in PLAIN and g.layout is torch.strided for g in gradients)
+                self._ids, self._kinds = (ids, kinds) if plain and not part.sharded else ([], ())
+            for bucket in part.buckets:
+                bucket.read(full)
+        return part
+
+    def _sort(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], full: bool) -> Part:
+        groups: dict[tuple[torch.device, torch.dtype, bool], Bucket] = {}
+        places: dict[int, list[int]] = {}
+        sharded: list[Tensor] = []
+        for i, (parameter, whole) in enumerate(zip(parameters, gradients, strict=True)):
             several = is_sharded(parameter)
             if several:
                 sharded.append(parameter)
-            gradient = local(gradient)
+            gradient = local(whole)
             if not gradient.numel():
                 continue
-            key = gradient.device, gradient.dtype, several
-            if key != of:
-                bucket, of = groups.setdefault(key, Bucket([], [], several)), key
+            bucket = groups.setdefault((gradient.device, gradient.dtype, several), Bucket([], [], several))
             bucket.parameters.append(parameter)
             bucket.gradients.append(gradient)
-        for bucket in groups.values():
-            bucket.read(full)
-    return Part(list(groups.values()), full, sharded)
+            places.setdefault(id(bucket), []).append(i)
+        buckets = list(groups.values())
+        self._sorted = [(bucket.parameters, places[id(bucket)]) for bucket in buckets]
+        return Part(buckets, full, sharded)

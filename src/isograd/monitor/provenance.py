@@ -104,8 +104,8 @@ class Provenance:
         """A step has ended: what follows belongs to the next."""
         if self.backwards:
             self._counts.append(self._taken_after or self.backwards)
-        elif self.read_early:  # the one parameter that is listened to had no gradient: listen to all again
-            self._steps = 0
+        elif self._last is not None:  # the one that is listened to had no gradient: listen to all again
+            self._steps, self._last = 0, None
             self.listen(self._parameters())
         self.backwards, self._taken_after, self._versions = 0, 0, None
         self._steps += 1

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from statistics import median
 
 import torch
@@ -26,6 +27,8 @@ class Seen:
     loss: float
     grad_norm: float
     """log10 of the global norm."""
+    update_norm: float
+    """log10 of the length of the whole step that followed; nan: not measured."""
     names: tuple[str, ...]
     """The weight matrices, in the order of the model's parameters: input side first, mostly."""
     grad: Tensor
@@ -37,10 +40,17 @@ class Seen:
     sites: tuple[str, ...]
     dead: Tensor
     """Share of a layer's units without gradient, at the site of its bias, shape (site,); nan: not known."""
+    counted: bool
+    """Any share of dead units may be known."""
     inside: Tensor | None
     """Where that was counted by a look from inside, over all samples and positions; None: nowhere."""
-    bias: float
-    """log10 of the largest gradient of a parameter that is no matrix; -inf: there is none, or all are zero."""
+    rest: Tensor
+    """log10 of the gradients of the parameters that are no matrix."""
+
+    @property
+    def silent(self) -> bool:
+        """Is there no gradient in any parameter but the matrices?"""
+        return bool((self.rest.nan_to_num(-math.inf, neginf=-math.inf) == -math.inf).all())
 
     @property
     def elasticity(self) -> Tensor:
@@ -51,29 +61,46 @@ class Seen:
         return self.grad + self.weight
 
 
-def seen(reading: Reading) -> Seen:
-    """A reading in logarithms. Only what is finite may come here."""
-    plan = _plan(reading.sites, reading.shapes)
-    missing = torch.full((len(reading.sites),), math.nan)
-    norms = torch.stack([reading.columns.get(name, missing) for name in NORMS]).double().log10_()
-    grad, (by_matrix, weight, update) = norms[0], norms[:, plan.matrices]
-    total = reading.scalars.get("grad_norm", math.nan)
-    rest = grad[plan.rest].nan_to_num(-math.inf, neginf=-math.inf)
-    dead, inside = _dead(reading, plan)
-    return Seen(
-        reading.step,
-        reading.scalars.get("loss", math.nan),
-        math.log10(total) if total > 0 else _summed(grad),
-        plan.names,
-        by_matrix,
-        weight,
-        update - weight,
-        plan.scale(grad),
-        reading.sites,
-        dead,
-        inside,
-        float(rest.max()) if len(rest) else -math.inf,
+def seen(readings: Sequence[Reading]) -> list[Seen]:
+    """Readings that are `alike`, in logarithms: as many operations as for one. Only what is finite may come here."""
+    if not readings:
+        return []
+    first = readings[0]
+    plan = _plan(first.sites, first.shapes)
+    missing = torch.full((len(first.sites),), math.nan)
+    columns = [[reading.columns.get(name, missing) for reading in readings] for name in NORMS]
+    stacked = torch.stack([torch.stack(column) for column in columns]).double()  # (norm, reading, site)
+    # What has no gradient does not move; what was not measured leaves the whole unknown.
+    lengths = stacked[2].square().masked_fill_(stacked[0].isnan(), 0.0).sum(1).tolist()
+    norms = stacked.log10_()
+    grad, (by_matrix, weight, update) = norms[0], norms[:, :, plan.matrices]
+    totals = [reading.scalars.get("grad_norm", math.nan) for reading in readings]
+    rows = zip(
+        readings, totals, lengths, grad, by_matrix, weight, update - weight, plan.scale(grad), strict=True
     )
+    return [
+        Seen(
+            reading.step,
+            reading.scalars.get("loss", math.nan),
+            math.log10(total) if total > 0 else _summed(all_grads),
+            math.log10(length) / 2 if length > 0 else -math.inf if length == 0 else math.nan,
+            plan.names,
+            grads,
+            weights,
+            updates,
+            scales,
+            reading.sites,
+            *_dead(reading, plan),
+            all_grads[plan.rest],
+        )
+        for reading, total, length, all_grads, grads, weights, updates, scales in rows
+    ]
+
+
+def alike(readings: Iterable[Reading]) -> Iterator[list[Reading]]:
+    """Runs of readings with the same columns of the same parameters."""
+    for _, run in groupby(readings, lambda reading: (reading.sites, reading.shapes, *reading.columns)):
+        yield list(run)
 
 
 NORMS = ("grad_norm", "weight_norm", "update_norm")
@@ -100,7 +127,7 @@ class Plan:
         dW is the sum of delta x^T over the samples and db that of delta, so that their quotient is the norm of x
         where the samples' deltas do not cancel. No activation is read.
         """
-        values = grad[self.matrices] - grad[self.biases] - self.fan_in
+        values = grad[..., self.matrices] - grad[..., self.biases] - self.fan_in
         kept = (self.biases >= 0) & (values.abs() < math.log10(LARGEST_SCALE))
         return torch.where(kept, values, math.nan)
 
@@ -129,15 +156,15 @@ def _sibling(name: str) -> str:
     return f"{head}.{last.replace('weight', 'bias')}" if "weight" in last else ""
 
 
-def _dead(reading: Reading, plan: Plan) -> tuple[Tensor, Tensor | None]:
+def _dead(reading: Reading, plan: Plan) -> tuple[Tensor, bool, Tensor | None]:
     """A unit is dead where its bias gets a gradient of exactly zero; counted activations are better."""
     zeros = reading.columns.get("zeros")
     dead = torch.full_like(plan.units, math.nan) if zeros is None else zeros / plan.units
     counted = reading.columns.get("dead")
     if counted is None:
-        return dead, None
+        return dead, zeros is not None, None
     inside = ~counted.isnan()
-    return torch.where(inside, counted, dead), inside
+    return torch.where(inside, counted, dead), True, inside
 
 
 def _summed(logs: Tensor) -> float:
@@ -158,13 +185,17 @@ def finite(values: Iterable[float]) -> list[float]:
     return [value for value in values if math.isfinite(value)]
 
 
-def nonfinite(reading: Reading) -> Tensor | None:
-    """NaN or Inf elements of each gradient; None where all is finite, the loss too."""
-    counted = reading.columns.get("nonfinite")
-    if counted is not None and bool((counted > 0).any()):
-        return counted.nan_to_num(0.0)
-    values = reading.columns.get("grad_norm")
-    broken = None if values is None else values.isinf()
-    if broken is not None and bool(broken.any()):
-        return broken.float()
-    return None if math.isfinite(reading.scalars.get("loss", 0.0)) else torch.zeros(len(reading.sites))
+def nonfinite(readings: Sequence[Reading]) -> list[Tensor | None]:
+    """Of readings that are `alike`, the NaN or Inf elements of each gradient; None where all is finite, the loss too."""
+    found: list[Tensor | None] = [
+        None if math.isfinite(reading.scalars.get("loss", 0.0)) else torch.zeros(len(reading.sites))
+        for reading in readings
+    ]
+    for name in ("grad_norm", "nonfinite"):
+        if name not in readings[0].columns:
+            continue
+        values = torch.stack([reading.columns[name] for reading in readings])  # (reading, site)
+        broken = values.isinf() if name == "grad_norm" else values > 0
+        for i in broken.any(1).nonzero().flatten().tolist():
+            found[i] = broken[i].float() if name == "grad_norm" else values[i].nan_to_num(0.0)
+    return found

@@ -19,9 +19,12 @@ PATIENCE = timedelta(seconds=120)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The values this process holds: its shard of a DTensor, the values of a sparse tensor, or all."""
+    """The values this process holds: its shard of a DTensor, the values of a sparse tensor, or all.
+
+    Of complex numbers the real and imaginary parts, one by one: torch's optimizers treat them so.
+    """
     if type(tensor) in PLAIN and tensor.layout is torch.strided:
-        return tensor
+        return torch.view_as_real(tensor) if tensor.is_complex() else tensor
     if is_sharded(tensor):
         spread: Any = tensor
         if any(
@@ -29,7 +32,8 @@ def local(tensor: Tensor) -> Tensor:
         ):  # as a bias under sequence parallel
             spread = spread.redistribute(placements=[_whole(p) for p in spread.placements])
         tensor = spread._local_tensor
-    return tensor.coalesce().values() if tensor.layout is torch.sparse_coo else tensor
+    tensor = tensor.coalesce().values() if tensor.layout is torch.sparse_coo else tensor
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def is_sharded(tensor: Tensor) -> bool:

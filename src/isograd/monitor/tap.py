@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from isograd.monitor import scaling
-from isograd.monitor.parts import Part, read
+from isograd.monitor.parts import Part, Reader
 from isograd.monitor.provenance import Closure, Provenance
 from isograd.monitor.sharding import local
 from isograd.monitor.statistics import norms
@@ -19,6 +19,10 @@ from isograd.monitor.updates import Moved, Sampled
 CLIPPED = (
     "clipped before they were read: something wrote to the gradients after the backward; from the next step "
     "on they are read before that"
+)
+UNHEARD = (
+    "no backward was heard of before this step: whether anything wrote to the gradients since, such as clipping, "
+    "is not known"
 )
 
 
@@ -58,12 +62,15 @@ class Tap:
     ) -> None:
         self.optimizer, self.owner = optimizer, watcher
         self._watcher, self.parameters = watcher, parameters
+        self._reader = Reader(parameters)
         self._part: Part | None = None
         self._read_at = 0
         self.scale: Tensor | None = None
         self._taken = False
         self._in_scaler = False
         self._stepped = False
+        self.captured = False
+        """A step went into a CUDA graph: what is replayed is not seen."""
         self.clipped: Tensor | float | None = None
         self._moved = Moved(optimizer) if optimizer is not None else None
         self._sampled = Sampled()
@@ -92,12 +99,13 @@ class Tap:
     # What the training loop does, in the order in which it happens.
 
     def _backward_ended(self) -> None:
-        def act() -> None:
-            self._watcher.began(self)
-            if self.provenance.early and not self._taken:  # a closure may run its backward many times
-                self._read()
+        if not self._captures():
+            self._watcher.guarded(self._after_backward)
 
-        self._watcher.guarded(act)
+    def _after_backward(self) -> None:
+        self._watcher.began(self)
+        if self.provenance.early and not self._taken:  # a closure may run its backward many times
+            self._read()
 
     def clipped_to(self, norm: Tensor) -> None:
         """The monitor itself has clipped the gradients."""
@@ -127,9 +135,11 @@ class Tap:
             self._watcher.guarded(lambda: self.finish("overflow: the optimizer did not step"))
 
     def _pre(self, optimizer: Optimizer, args: Any, kwargs: Any) -> Any:
-        if torch.compiler.is_compiling() or capturing():
+        if torch.compiler.is_compiling() or self._captures():
             return None
-        closure = kwargs.get("closure") or next((a for a in args if callable(a)), None)
+        closure = None
+        if args or kwargs:
+            closure = kwargs.get("closure") or next((a for a in args if callable(a)), None)
         if closure is None:
             self._watcher.guarded(self._before_step)
             return None
@@ -138,6 +148,11 @@ class Tap:
             return args, {**kwargs, "closure": wrapped}
         return tuple(wrapped if a is closure else a for a in args), kwargs
 
+    def _captures(self) -> bool:
+        captures = capturing()
+        self.captured |= captures
+        return captures
+
     def _before_step(self) -> None:
         part = self.take()
         self._watcher.stepping()
@@ -145,7 +160,7 @@ class Tap:
             self._sampled.before(part.parameters)
 
     def _post(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if torch.compiler.is_compiling() or capturing():
+        if torch.compiler.is_compiling() or self._captures():
             return
         self._stepped = True
         self._watcher.guarded(self.finish)
@@ -164,7 +179,7 @@ class Tap:
         """The gradients as they are now: the raw ones, unless something wrote to them since."""
         touched = self.provenance.touched
         raw = self.take()
-        return read(self.parameters(), full=False) if touched else raw
+        return self._reader.read(full=False) if touched else raw
 
     def _take(self) -> Part:
         provenance = self.provenance
@@ -175,6 +190,8 @@ class Tap:
             part = self._read()
             if touched:
                 part.notes.append(CLIPPED)
+            if part.buckets and not provenance.backwards:
+                part.notes.append(UNHEARD)
         if touched:
             provenance.read_early = True
             if part.full and self.clipped is None:
@@ -185,7 +202,7 @@ class Tap:
 
     def _read(self) -> Part:
         # All columns only where more of the step is not to be expected: micro-batches are read for the norm.
-        self._part = read(self.parameters(), self._watcher.full() and self.provenance.complete)
+        self._part = self._reader.read(self._watcher.full() and self.provenance.complete)
         self._read_at = self.provenance.backwards
         return self._part
 
@@ -219,4 +236,4 @@ def _norm(part: Part) -> Tensor | None:
 
 def capturing() -> bool:
     """A CUDA graph is being captured: Python does not run when it is replayed."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -34,6 +34,11 @@ def unexamined(
         heard = (deaf(tap.parameters(), tap.optimizer) for tap in taps)
         if why := next(filter(None, (*heard, silent)), ""):
             said["hooks"] = why
+    elif any(tap.captured for tap in taps):
+        said["training"] = (
+            "steps went into a CUDA graph, which runs no Python when it is replayed: only those before it were seen; "
+            "capture forward and backward, and leave optimizer.step() out"
+        )
     if "loss" not in logged:
         said["loss"] = "it was not logged: call monitor.log(loss=loss) once a step"
     if deep_every is None:

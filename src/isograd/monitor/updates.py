@@ -2,7 +2,7 @@
 
 A rule is solved for the weights as they are after the step, p'. With decoupled weight decay c = lr * decay,
 p' = (1 - c) p - s, so the parameter moved by d = p - p' = (c p' + s) / (1 - c). The norm is that of the
-rule: before p' was rounded to the parameter's dtype.
+rule: before p' was rounded to the parameter's dtype. With c = 1 nothing is left of p in p': the norm is nan.
 """
 
 # torch exports its multi-tensor functions under private names only.
@@ -86,7 +86,7 @@ def sgd(moved: Moved, parameters: Sequence[Tensor], groups: Sequence[Group]) -> 
             continue
         of_gradient[i], of_weight[i] = sign[i], float(group["weight_decay"])
         of_buffer[i] = float(group["momentum"]) if buffer is not None else 0.0
-        rate[i] /= 1 - rate[i] * of_weight[i]
+        rate[i] /= left(rate[i] * of_weight[i])
     terms = (
         ([local(p.grad) for p in parameters if p.grad is not None], of_gradient),
         ([local(p) for p in parameters], of_weight),
@@ -112,9 +112,9 @@ def adam(moved: Moved, parameters: Sequence[Tensor], groups: Sequence[Group]) ->
         correction = math.sqrt(1 - beta2**step)
         decoupled = group.get("decoupled_weight_decay", isinstance(moved.optimizer, AdamW))
         decay = number(group["lr"]) * float(group["weight_decay"]) if decoupled else 0.0
-        rates.append(number(group["lr"]) * correction / (1 - beta1**step) / (1 - decay))
+        rates.append(number(group["lr"]) * correction / (1 - beta1**step) / left(decay))
         floors.append(float(group["eps"]) * correction)
-        decays.append(decay / (1 - decay))
+        decays.append(decay / left(decay))
     second = [
         local(moved.optimizer.state[p]["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"])
         for p, group in zip(parameters, groups, strict=True)
@@ -144,7 +144,7 @@ def muon(moved: Moved, parameters: Sequence[Tensor], groups: Sequence[Group]) ->
         rate = number(group["lr"])
         decay = rate * float(group["weight_decay"])
         step = (p * decay).add_(update, alpha=_adjust_lr(rate, group["adjust_lr_fn"], p.shape))
-        lengths.append(torch.linalg.vector_norm(step) / (1 - decay))
+        lengths.append(torch.linalg.vector_norm(step) / left(decay))
     return lengths
 
 
@@ -204,6 +204,11 @@ def chunks(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         room -= size
     if held:
         yield held
+
+
+def left(decay: float) -> float:
+    """Share of a weight that its decay leaves; nan where that is nothing."""
+    return 1 - decay or math.nan
 
 
 def number(value: float | Tensor) -> float:

@@ -79,13 +79,14 @@ def connect_to_read(directory: Path) -> sqlite3.Connection:
     """The database of a run that somebody else may be writing.
 
     Raises:
-        NotARun: nothing is recorded there, or in a newer format.
+        NotARun: nothing is recorded there, something else is, or in a newer format.
     """
     file = directory / FILE
     if not file.is_file():
         raise NotARun(
             f"no run is recorded in {directory}: it holds no {FILE}; `isograd runs` lists those there are"
         )
+    db = None
     try:
         db = sqlite3.connect(
             f"{file.absolute().as_uri()}?mode=ro",
@@ -95,8 +96,13 @@ def connect_to_read(directory: Path) -> sqlite3.Connection:
             check_same_thread=False,
         )
         _readable(db, directory)
-        db.execute("SELECT count(*) FROM info").fetchone()
-    except sqlite3.Error as error:
+        if db.execute("PRAGMA user_version").fetchone() == (0,):
+            raise NotARun(f"{file} is a database, but no record of a run")
+    except (sqlite3.Error, NotARun) as error:
+        if db is not None:
+            db.close()
+        if isinstance(error, NotARun):
+            raise
         raise NotARun(f"the record in {directory} cannot be read: {error}") from error
     return db
 
@@ -104,7 +110,6 @@ def connect_to_read(directory: Path) -> sqlite3.Connection:
 def _readable(db: sqlite3.Connection, directory: Path) -> None:
     (found,) = db.execute("PRAGMA user_version").fetchone()
     if found > FORMAT:
-        db.close()
         raise NotARun(
             f"the record in {directory} has format {found}, this isograd reads up to {FORMAT}: upgrade it"
         )

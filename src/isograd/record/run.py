@@ -11,12 +11,13 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from isograd.record import database
+from isograd.record.database import NotARun
 from isograd.record.row import Layout, Row, Told, content, encoded
 
 if TYPE_CHECKING:
@@ -177,55 +178,76 @@ class Run:
     # -- writing ------------------------------------------------------------------------------------------
 
     def append(self, reading: Reading, findings: Iterable[Finding] = ()) -> None:
-        """Record a step and what was found in it, both or neither. From any thread; never raises for the disk.
+        """Record a step and what was found in it, as `extend` does with several."""
+        self.extend([(reading, findings)])
+
+    def extend(self, steps: Sequence[tuple[Reading, Iterable[Finding]]]) -> None:
+        """Record steps and what was found in them, all of it or nothing. From any thread; never raises for the disk.
 
         A training that is continued and counts its steps from 0 again goes on after the last step of the
-        record. A step that is trained again, from an older checkpoint, replaces what stood there.
+        record. A step that is trained again, from an older checkpoint, replaces what stood there. The
+        detectors may have seen these steps, and none after them.
         """
         with self._guard:
             if self._closed or not self._writable:
                 raise ValueError("this run is closed" if self._closed else "this run was opened to read it")
             if self._offset is None:
-                self._offset = self.last + 1 if reading.step == 0 else 0
+                self._offset = self.last + 1 if steps[0][0].step == 0 else 0
             try:
-                self._append(reading, self._offset + reading.step, tuple(findings))
+                self._extend(steps, self._offset)
             except sqlite3.Error as error:
-                self._failed(error)
+                self._failed(error, len(steps))
 
-    def _append(self, reading: Reading, step: int, findings: tuple[Finding, ...]) -> None:
+    def _extend(self, steps: Sequence[tuple[Reading, Iterable[Finding]]], offset: int) -> None:
+        before, self._appended = self._appended, self._appended + len(steps)
+        due = self._appended // EVERY > before // EVERY
+        layouts: dict[Layout, int] = {}  # those that are written here: they count once they are committed
+        with database.transaction(self._db):
+            missed = self._missed
+            for reading, findings in steps:
+                self._write(reading, tuple(findings), offset + reading.step, missed, layouts)
+                missed = 0
+            if due:
+                self._save(offset + steps[-1][0].step)
+        self._layouts |= layouts
+        self._missed = 0
+        if due and database.size(self._db) > self._limit:
+            database.thin(self._db)
+
+    def _write(
+        self,
+        reading: Reading,
+        findings: tuple[Finding, ...],
+        step: int,
+        missed: int,
+        layouts: dict[Layout, int],
+    ) -> None:
         layout = Layout.of(reading)
         notes = list(reading.notes)
-        if self._missed:
-            notes.append(f"{self._missed} steps before this one could not be recorded")
-        with database.transaction(self._db):
-            known = self._layouts.get(layout)
-            if known is None:
-                text = layout.encoded()
-                self._db.execute("INSERT OR IGNORE INTO layouts (content) VALUES (?)", (text,))
-                (known,) = self._db.execute("SELECT id FROM layouts WHERE content = ?", (text,)).fetchone()
-            self._db.execute(
-                "INSERT OR REPLACE INTO steps VALUES (?, ?, ?, ?, ?, ?)",
-                (step, reading.time, known, json.dumps(reading.scalars), json.dumps(notes), content(reading)),
-            )
-            self._db.executemany(
-                "INSERT INTO findings (step, content) VALUES (?, ?)", [(step, encoded(f)) for f in findings]
-            )
-            self._appended += 1
-            if self._appended % EVERY == 0:
-                self._save(step)
-        self._layouts[layout] = known
-        self._missed = 0
-        if self._appended % EVERY == 0 and database.size(self._db) > self._limit:
-            database.thin(self._db)
+        if missed:
+            notes.append(f"{missed} steps before this one could not be recorded")
+        known = self._layouts.get(layout) or layouts.get(layout)
+        if known is None:
+            text = layout.encoded()
+            self._db.execute("INSERT OR IGNORE INTO layouts (content) VALUES (?)", (text,))
+            (known,) = self._db.execute("SELECT id FROM layouts WHERE content = ?", (text,)).fetchone()
+            layouts[layout] = known
+        self._db.execute(
+            "INSERT OR REPLACE INTO steps VALUES (?, ?, ?, ?, ?, ?)",
+            (step, reading.time, known, json.dumps(reading.scalars), json.dumps(notes), content(reading)),
+        )
+        self._db.executemany(
+            "INSERT INTO findings (step, content) VALUES (?, ?)", [(step, encoded(f)) for f in findings]
+        )
 
     def _save(self, step: int) -> None:
         if self._memory is not None:
             state = json.dumps(self._memory.state())
             self._db.execute("INSERT OR REPLACE INTO detectors VALUES (0, ?, ?)", (step, state))
 
-    def _failed(self, error: sqlite3.Error) -> None:
+    def _failed(self, error: sqlite3.Error, steps: int = 1) -> None:
         """Later steps are tried again: somebody may have made room."""
-        self._missed += 1
+        self._missed += steps
         if not self._warned:
             self._warned = True
             warnings.warn(
@@ -358,11 +380,13 @@ class Run:
 
     def _all(self, query: str, values: tuple[Any, ...] = ()) -> list[Any]:
         with self._guard:
-            return self._db.execute(query, values).fetchall()
+            try:
+                return self._db.execute(query, values).fetchall()
+            except sqlite3.DatabaseError as error:
+                raise NotARun(f"the record in {self.path} is damaged: {error}") from error
 
     def _one(self, query: str, values: tuple[Any, ...] = ()) -> Any:
-        with self._guard:
-            return self._db.execute(query, values).fetchone()
+        return next(iter(self._all(query, values)), None)
 
 
 def home() -> Path:

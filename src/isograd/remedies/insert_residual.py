@@ -4,7 +4,7 @@ What it does
     Cuts the backbone between input layer and head into the smallest parts that keep the signal's shape, such as a
     layer with its activation or a whole attention, and adds their input to their output. Where no part keeps the
     shape, the skip is a linear projection or a strided 1x1 convolution, drawn orthogonal. Branches are scaled by
-    1/sqrt(L), L parts in all.
+    1/sqrt(L), L parts in all. Modules whose own skip is damped get a whole one around them.
 
 When it helps
     A product of many Jacobians becomes a product of sums 1 + J: the gradient has a direct path. It cures almost any
@@ -95,16 +95,28 @@ def _in_calls(found: list[Part]) -> Prescription:
 
 
 def _damped(patient: Patient) -> Prescription | None:
-    """Skips that are there and let too little by: only their author knows which factor it is."""
-    splits = patient.flow.splits
-    weak = [depth for depth, split in splits.items() if split.skip < DAMPED]
+    """Skips that are there and let too little by get a whole one around them."""
+    splits, sites = patient.flow.splits, patient.flow.sites
+    weak = sorted(depth for depth, split in splits.items() if split.skip < DAMPED)
     if not weak:
         return None
-    site, skip = patient.flow.sites[weak[0]], splits[weak[0]].skip
-    return not_applicable(
+    skip = max(splits[depth].skip for depth in weak)
+    places = list(dict.fromkeys(sites[depth].module for depth in weak))
+    said = f"{len(weak)} of {len(splits)} skip connections let only {skip:.2g} of the signal by"
+    source = sites[weak[0]].source or sites[weak[0]].place
+    by_hand = f"by hand, {source}: x + branch(x), the skip not multiplied"
+    if "" in places:
+        return not_applicable(SLUG, said, by_hand)
+    scale = len(places) ** -0.5
+    return Prescription(
         SLUG,
-        f"{len(weak)} of {len(splits)} skip connections are there, but let only {skip:.2g} of the signal by",
-        f"by hand, {site.source or site.place}: x + branch(x), the skip not multiplied",
+        f"a whole skip around {len(places)} modules, scaled by {scale:.3g}: {said}",
+        tuple(Edit(place, "wrap", "modules.Residual", {"scale": scale}) for place in places),
+        reach=Reach.RESIDUAL,
+        treats=TREATS,
+        expected=f"a gain of sqrt(1 + chi / {len(places)}) a module",
+        references=("He et al. 2016, arXiv:1512.03385",),
+        advice=(by_hand,),
     )
 
 

@@ -57,6 +57,7 @@ STREAMED = (
     "nonfinite_step",
     "fading_gradient",
     "dying_units",
+    "ordered_data",
     "steps_too_large",
     "growing_gradient",
     "diverging",

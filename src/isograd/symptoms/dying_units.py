@@ -72,8 +72,9 @@ class Dying(Detector):
         seen = history.now
         assert seen is not None
         dying = self._follow(seen)
-        silent = seen.grad == -math.inf
-        if self.holds(bool(silent.any()) and _first_half(silent, seen.grad.isnan(), seen.bias), DEAD_FOR):
+        zero = -math.inf in history.grads[-1] and _first_half(seen)
+        if self.holds(zero, DEAD_FOR):
+            silent = seen.grad == -math.inf
             return self._dead(history, int(silent.sum()), int((~seen.grad.isnan()).sum()))
         return self._dying(seen.dead, dying) if dying and _worse(history) else None
 
@@ -83,6 +84,8 @@ class Dying(Detector):
             self.sites, self.by_site = seen.sites, torch.full((4, len(seen.sites)), math.nan)
             self.by_site[2:] = 0
             self.calm = False
+        if not seen.counted:
+            return []
         largest = float(seen.dead.nan_to_num(-1.0).max()) if self.sites else -1.0
         if largest < 0:  # nothing was counted
             return []
@@ -145,10 +148,10 @@ class Dying(Detector):
         return f"at most {self.largest:.0%} of a layer's units get no gradient (a warning from {LAYER:.0%})"
 
 
-def _first_half(silent: Tensor, missing: Tensor, bias: float) -> bool:
+def _first_half(seen: Seen) -> bool:
     """Of the matrices that were read, are the first and half of all silent, while something else is not?"""
-    read = silent[~missing]
-    return bool(read[0]) and int(read.sum()) * 2 >= len(read) and (bias > -math.inf or not bool(read.all()))
+    read = (seen.grad == -math.inf)[~seen.grad.isnan()]
+    return bool(read[0]) and int(read.sum()) * 2 >= len(read) and not (seen.silent and bool(read.all()))
 
 
 def _worse(history: History) -> bool:

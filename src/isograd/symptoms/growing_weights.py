@@ -29,6 +29,7 @@ from torch import Tensor
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import WINDOW, Detector, History
+from isograd.monitor.origin import given
 
 CODE = "UP508"
 NAME = "growing-weights"
@@ -43,6 +44,7 @@ EVERY = 4
 """Steps between two looks: 64 do not change so fast."""
 READINGS = 2
 """Looks in a row: a single large step grows by leaps."""
+HELP = ("lower-learning-rate", "clip-gradients", "add weight decay: weight_decay=0.01 in AdamW")
 SETTLED = 2 * WINDOW
 """Steps before anything is said: from a small initialisation weights grow fast at first, while momentum and
 warm-up speed the steps up."""
@@ -67,19 +69,21 @@ class Growing(Detector):
         self.largest = float(grown.max())
         if not self.holds(self.largest >= GROWTH, READINGS):
             return None
+        data = given(history)
         return Finding(
             CODE,
             NAME,
             Severity.WARNING,
             f"{history.names[int(grown.argmax())]} has grown {10**self.largest:.2g} times within {WINDOW} steps, and does not slow down",
-            cause="weights and gradients drive each other up",
+            cause=data.words if data is not None else "weights and gradients drive each other up",
             sites=tuple(history.names[i] for i in grown.argsort(descending=True, stable=True)[:3].tolist()),
-            evidence={"decades": self.largest, "threshold": GROWTH, "steps": WINDOW},
-            remedies=(
-                "lower-learning-rate",
-                "clip-gradients",
-                "add weight decay: weight_decay=0.01 in AdamW",
-            ),
+            evidence={
+                "decades": self.largest,
+                "threshold": GROWTH,
+                "steps": WINDOW,
+                "cause": data.slug if data is not None else "feedback",
+            },
+            remedies=HELP if data is None else data.remedies,
         )
 
     def outcome(self, history: History) -> str | None:

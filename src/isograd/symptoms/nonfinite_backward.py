@@ -53,7 +53,7 @@ def examine(flow: Flow) -> Iterator[Outcome]:
         Severity.ERROR,
         f"the loss is finite, but the gradient of {len(bad)} parameter(s) is not ({elements} elements); "
         f"it was still finite at {place}",
-        cause=f"the derivative of {where.operation} is not finite at its input" if where is not None else "",
+        cause=made.words if made is not None else "",
         sites=(place,),
         evidence={
             "operation": where.operation if where is not None else "",

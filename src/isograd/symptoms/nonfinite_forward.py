@@ -4,17 +4,19 @@ What it means
     The loss is not finite, and neither is any gradient. One optimizer step makes every weight NaN.
 
 Why it happens
-    A logarithm or division of zero, the square root of a negative number, an exponential of a large
-    number, or activations that grew beyond what the number format holds.
+    Data that holds such a value already: an input, a target, a buffer. A logarithm or division of zero, the square
+    root of a negative number, an exponential of a large number, a mean of nothing, a row of an attention that is
+    masked throughout, or activations that grew beyond what the number format holds.
 
 Evidence
-    The first operation, in the order of execution, whose output is not finite. Masks that are minus
-    infinity on purpose do not count: they never reach the loss.
+    Of the operations from which such a value leads to the loss, the first in the order of execution; and whether what
+    it works with (inputs, targets, buffers, weights) held one before. Masks that are minus infinity on purpose do
+    not count, unless an operation makes a NaN of them: then that one is named.
 
 What helps
-    The numerically safe form of the loss (`cross_entropy` on logits for log of softmax,
-    `binary_cross_entropy_with_logits` for log of sigmoid), an epsilon inside logarithms, roots and
-    divisions, a smaller initialisation, float32 or bfloat16 where float16 overflows.
+    A look at the data, where it came with the data. Else the numerically safe form of the loss (`cross_entropy` on
+    logits for log of softmax, `binary_cross_entropy_with_logits` for log of sigmoid), an epsilon inside logarithms,
+    roots and divisions, a smaller initialisation, float32 or bfloat16 where float16 overflows.
 
 References
     Higham 2002, Accuracy and Stability of Numerical Algorithms; Blanchard et al. 2021 (log-sum-exp).
@@ -32,6 +34,16 @@ from isograd.symptoms import Healthy, Outcome
 CODE = "NF401"
 NAME = "non-finite-forward"
 
+HELP = {
+    "numerics": ("safe-loss", "critical-initialisation", "loss-scale"),
+    "precision": ("bfloat16", "loss-scale", "critical-initialisation"),
+    "data": ("check the data of this batch for values that are not finite",),
+    "weights": ("go back to a checkpoint that is finite: a step before this one has broken the model",),
+    "mask": ("keep one element of each row unmasked, or put a large finite number in place of the Inf",),
+    "empty": ("skip batches without a target",),
+}
+"""What helps, by cause."""
+
 
 def examine(flow: Flow) -> Iterator[Outcome]:
     """Is the loss finite, and if not, where did it stop being so?"""
@@ -45,26 +57,22 @@ def examine(flow: Flow) -> Iterator[Outcome]:
             CODE, NAME, Severity.ERROR, f"the loss is {value}; the operation that made it was not seen"
         )
         return
-    what = "NaN" if made.nan else "Inf"
-    overflow = made.inf and made.site.dtype == "float16"
+    place = f"{made.site.place} is the first operation with {made.what} in its output"
+    if made.site.operation == "input":
+        place = f"the model's argument {dict(made.site.settings)['name']} holds {made.what}"
     yield Finding(
         CODE,
         NAME,
         Severity.ERROR,
-        f"the loss is {value}; {made.site.place} is the first operation with a {what} in its output",
-        cause=f"{made.site.operation} "
-        + (
-            "went beyond 65504, the largest number of float16"
-            if overflow
-            else f"made a {what} out of finite values"
-        ),
+        f"the loss is {value}; {place}",
+        cause=made.words,
         sites=(made.site.place,),
         evidence={
             "operation": made.site.operation,
             "phase": "forward",
             "source": made.site.source,
             "loss": str(flow.loss),
-            "cause": "precision" if overflow else "numerics",
+            "cause": made.cause,
         },
-        remedies=("safe-loss", "critical-initialisation", "loss-scale"),
+        remedies=HELP[made.cause],
     )

@@ -131,5 +131,5 @@ def _along(line: Flow) -> Outcome | None:
             "layers": line.layers,
             "cause": "residual-branch-growth" if skip >= DAMPED else "missing-residual",
         },
-        remedies=("scale-residual-branches", "insert-residual"),
+        remedies=("scale-residual-branches",) if skip >= DAMPED else ("insert-residual",),
     )

@@ -5,6 +5,7 @@ Nothing of isograd is imported here: it joins when the script itself imports tor
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import os
 import sys
@@ -50,6 +51,23 @@ class _ThenAttach(Loader):
             print(f"isograd: this process is not watched: {type(error).__name__}: {error}", file=sys.stderr)
 
 
+def _say_if_nothing_was_seen() -> None:
+    """Silence must not look like health: what `isograd watch` started says so if nobody recorded anything."""
+    import json
+
+    settings = json.loads(os.environ["ISOGRAD_WATCH"])
+    attach = sys.modules.get("isograd.integrations.attach")
+    said = attach is not None and attach.has_told()
+    if os.getpid() != settings["pid"] or settings["quiet"] or said or os.path.exists(settings["run"]):
+        return
+    why = "no optimizer of torch took a step" if "torch" in sys.modules else "torch was not imported"
+    print(
+        f"isograd: nothing was recorded: {why}. A loop that updates the weights by itself is watched from inside: "
+        "isograd.watch(model, None), and monitor.step() after each step",
+        file=sys.stderr,
+    )
+
+
 def _run_the_one_we_hide() -> None:
     """Python runs one sitecustomize; the environment may have one of its own."""
     sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder or ".") != FOLDER]
@@ -64,4 +82,5 @@ def _run_the_one_we_hide() -> None:
 
 if "ISOGRAD_WATCH" in os.environ:
     sys.meta_path[:0] = [_After("torch"), _After("keras")]
+    atexit.register(_say_if_nothing_was_seen)  # runs after those that are registered later
 _run_the_one_we_hide()

@@ -1,0 +1,104 @@
+"""TR704 ordered-data: the batches come in blocks, and each block makes the network forget the one before.
+
+What it means
+    Within a block the loss falls far below where it started; where the next one begins it is back there at once, and
+    no step did that. The network learns what the block has in common, one class for instance, and little else.
+
+Why it happens
+    Data that is sorted, by class, by file, by user or by length, and not shuffled; a buffer of a streaming loader that
+    is smaller than the blocks; tasks that follow each other.
+
+Evidence
+    Jumps of the loss in one step from below half of its first level to above all of it, each larger than the step
+    before can explain: its length times the mean of the gradient norms at both its ends, by which a quadratic
+    changes at most. After them the loss stays up, or falls as the next steps make it fall. Where batches are drawn at
+    random that has the chance that any loss is high: the binomial tail of all jumps so far is below one in 10,000.
+
+What helps
+    Shuffle the data; a larger shuffle buffer; batches that mix the blocks.
+
+References
+    McCloskey and Cohen 1989, Catastrophic Interference in Connectionist Networks; Bottou 2009, Curiously Fast
+    Convergence of some Stochastic Gradient Descent Algorithms (the order of the examples).
+"""
+
+from __future__ import annotations
+
+import math
+
+from isograd.diagnosis import Finding, Severity
+from isograd.monitor.history import START, Detector, History
+
+CODE = "TR704"
+NAME = "ordered-data"
+
+CHANCE = 1e-4
+"""Of a training that draws its batches at random to be told this in its whole length, within an order."""
+LEAST = 3
+"""Jumps: two are two hard batches."""
+LOW = 0.5
+"""Share of the first level below which the loss must have fallen, so that there is something to forget."""
+
+
+class Ordered(Detector):
+    """Counts jumps that no step explains, and how many of them the next batch undid."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.jumps = self.lasting = 0
+        self.low = self.high = 0
+        """Losses below and above LOW since the first that was below."""
+        self.pending = False
+        self.chance = 1.0
+        """That so many jumps last, if each batch were high with the share of all that were."""
+
+    unexamined = "needs a positive loss (monitor.log(loss=…)) and update norms of successive steps"
+
+    def examine(self, history: History) -> Finding | None:
+        losses, first = history.losses, history.first_loss
+        if len(history.first_losses) < START or len(losses) < 2 or not first > 0:
+            return None
+        self._count(history, losses[-1], first)
+        if self.jumps < LEAST or not self.chance < CHANCE:
+            return None
+        return Finding(
+            CODE,
+            NAME,
+            Severity.WARNING,
+            f"{self.jumps} times the loss went in one step from below {LOW * first:.2g} to above {first:.2g}, where it "
+            f"started, and in {self.lasting} of them the next batches were as hard",
+            cause="the batches come in blocks: data that is sorted and not shuffled",
+            evidence={
+                "jumps": self.jumps,
+                "lasting": self.lasting,
+                "chance": self.chance,
+                "threshold": CHANCE,
+                "cause": "data-order",
+            },
+            remedies=("shuffle the data, or mix the blocks in each batch",),
+        )
+
+    def _count(self, history: History, loss: float, first: float) -> None:
+        if self.pending:
+            self.jumps += 1
+            self.lasting += bool(history.jump)
+            self.pending = False
+            self.chance = self._tail()
+        if self.low:
+            self.high += loss >= LOW * first
+        self.low += loss < LOW * first
+        if history.jump and history.jump[0] == history.count:
+            _, before, after, _ = history.jump
+            self.pending = bool(self.low) and before < LOW * first and after >= first
+
+    def _tail(self) -> float:
+        share = self.high / max(self.low + self.high, 1)
+        return sum(
+            math.comb(self.jumps, k) * share**k * (1 - share) ** (self.jumps - k)
+            for k in range(self.lasting, self.jumps + 1)
+        )
+
+    def outcome(self, history: History) -> str | None:
+        if not history.losses or math.isnan(history.typical_update):
+            return None
+        return f"{self.jumps} times the loss jumped back to its start and no step explains it"
