@@ -419,7 +419,7 @@ def cures() -> tuple[Cure, ...]:
         deep("exchange_activation", "10 sigmoid layers, Xavier", chain(nn.Sigmoid, 10, XAVIER), "SELU"),
         *(deep("exchange_activation", "10 sigmoid layers, He", chain(nn.Sigmoid, 10, HE), f"{called} in", 2.0)
           for called in ("ReLU", "GELU", "SiLU", "leaky ReLU")),
-        deep("exchange_activation", "10 softplus layers, He", chain(nn.Softplus, 10, HE), "ELU in", 2.0),
+        deep("exchange_activation", "40 softplus layers, He", chain(nn.Softplus, 40, HE), "ELU in", 2.0),
         Cure("zero_biases", "4 ReLU layers, biases -10", lambda: shifted(-10.0), late, loss, 0.0, 1.0),
         Cure("leaky_activation", "4 ReLU layers, biases -10", lambda: shifted(-10.0), dead,
              "share of dead units", 0.0, 0.01),

@@ -298,7 +298,7 @@ def test_explain_lists_all_pages(run: Run) -> None:
 def test_explain_of_an_unknown_code_offers_the_nearest(run: Run) -> None:
     unknown = run("explain EG210")
     assert unknown.status == 2
-    assert re.search("no finding or remedy is called 'EG210'; did you mean .*EG201", unknown.err)
+    assert re.search("no finding or remedy is called 'EG210'; did you mean EG20", unknown.err)
 
 
 def test_the_demo_says_what_is_wrong_and_what_to_type(run: Run) -> None:

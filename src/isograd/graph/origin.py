@@ -10,8 +10,8 @@ from torch.autograd.graph import Node
 from isograd.flow import NonFinite
 from isograd.graph.backbone import Graph, step_site
 from isograd.graph.backward import Backward
+from isograd.graph.call import Call
 from isograd.graph.operations import operation_of
-from isograd.graph.trace import Call
 from isograd.graph.traced import Traced
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from statistics import median
 
 from torch import Tensor, nn
 
@@ -50,14 +51,15 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         for name, (module, _) in off.items()
         if isinstance(shift := getattr(module, "bias", None), Tensor)
     ]
-    gained = sum(-math.log10(size) if size > 0 else math.inf for _, size in off.values())
+    gains = [-math.log10(size) if size > 0 else math.inf for _, size in off.values()]
+    where = f"a branch behind one {median(gains):+.1f}" if meant else f"the layers {sum(gains):+.1f}"
     yield Prescription(
         SLUG,
         f"gain 1 for {len(off)} normalisation layers",
         tuple(edits),
         reach=Reach.INITIALISATION,
         treats=TREATS,
-        expected=f"the layers give back {gained:+.1f} decades",
+        expected=f"decades given back: {where}",
         references=("Ioffe and Szegedy 2015, arXiv:1502.03167",),
     )
 
