@@ -142,7 +142,8 @@ def _harm(store: Store) -> str:
             continue
         touched = sum(row["edits"] > 0 for c in done for row in store.of(c, f"twin {arm}").values())
         runs = sum(len(store.of(c, f"twin {arm}")) for c in done)
-        worse = [case for case in done if store.restored(case, f"twin {arm}") is False]
+        changed = [c for c in done if any(row["edits"] for row in store.of(c, f"twin {arm}").values())]
+        worse = [case for case in changed if store.restored(case, f"twin {arm}") is False]
         names = ", ".join(case.name.split(" / ")[0] for case in worse)
         rows.append(
             [ARMS[arm], str(len(done)), f"{touched} of {runs}", str(len(worse)), names if worse else ""]
