@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,6 +12,10 @@ import torch
 
 from isograd.diagnosis import Diagnosis, Effect, Finding, Severity
 from isograd.flow import Flow, ModuleSignal, Parameter, Site
+
+# A shell starts what is in its background with Ctrl-C ignored, and children inherit that: tests of Ctrl-C need it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SNAPSHOTS = Path(__file__).parent / "snapshots"
 LAYERS = 6
