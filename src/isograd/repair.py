@@ -46,8 +46,8 @@ FIRST = {*ORDER, "leaky-activation"}
 NARROW = 1.0
 """Depth over width from which a draw of the weights decides more than their gain: the logarithm of the gradient's norm
 has a variance of this order, a healthy mean says little of most directions, and every ReLU that is off takes one away
-(Hanin and Nica 2018, arXiv:1812.05994). Of 14 such networks on circles and blobs, tanh or ReLU at the right gain
-brought 2 within two points of the best control (`python -m benchmarks.replay table`)."""
+(Hanin and Nica 2018, arXiv:1812.05994). Of AutoTrainer's networks on circles and blobs, tanh or ReLU at the right gain
+brought 2 of 17 within two points of the best control, this 11 of 18 (`python -m benchmarks.replay table`)."""
 NARROWED = ("VG101", "EG201", "EG202", "SA301", "SA302", "NF401", "NF402")
 """Findings that in such networks are treated with a smooth function and orthogonal weights together."""
 SMOOTH = {"elu", "celu", "selu"}
