@@ -25,8 +25,8 @@ from benchmarks.report import progress, table
 from benchmarks.workloads import Setting
 from gallery.nets import HE, Shape, Transformer, initialised, mlp
 from isograd.graph.traced import Loss
+from isograd.judge import Train, short_training
 from isograd.remedies import remedies
-from isograd.repair import Train, short_training
 
 TARGET = 50
 """Training steps that a search may take."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import signal
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from torch.nn import functional
 
 from isograd import check
 from isograd.cli import main
+from isograd.judge import short_training
 from isograd.prescription import Reach
-from isograd.repair import Repair, repair, short_training
+from isograd.repair import Repair, repair
 from tests.models import HE, Built, Residual, classified, mlp, relu_he, relu_large
 from tests.test_remedies_init import dead, functional_net, loop, normed
 
@@ -280,6 +282,48 @@ def test_training_judges_what_the_flow_does_not_show() -> None:
     assert found.prescription is not None
     assert found.cured
     assert found.score_after > found.score_before + 0.1
+
+
+def test_what_trains_worse_is_passed_over() -> None:
+    torch.manual_seed(0)
+    model, loss = relu_large()
+    first = repair(model, loss)
+    assert first.prescription is not None
+    times = iter((1.0, 0.0, 2.0))  # as it is, with the first healthy candidate, with the next
+    found = repair(model, loss, train=lambda _model, _seed: next(times))
+    assert found.cured
+    assert found.prescription is not None
+    assert found.prescription.edits != first.prescription.edits
+    assert (found.score_before, found.score_after) == (1.0, 2.0)
+    passed = next(tried for tried in found.tried if tried.prescription.edits == first.prescription.edits)
+    assert "the score goes from 1 to 0" in passed.why
+
+
+def test_a_training_that_raises_loses_nothing() -> None:
+    torch.manual_seed(0)
+    model, loss = relu_large()
+
+    def broken(_model: nn.Module, _seed: int) -> float:
+        raise FileNotFoundError("train.csv")
+
+    found = repair(model, loss, train=broken)
+    assert found.cured
+    assert found.prescription is not None
+    assert found.note == "not judged by training, which raised FileNotFoundError: train.csv"
+    assert math.isnan(found.score_before)
+
+
+def test_an_interrupted_training_keeps_the_candidate() -> None:
+    torch.manual_seed(0)
+    model, loss = relu_large()
+
+    def interrupted(_model: nn.Module, _seed: int) -> float:
+        raise KeyboardInterrupt
+
+    found = repair(model, loss, train=interrupted)
+    assert found.cured
+    assert found.prescription is not None
+    assert found.note == "interrupted: the best so far"
 
 
 def test_functional_net_of_the_contracts_is_repaired() -> None:

@@ -165,7 +165,7 @@ def _search(
         import isograd
         from isograd.cli.prove import judging, named
         from isograd.cli.target import load
-        from isograd.repair import short_training
+        from isograd.judge import short_training
 
         say(f"importing {text}")
         torch.manual_seed(seed)

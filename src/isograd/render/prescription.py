@@ -16,7 +16,8 @@ from isograd.prescription import Edit, Prescription, Safety, printed
 from isograd.render import numbers
 
 if TYPE_CHECKING:
-    from isograd.repair import Repair, Tried
+    from isograd.repair import Repair
+    from isograd.search import Tried
 
 SAFETY = {
     Safety.SAFE: ("safe: the model computes the same function", "green"),
@@ -49,8 +50,10 @@ def _advice(rx: Prescription) -> Text:
 
 def diff(edits: Sequence[Edit]) -> Iterator[str]:
     """`- (3): Sigmoid()` and `+ (3): ReLU()`; places with the same two lines share them."""
-    for _, group in groupby(edits, key=_alike):
-        run = list(group)
+    alike: dict[tuple[str, ...], list[Edit]] = {}
+    for edit in edits:  # the edits of one block need not stand together
+        alike.setdefault(_alike(edit), []).append(edit)
+    for run in alike.values():
         where, first = places([edit.place for edit in run]), run[0]
         if first.rows is not None:
             where += f"[{first.rows[0]}:{first.rows[1]}]"
@@ -147,10 +150,11 @@ def repair_document(found: Repair) -> Text:
     text.append(f"\n  {_effect(found)}")
     if found.note:
         text.append(f"\n  {found.note}", "yellow")
+    label = "not enough" if found.before.errors else "not chosen"
     rest = [tried for tried in found.tried if tried.prescription is not found.prescription]
     for title, said, count in _failures(rest):
         times = f" ({count} variants)" if count > 1 else ""
-        text.append("\n  not enough  ", "dim").append(f"{title}{times}: {said}")
+        text.append(f"\n  {label}  ", "dim").append(f"{title}{times}: {said}")
     if found.prescription is not None:
         text.append("\n\n").append(document(found.prescription))
     return text

@@ -1,0 +1,367 @@
+"""The search for a prescription: which candidates there are, in which order, and what each of them was found to be worth.
+
+Prescriptions are tried in the order of their reach - weights before activations, activations before
+normalisation, residual connections, gates - and within it the specific before the general. What theory rules out is
+not measured. Where no single one is enough, an activation is exchanged together with weights drawn for the new one;
+then what remains after the best change is treated in its turn.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from types import ModuleType
+
+from torch import nn
+
+from isograd.causes import distance
+from isograd.check import along_time
+from isograd.diagnosis import Diagnosis, Severity, diagnose
+from isograd.graph.traced import Loss
+from isograd.judge import Judge
+from isograd.layers import layers
+from isograd.measure import measure
+from isograd.prescription import Patient, Prescription, Reach, Safety, apply, combined, prescriptions
+from isograd.remedies import critical_initialisation, exchange_activation, orthogonal_initialisation, slugs
+from isograd.symptoms.vanishing_gradient import threshold
+
+ORDER = (
+    "standardise-input", "reset-norm-epsilon", "reset-norm-gain", "scale-embeddings", "zero-biases",
+    "recurrent-initialisation", "chrono-initialisation", "forget-bias", "scale-residual-branches",
+    "rescale-weights", "orthogonal-initialisation", "delta-orthogonal", "critical-initialisation", "classic-initialisation", "lsuv",
+)  # fmt: skip
+"""Of one reach: what mends one property that is off, before what draws everything anew; the rest follows."""
+FIRST = {*ORDER, "leaky-activation"}
+"""Remedies that leave the structure as it is; the others are not even looked for before these have failed."""
+NARROW = 1.0
+"""Depth over width from which a draw of the weights decides more than their gain: the logarithm of the gradient's norm
+has a variance of this order, a healthy mean says little of most directions, and every ReLU that is off takes one away
+(Hanin and Nica 2018, arXiv:1812.05994). Of AutoTrainer's networks on circles and blobs, tanh or ReLU at the right gain
+brought 2 of 17 within two points of the best control, this 11 of 18 (`python -m benchmarks.replay table`)."""
+NARROWED = ("VG101", "EG201", "EG202", "SA301", "SA302", "NF401", "NF402")
+"""Findings that in such networks are treated with a smooth function and orthogonal weights together."""
+SMOOTH = {"elu", "celu", "selu"}
+MOST = 40
+"""Measurements after which a search gives up."""
+TRAINED = ("residual-branch-growth", "post-norm")
+"""What a training is asked about where the flow is healthy: the residual branches and the place of the normalisation."""
+SPARE = 4
+"""Further candidates of the same reach that are measured when one leaves a warning about depth, and no error."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One candidate of the search and why it was not enough, or that it was."""
+
+    prescription: Prescription
+    why: str
+    remaining: float = math.nan
+    """Decades between head and input, in the worse direction; NaN: not measured."""
+    verdict: str = ""
+    """Of the flow after the change; '' when it was not measured."""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A model, what was changed in it, and what was then seen."""
+
+    model: nn.Module
+    prescription: Prescription | None
+    diagnosis: Diagnosis
+    score: float = math.nan
+    """Of the training that judged it; NaN: none did."""
+
+
+class Search:
+    """Candidates tried in order; keeps the best."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: Loss,
+        *,
+        budget: float | None,
+        measurements: int,
+        unsafe: bool,
+        judge: Judge | None,
+        progress: Callable[[str], None],
+    ) -> None:
+        self.model, self.loss, self.unsafe, self.say, self.judge = model, loss, unsafe, progress, judge
+        self.began = time.perf_counter()
+        self.ends = math.inf if budget is None else self.began + budget
+        self.left = measurements
+        self.before = self._examined(model)
+        self.patient = Patient(model, self.before, loss)
+        self.tried: list[Tried] = []
+        self.best = Outcome(model, None, self.before)
+        self.note = ""
+
+    @property
+    def cured(self) -> bool:
+        """The flow shows no error, and no training speaks against it."""
+        return not self.best.diagnosis.errors and not self._worse(self.best)
+
+    def run(self) -> None:
+        """Try candidates until one is healthy; where the flow is healthy from the start, those that a training may prefer."""
+        try:
+            if self.before.errors:
+                self._cure()
+            elif self.judge is not None:
+                self._train()
+            else:
+                self.note = "the flow is healthy: nothing to repair"
+        except KeyboardInterrupt:
+            self.note = "interrupted: the best so far"
+        except _Spent as spent:
+            self.note = f"{spent}: the best so far"
+        if self.judge is not None and self.judge.why_not:
+            self.note = "; ".join(filter(None, (self.note, self.judge.why_not)))
+
+    def _cure(self) -> None:
+        spare = SPARE
+        for candidate in self._candidates():
+            best = self.best
+            if best.prescription is not None and self.cured:  # healthy but for a warning
+                if spare == 0 or candidate.reach > best.prescription.reach:
+                    return
+                spare -= 1
+            if self._try(candidate):
+                return
+        if self.best.diagnosis.errors:
+            self.note = "no prescription makes the flow healthy"
+        elif not self.cured:
+            self.note = "the flow is healthy, but the model trains worse"
+
+    def _train(self) -> None:
+        """The flow is healthy: what a training prefers is measured, and the best of it kept."""
+        judge = self.judge
+        assert judge is not None
+        self.say("training the model as it is")
+        self.best = replace(self.best, score=judge.before)
+        for rx in self._for_training():
+            if judge.why_not:
+                return
+            began, changed = time.perf_counter(), self._applied(rx)
+            if changed is None:
+                continue
+            score = self._score(changed, rx)
+            why, preferred = f"the score goes from {judge.before:.4g} to {score:.4g}", False
+            if judge.prefers(score, self.best.score):
+                after = self._examined(changed)
+                preferred, why = not after.errors, f"{_seen(after)}, and {why}"
+                if preferred:
+                    self.best = Outcome(changed, rx, after, score)
+            self._note(rx, why, self.best.diagnosis if preferred else None, began)
+        if self.best.prescription is None:
+            self.note = "the flow is healthy: nothing to repair, and no change trains better"
+
+    # -- candidates --------------------------------------------------------------------------------
+
+    def _candidates(self) -> Iterator[Prescription]:
+        if self.unsafe and _treated(self.patient, NARROWED) and depth_over_width(self.patient) >= NARROW:
+            yield from self._smooth()
+        activations: list[Prescription] = []
+        for slug in (
+            *ORDER,
+            "leaky-activation",
+        ):  # those behind the cure are not even looked for: LSUV runs the model
+            for rx in self.prescribed(self.patient, {slug}):
+                if rx.reach <= Reach.INITIALISATION:
+                    yield rx
+                else:
+                    activations.append(rx)
+        yield from activations
+        yield from self._exchanges(self.patient)
+        structural = self.prescribed(self.patient, set(slugs()) - FIRST - {exchange_activation.SLUG})
+        yield from structural
+        yield from self._with_weights(structural)
+        yield from self._further()
+
+    def prescribed(self, patient: Patient, among: set[str]) -> list[Prescription]:
+        """Applicable prescriptions of these remedies that change the model, in the order in which they are tried."""
+        found = [
+            rx for rx in prescriptions(patient, among=among) if any(e.verb != "configure" for e in rx.edits)
+        ]
+        found = [rx for rx in found if self.unsafe or rx.safety is Safety.SAFE]
+        rank = {slug: i for i, slug in enumerate(ORDER)}
+        return sorted(found, key=lambda rx: (rx.reach, rank.get(rx.remedy, len(ORDER))))
+
+    def _exchanges(self, patient: Patient) -> Iterator[Prescription]:
+        """Another activation alone, then with weights drawn for it: one function after the other, as they are asked for."""
+        if not self.unsafe or not _treated(patient, exchange_activation.TREATS):
+            return
+        flat = [
+            n for n in exchange_activation.functions(patient.flow) if n not in exchange_activation.SELF_GATED
+        ]
+        for rx in exchange_activation.prescribe(patient):
+            if not rx.applicable:
+                continue
+            yield rx
+            if any(e.verb == "fill" for e in rx.edits):  # SELU brings its own weights
+                continue
+            exchanged = dict.fromkeys(flat, exchange_activation.target_of(rx))
+            yield from _with_drawn(
+                rx, patient, exchanged, (orthogonal_initialisation, critical_initialisation)
+            )
+
+    def _smooth(self) -> Iterator[Prescription]:
+        """ELU with orthogonal weights, for networks deeper than they are wide."""
+        names = [n for n in exchange_activation.functions(self.patient.flow) if n not in SMOOTH]
+        if not names:
+            return
+        rx = exchange_activation.exchange(self.patient, names, "elu")
+        if rx.applicable:
+            exchanged = dict.fromkeys(names, "elu")
+            yield from _with_drawn(rx, self.patient, exchanged, (orthogonal_initialisation,))
+
+    def _with_weights(self, structural: list[Prescription]) -> Iterator[Prescription]:
+        """A normalisation or skip together with orthogonal weights."""
+        for drawn in orthogonal_initialisation.prescribe(self.patient):
+            if drawn.applicable:
+                for rx in structural:
+                    try:
+                        yield combined([rx, replace(drawn, decades=math.nan)])
+                    except ValueError:  # it redraws or takes the place of the same weights
+                        continue
+
+    def _further(self) -> Iterator[Prescription]:
+        """What is prescribed for the best so far, on top of it."""
+        rx = self.best.prescription
+        if rx is None or rx.key_map(self.model):  # names have changed: edits of both cannot be told together
+            return
+        for more in self.prescribed(Patient(self.best.model, self.best.diagnosis, self.loss), set(slugs())):
+            try:
+                yield replace(combined([rx, more]), decades=math.nan)
+            except ValueError:
+                continue
+
+    def _for_training(self) -> Iterator[Prescription]:
+        """What changes how a healthy flow trains."""
+        for cause in TRAINED:
+            for rx in prescriptions(self.patient, {cause}):
+                changes = any(edit.verb != "configure" for edit in rx.edits)
+                if rx.applicable and changes and (self.unsafe or rx.safety is Safety.SAFE):
+                    yield rx
+
+    # -- one candidate -----------------------------------------------------------------------------
+
+    def _try(self, rx: Prescription) -> bool:
+        """Is the model healthy with it, without a warning about depth, and no training against it?"""
+        if any(rx.edits == known.prescription.edits for known in self.tried):
+            return False
+        limit = max(threshold(self.before.flow.layers), 2.0)
+        if not math.isnan(rx.decades) and abs(rx.decades) > limit:
+            self._note(rx, f"theory expects {rx.decades:+.1f} decades: not measured")
+            return False
+        began, changed = time.perf_counter(), self._applied(rx)
+        if changed is None:
+            return False
+        try:
+            outcome = Outcome(changed, rx, self._examined(changed))
+        except Exception as error:  # a shape that no longer fits: said
+            self._note(rx, f"could not be tried: {_first_line(error)}")
+            return False
+        why, healthy = _seen(outcome.diagnosis), not outcome.diagnosis.errors
+        if healthy and self.judge is not None:
+            best = self.best
+            self._keep(outcome)  # whatever becomes of its training
+            outcome = replace(outcome, score=self._score(changed, rx))
+            self.best = best
+            if not math.isnan(outcome.score):
+                why += f", and the score goes from {self.judge.before:.4g} to {outcome.score:.4g}"
+        self._note(rx, why, outcome.diagnosis, began)
+        self._keep(outcome)
+        return healthy and not _warned(outcome.diagnosis) and not self._worse(outcome)
+
+    def _applied(self, rx: Prescription) -> nn.Module | None:
+        """A changed copy; None where that failed, which is noted.
+
+        Raises:
+            _Spent: no further candidate may be begun.
+        """
+        if self.left <= 0:
+            raise _Spent("the measurements are used up")
+        if time.perf_counter() > self.ends:
+            raise _Spent("the budget is used up")
+        self.left -= 1
+        self.say(f"candidate {len(self.tried) + 1}: {rx.title}")
+        try:
+            return apply(self.model, rx)
+        except Exception as error:  # a model that cannot be copied: said
+            self._note(rx, f"could not be tried: {_first_line(error)}")
+            return None
+
+    def _score(self, changed: nn.Module, rx: Prescription) -> float:
+        assert self.judge is not None
+        self.say(f"training with: {rx.title}")
+        return math.nan if math.isnan(self.judge.before) else self.judge.score(changed)
+
+    def _note(
+        self, rx: Prescription, why: str, seen: Diagnosis | None = None, began: float = math.nan
+    ) -> None:
+        if seen is None:
+            self.tried.append(Tried(rx, why))
+        else:
+            seconds = time.perf_counter() - began
+            self.tried.append(Tried(rx, why, distance(seen.flow), seen.verdict, seconds))
+
+    def _keep(self, outcome: Outcome) -> None:
+        if self._badness(outcome) < self._badness(self.best):
+            self.best = outcome
+
+    def _worse(self, outcome: Outcome) -> bool:
+        """A training speaks against it."""
+        return self.judge is not None and not math.isnan(outcome.score) and outcome.score < self.judge.before
+
+    def _badness(self, outcome: Outcome) -> tuple[bool, bool, bool, float]:
+        seen = outcome.diagnosis
+        return bool(seen.errors), self._worse(outcome), _warned(seen), distance(seen.flow)
+
+    def _examined(self, model: nn.Module) -> Diagnosis:
+        return diagnose(along_time(measure(model, self.loss), model, self.loss))
+
+
+def _with_drawn(
+    rx: Prescription, patient: Patient, exchanged: dict[str, str], remedies: Iterable[ModuleType]
+) -> Iterator[Prescription]:
+    """An exchange of activations together with weights drawn for the new ones."""
+    for remedy in remedies:
+        for drawn in remedy.prescribe(replace(patient, exchanged=exchanged)):
+            if drawn.applicable:
+                yield replace(combined([rx, drawn]), decades=drawn.decades, expected=drawn.expected)
+
+
+def depth_over_width(patient: Patient) -> float:
+    """Sum of 1 / fan-in over the layers of a chain; 0 where skips pass the signal by (Hanin and Nica 2018)."""
+    if patient.flow.splits:
+        return 0.0
+    return sum(1 / layer.fan_in for layer in layers(patient.flow, patient.model, {}) if layer.fan_in)
+
+
+def _treated(patient: Patient, treats: tuple[str, ...]) -> bool:
+    return any(finding.code in treats for finding in patient.diagnosis.findings)
+
+
+class _Spent(Exception):
+    """The budget of a search is used up."""
+
+
+def _seen(after: Diagnosis) -> str:
+    """Why a candidate was not enough, or that it was."""
+    remains = f"{distance(after.flow):.1f} decades remain"
+    if after.errors:
+        return f"{', '.join(f'{f.code} {f.name}' for f in after.errors)}: {remains}"
+    return f"healthy, with a warning: {remains}" if _warned(after) else "healthy"
+
+
+def _warned(diagnosis: Diagnosis) -> bool:
+    """A warning about the gradient along depth or time."""
+    depth = ("VG", "EG", "RN")
+    return any(f.code[:2] in depth and f.severity >= Severity.WARNING for f in diagnosis.findings)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
