@@ -31,6 +31,7 @@ from gallery.cases import published
 from gallery.keras_net import Spec, loss_of
 from gallery.zoo import graded
 from isograd import trials
+from isograd.prescription import apply
 from isograd.repair import repair
 
 RESULTS = Path(__file__).with_name("replay.jsonl")
@@ -148,9 +149,10 @@ def _isograd(recipe: Recipe, train: Trainer, seeds: Sequence[int]) -> list[Row]:
     searches: list[Row] = []
     for seed in seeds:
         started = time.process_time()
-        answer = repair(member(recipe, found, seed).model.train(), lambda m: loss(m(x), y))
+        model = member(recipe, found, seed).model.train()
+        answer = repair(model, lambda m: loss(m(x), y))
         rx = answer.prescription
-        members.append(Member(answer.model, recipe, seed))
+        members.append(Member(model if rx is None else apply(model, rx, seed=seed), recipe, seed))
         searches.append(
             {
                 "edits": 0 if rx is None else len(rx.edits),

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from benchmarks.twins.case import Case
 from benchmarks.twins.faults import weighted
 from gallery.nets import scaled_normal
+from isograd.prescription import apply
 from isograd.repair import repair
 
 ACTIVATIONS = (
@@ -55,7 +56,7 @@ def with_isograd(case: Case, model: nn.Module, seed: int) -> Treated:
     configuration = {} if rx is None else rx.configuration
     clip = configuration.get("clip_grad_norm")
     return Treated(
-        found.model,
+        found.model if rx is None else apply(model, rx, seed=seed),  # a draw of its own for every seed
         "nothing" if rx is None else rx.title,
         edits,
         seconds,

@@ -23,8 +23,8 @@ class Judge:
 
     def __init__(self, model: nn.Module, train: Train) -> None:
         self.model, self.train = model, train
-        self.why_not = ""
-        """Why nothing is judged any more: the first error that the training raised."""
+        self.failure: Exception | None = None
+        """What the training raised: nothing is judged any more."""
 
     @cached_property
     def before(self) -> float:
@@ -33,16 +33,13 @@ class Judge:
 
     def score(self, model: nn.Module) -> float:
         """Of a copy; minus infinity for a training that ended in NaN, NaN where none could be had."""
-        if self.why_not:
+        if self.failure is not None:
             return math.nan
         try:
             with torch.random.fork_rng():
                 value = float(self.train(copy.deepcopy(model), 0))
         except Exception as error:  # the user's code: what the search has found is kept
-            said = str(error).splitlines()
-            self.why_not = (
-                f"not judged by training, which raised {type(error).__name__}: {said[0] if said else ''}"
-            )
+            self.failure = error
             return math.nan
         return value if math.isfinite(value) else -math.inf
 

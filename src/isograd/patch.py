@@ -43,11 +43,12 @@ def code(rx: Prescription) -> str:
     helpers = _sources([root for root in OURS if root in roots | {"surgery"}], needed if edits else set())
     lines = [f"{_quoted(whole.remedy)}: {_quoted(whole.title)}", ""]
     lines += [_quoted(f"{whole.safety.value}: {SAFETY[whole.safety.value]}"), *map(_quoted, _told(whole))]
-    opened = "drawing(model, seed=0), torch.no_grad()" if draws else "torch.no_grad()"
+    opened = "drawing(model, seed), torch.no_grad()" if draws else "torch.no_grad()"
+    taken = "model: nn.Module, seed: int = 0" if draws else "model: nn.Module"
     parts = ['"""' + "\n".join(lines).strip() + '\n"""\n']
     parts += helpers or ["import torch\nfrom torch import nn\n"]
     parts.append(
-        "\ndef repair(model: nn.Module) -> nn.Module:\n"
+        f"\ndef repair({taken}) -> nn.Module:\n"
         f'    """{_quoted(whole.title)}. Call it before the optimizer is made."""\n'
         + (f"    with {opened}:\n" + indent(body, " " * 8) if edits else "")
         + "    return model\n"

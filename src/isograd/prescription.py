@@ -125,7 +125,7 @@ class Prescription:
         """
         copied = _copied(unwrapped(model)[0])
         names = _names(copied)
-        with surgery.drawing(copied, seed=0):
+        with surgery.drawing(copied, 0):
             for edit in self.edits:
                 copied = perform(copied, edit)
         return _renamed(names, copied)
@@ -289,11 +289,12 @@ def apply(
     *,
     in_place: bool = False,
     optimizer: torch.optim.Optimizer | None = None,
+    seed: int = 0,
 ) -> nn.Module:
     """Make the edits of one or several prescriptions on a deep copy of the model.
 
-    Tied parameters stay tied; train/eval mode, `requires_grad`, device and number format are kept. What is drawn
-    at random comes from a generator seeded with 0 and leaves the user's random numbers as they are.
+    Tied parameters stay tied; train/eval mode, `requires_grad`, device and number format are kept. The user's random
+    numbers go on as if nothing had been drawn.
 
     Args:
         model: not touched unless `in_place`.
@@ -301,6 +302,7 @@ def apply(
         in_place: change the model itself and return it.
         optimizer: follows to the returned model: its parameters are exchanged in their groups, and the state of
             what was refilled or is gone is dropped. An optimizer that is not given goes on training the old weights.
+        seed: of what is drawn at random. A search measures the draw of seed 0.
 
     Raises:
         ValueError: nothing to apply, conflicting edits, another model than was prescribed for, or one that cannot be
@@ -314,7 +316,7 @@ def apply(
     old, names = dict(model.named_parameters()), _names(changed)
     # a copied Keras model calls its parameters by other names, in the same order
     places = dict(zip(old, (name for name, _ in changed.named_parameters()), strict=False))
-    with surgery.drawing(changed, seed=0):
+    with surgery.drawing(changed, seed):
         for edit in whole.edits:
             place = edit.place if edit.verb != "fill" else places.get(edit.place, edit.place)
             if edit.verb != "configure" and not _has(changed, place, edit.verb):

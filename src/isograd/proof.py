@@ -148,7 +148,7 @@ def prove(
     """Train a model with and without a repair, and tell whether it helps.
 
     For each seed the same training runs on the model as it is, on the repaired model, and on the model with
-    a random edit of the same kind. If `train` takes a keyword `lr_scale`, the best of several learning rates
+    a random edit of the same kind; what a repair draws at random is drawn anew for each seed. If `train` takes a keyword `lr_scale`, the best of several learning rates
     is found on a seed of its own and the model as it is trained with it on all others.
 
     Args:
@@ -259,7 +259,11 @@ def _trial(
             _seeded(seed)
             model = build(seed)
             treated = {AFTER: rx, RANDOM: random_edit(rx, model, seed)}.get(arm)
-            patient = apply(model, treated) if treated is not None and treated.edits else copy.deepcopy(model)
+            patient = (
+                apply(model, treated, seed=seed)
+                if treated is not None and treated.edits
+                else copy.deepcopy(model)
+            )
             keywords: dict[str, Any] = dict(given) if arm == AFTER else {}
             if arm == RATE:
                 keywords["lr_scale"] = setting["scale"]

@@ -37,6 +37,8 @@ class Repair:
     score_before: float = math.nan
     score_after: float = math.nan
     """Of `train`, where it was given."""
+    failure: Exception | None = field(default=None, compare=False)
+    """What `train` raised; the search then went on without it."""
     target: str = field(default="", compare=False)
 
     def to_code(self) -> str:
@@ -82,7 +84,8 @@ def repair(
         measurements: candidates after which the search ends.
         unsafe: False tries only edits that keep the function that the model computes.
         train: judges by training as well: a model whose flow is healthy is then repaired if it trains better for
-            it (`train(model, seed)` returns a score, higher is better). Deep post-norm transformers are such.
+            it (`train(model, seed)` returns a score, higher is better). Deep post-norm transformers are such. What
+            it raises is kept in `.failure`.
         progress: is told what is tried.
 
     Returns:
@@ -124,6 +127,7 @@ def _found(search: Search) -> Repair:
         note=search.note,
         score_before=math.nan if judge is None or math.isnan(best.score) else judge.before,
         score_after=best.score,
+        failure=None if judge is None else judge.failure,
     )
 
 

@@ -117,8 +117,9 @@ class Search:
             self.note = "interrupted: the best so far"
         except _Spent as spent:
             self.note = f"{spent}: the best so far"
-        if self.judge is not None and self.judge.why_not:
-            self.note = "; ".join(filter(None, (self.note, self.judge.why_not)))
+        if self.judge is not None and self.judge.failure is not None:
+            raised = f"not judged by training, which raised {_first_line(self.judge.failure)}"
+            self.note = f"{self.note}; {raised}" if self.note else raised
 
     def _cure(self) -> None:
         spare = SPARE
@@ -142,7 +143,7 @@ class Search:
         self.say("training the model as it is")
         self.best = replace(self.best, score=judge.before)
         for rx in self._for_training():
-            if judge.why_not:
+            if judge.failure is not None:
                 return
             began, changed = time.perf_counter(), self._applied(rx)
             if changed is None:

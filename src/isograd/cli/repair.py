@@ -113,8 +113,8 @@ def repair(
     if form == "text":  # what was found is kept, whatever becomes of its proof
         click.echo(found)
     stopped = found.note.startswith("interrupted")
-    proof, error = None, None
-    if prove and found.prescription is not None and not stopped:
+    proof, error = None, found.failure
+    if prove and found.prescription is not None and not stopped and error is None:
         try:
             proof = _proof(target, inputs, found.prescription, aim.loss, train, seeds, store)
         except KeyboardInterrupt:
