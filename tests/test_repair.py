@@ -299,6 +299,26 @@ def test_what_trains_worse_is_passed_over() -> None:
     assert "the score goes from 1 to 0" in passed.why
 
 
+def test_a_training_is_asked_about_what_no_gradient_shows() -> None:
+    """Sigmoids behind batch normalisation: a healthy flow, and features that hardly differ between samples."""
+    torch.manual_seed(0)
+    body = [part for _ in range(6) for part in (nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Sigmoid())]
+    model, loss = classified(nn.Sequential(*body, nn.Linear(64, 10)))
+    scored: list[nn.Module] = []
+
+    def without_sigmoids(changed: nn.Module, _seed: int) -> float:
+        scored.append(changed)
+        return -float(sum(isinstance(module, nn.Sigmoid) for module in changed.modules()))
+
+    found = repair(model, loss, train=without_sigmoids)
+    assert not found.before.errors
+    assert found.prescription is not None
+    assert found.prescription.remedy == "exchange-activation"
+    scored.clear()
+    assert repair(model, loss, train=without_sigmoids, trainings=1).score_before == -6
+    assert len(scored) == 2  # as it is, and one change
+
+
 def test_a_training_that_raises_loses_nothing() -> None:
     torch.manual_seed(0)
     model, loss = relu_large()

@@ -14,6 +14,8 @@ from isograd.graph.traced import Loss
 
 Train = Callable[[nn.Module, int], float]
 """train(model, seed) -> score, higher is better; as `isograd.prove` takes it."""
+TRAININGS = 8
+"""Changed models that a search trains at most."""
 BETTER = 0.05
 """Share of the score's distance that training has to gain before a change is said to help."""
 
@@ -21,20 +23,24 @@ BETTER = 0.05
 class Judge:
     """Scores of copies of models after the user's training, from one seed. A training that raises judges nothing."""
 
-    def __init__(self, model: nn.Module, train: Train) -> None:
+    def __init__(self, model: nn.Module, train: Train, trainings: int = TRAININGS) -> None:
         self.model, self.train = model, train
+        self.left = trainings
+        """Trainings that may still be made, that of the model as it is not counted."""
         self.failure: Exception | None = None
         """What the training raised: nothing is judged any more."""
 
     @cached_property
     def before(self) -> float:
         """Score of the model as it is; NaN: it could not be trained."""
+        self.left += 1
         return self.score(self.model)
 
     def score(self, model: nn.Module) -> float:
         """Of a copy; minus infinity for a training that ended in NaN, NaN where none could be had."""
         if self.failure is not None:
             return math.nan
+        self.left -= 1
         try:
             with torch.random.fork_rng():
                 value = float(self.train(copy.deepcopy(model), 0))

@@ -12,7 +12,7 @@ from torch import nn
 
 from isograd.diagnosis import Diagnosis
 from isograd.graph.traced import Loss, unwrapped
-from isograd.judge import Judge, Train
+from isograd.judge import TRAININGS, Judge, Train
 from isograd.prescription import Prescription
 from isograd.search import MOST, Search, Tried
 
@@ -73,6 +73,7 @@ def repair(
     measurements: int = MOST,
     unsafe: bool = True,
     train: Train | None = None,
+    trainings: int = TRAININGS,
     progress: Callable[[str], None] | None = None,
 ) -> Repair:
     """Find the least invasive change that makes the flow healthy, by measuring each candidate once.
@@ -83,9 +84,11 @@ def repair(
         budget: seconds after which no further candidate is begun.
         measurements: candidates after which the search ends.
         unsafe: False tries only edits that keep the function that the model computes.
-        train: judges by training as well: a model whose flow is healthy is then repaired if it trains better for
-            it (`train(model, seed)` returns a score, higher is better). Deep post-norm transformers are such. What
-            it raises is kept in `.failure`.
+        train: judges by training as well (`train(model, seed)` returns a score, higher is better): of the changes of
+            the least reach that make the flow healthy the one that trains best is taken, and a model whose flow is
+            healthy is repaired if it trains better for it, as deep post-norm transformers do. What it raises is kept
+            in `.failure`.
+        trainings: changed models that are trained at most.
         progress: is told what is tried.
 
     Returns:
@@ -107,7 +110,7 @@ def repair(
         budget=budget,
         measurements=measurements,
         unsafe=unsafe,
-        judge=None if train is None else Judge(model, train),
+        judge=None if train is None else Judge(model, train, trainings),
         progress=progress or _silent,
     )
     search.run()

@@ -45,8 +45,11 @@ NARROWED = ("VG101", "EG201", "EG202", "SA301", "SA302", "NF401", "NF402")
 SMOOTH = {"elu", "celu", "selu"}
 MOST = 40
 """Measurements after which a search gives up."""
-TRAINED = ("residual-branch-growth", "post-norm")
-"""What a training is asked about where the flow is healthy: the residual branches and the place of the normalisation."""
+TRAINED = (
+    "residual-branch-growth", "post-norm", "activation", "missing-residual", "missing-normalisation",
+    "ungated-recurrence", "attention-logits", "initialisation",
+)  # fmt: skip
+"""Causes that a training is asked about where the flow is healthy: what a gradient at the start shows least comes first."""
 SPARE = 4
 """Further candidates of the same reach that are measured when one leaves a warning about depth, and no error."""
 
@@ -122,14 +125,15 @@ class Search:
             self.note = f"{self.note}; {raised}" if self.note else raised
 
     def _cure(self) -> None:
+        """The first that is healthy; where a warning is left or a training judges, the best of the same reach."""
         spare = SPARE
         for candidate in self._candidates():
             best = self.best
-            if best.prescription is not None and self.cured:  # healthy but for a warning
+            if best.prescription is not None and self.cured:
                 if spare == 0 or candidate.reach > best.prescription.reach:
                     return
                 spare -= 1
-            if self._try(candidate):
+            if self._try(candidate) and self.judge is None:
                 return
         if self.best.diagnosis.errors:
             self.note = "no prescription makes the flow healthy"
@@ -143,19 +147,19 @@ class Search:
         self.say("training the model as it is")
         self.best = replace(self.best, score=judge.before)
         for rx in self._for_training():
-            if judge.failure is not None:
-                return
+            if judge.failure is not None or judge.left == 0:
+                break
             began, changed = time.perf_counter(), self._applied(rx)
             if changed is None:
                 continue
             score = self._score(changed, rx)
-            why, preferred = f"the score goes from {judge.before:.4g} to {score:.4g}", False
+            why, seen = f"the score goes from {judge.before:.4g} to {score:.4g}", None
             if judge.prefers(score, self.best.score):
-                after = self._examined(changed)
-                preferred, why = not after.errors, f"{_seen(after)}, and {why}"
-                if preferred:
-                    self.best = Outcome(changed, rx, after, score)
-            self._note(rx, why, self.best.diagnosis if preferred else None, began)
+                seen = self._examined(changed)
+                why = f"{_seen(seen)}, and {why}"
+                if not seen.errors:
+                    self.best = Outcome(changed, rx, seen, score)
+            self._note(rx, why, seen, began)
         if self.best.prescription is None:
             self.note = "the flow is healthy: nothing to repair, and no change trains better"
 
@@ -240,11 +244,14 @@ class Search:
                 continue
 
     def _for_training(self) -> Iterator[Prescription]:
-        """What changes how a healthy flow trains."""
-        for cause in TRAINED:
-            for rx in prescriptions(self.patient, {cause}):
+        """What may change how a healthy flow trains: what is said against a warning first, one variant of each remedy."""
+        asked: set[str] = set()
+        for wanted in (None, *({cause} for cause in TRAINED)):
+            found = [rx for rx in prescriptions(self.patient, wanted) if rx.applicable]
+            for rx in sorted(found, key=lambda rx: rx.reach) if wanted is None else found:
                 changes = any(edit.verb != "configure" for edit in rx.edits)
-                if rx.applicable and changes and (self.unsafe or rx.safety is Safety.SAFE):
+                if rx.remedy not in asked and changes and (self.unsafe or rx.safety is Safety.SAFE):
+                    asked.add(rx.remedy)
                     yield rx
 
     # -- one candidate -----------------------------------------------------------------------------
@@ -297,6 +304,8 @@ class Search:
 
     def _score(self, changed: nn.Module, rx: Prescription) -> float:
         assert self.judge is not None
+        if self.judge.left == 0:
+            raise _Spent("the trainings are used up")
         self.say(f"training with: {rx.title}")
         return math.nan if math.isnan(self.judge.before) else self.judge.score(changed)
 
@@ -310,7 +319,13 @@ class Search:
             self.tried.append(Tried(rx, why, distance(seen.flow), seen.verdict, seconds))
 
     def _keep(self, outcome: Outcome) -> None:
-        if self._badness(outcome) < self._badness(self.best):
+        best, judge = self.best, self.judge
+        scored = not (math.isnan(outcome.score) or math.isnan(best.score))
+        if judge is not None and scored and not (outcome.diagnosis.errors or best.diagnosis.errors):
+            better = judge.prefers(outcome.score, best.score)
+        else:
+            better = self._badness(outcome) < self._badness(best)
+        if better:
             self.best = outcome
 
     def _worse(self, outcome: Outcome) -> bool:

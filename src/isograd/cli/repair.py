@@ -51,6 +51,13 @@ INTERRUPTED = 130
     help="Judge by so many steps of Adam on the target's own batch instead.",
 )
 @click.option(
+    "--trainings",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Changed models that --train or --steps may train in the search.",
+)
+@click.option(
     "--prove", is_flag=True, help="Train with and without the repair, beside controls, from several seeds."
 )
 @click.option("--seeds", type=click.IntRange(min=3), default=5, show_default=True, help="Of the proof.")
@@ -82,6 +89,7 @@ def repair(
     unsafe: bool,
     train: str | None,
     steps: int | None,
+    trainings: int,
     prove: bool,
     seeds: int,
     store: Path | None,
@@ -107,7 +115,7 @@ def repair(
         raise click.UsageError("--store keeps the trainings of a proof: give --prove as well")
     if output is not None and not output.parent.is_dir():
         raise click.UsageError(f"there is no folder {output.parent} to write {output.name} to")
-    found, aim = _search(target, inputs, unsafe, train, steps, budget, seed)
+    found, aim = _search(target, inputs, unsafe, train, steps, trainings, budget, seed)
     if output is not None:
         _write(found, output)
     if form == "text":  # what was found is kept, whatever becomes of its proof
@@ -155,6 +163,7 @@ def _search(
     unsafe: bool,
     train: str | None,
     steps: int | None,
+    trainings: int,
     budget: float | None,
     seed: int,
 ) -> tuple[Repair, Target]:
@@ -176,7 +185,13 @@ def _search(
         say(f"measuring {text}")
         try:
             found = isograd.repair(
-                target.model, target.loss, budget=budget, unsafe=unsafe, train=judge, progress=say
+                target.model,
+                target.loss,
+                budget=budget,
+                unsafe=unsafe,
+                train=judge,
+                trainings=trainings,
+                progress=say,
             )
         except (TypeError, ValueError) as error:  # what cannot be measured, in the user's words
             raise TargetError(f"{text}: {error}") from error
