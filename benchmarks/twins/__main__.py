@@ -1,7 +1,7 @@
 """Train the twins and print the tables: python -m benchmarks.twins [run ARM …|table|forget ARM …] [--only PATTERN] [--every N] [--seeds N]
 
 `run` adds to results.jsonl what is not yet in it, and can be stopped and started at any time. ARM is 'twin',
-'fault', 'check', 'isograd', 'selu', 'he', 'layernorm', 'random', 'lr', or any of them behind 'twin ' to treat
+'fault', 'check', 'isograd', 'judged', 'selu', 'he', 'layernorm', 'random', 'lr', or any of them behind 'twin ' to treat
 the healthy twin; without one, all. What is to be repaired is what training has shown to be sick, or has not judged
 yet: run 'twin fault' first. `table` prints what is there; `forget isograd` drops what an older isograd did.
 """
@@ -23,14 +23,31 @@ from isograd import trials
 
 FIRST = ("twin", "fault", "check", "twin check")
 """The ground truth, and what is said of it before training."""
-ARMS = ("isograd", "lr", "selu", "he", "layernorm", "random", "twin isograd", "twin selu", "twin layernorm")
+ARMS = (
+    "isograd",
+    "judged",
+    "lr",
+    "selu",
+    "he",
+    "layernorm",
+    "random",
+    "twin isograd",
+    "twin selu",
+    "twin layernorm",
+)
 
 
 def settings(arm: str, chosen: Iterable[Case], seeds: int) -> Iterator[Setting]:
-    """Seed by seed, so that what is interrupted has all cases rather than all seeds of some."""
+    """Seed by seed, so that what is interrupted has all cases rather than all seeds of some.
+
+    'judged' goes case by case: all seeds share one search.
+    """
     once: dict[str, Case] = {}
     for case in chosen:
         once.setdefault(model_of(case) if arm.startswith("twin") else case.name, case)
+    if arm == "judged":
+        yield from (setting(case, arm, seed) for case in once.values() for seed in range(seeds))
+        return
     for seed in range(seeds):
         yield from (setting(case, arm, seed) for case in once.values())
 

@@ -9,20 +9,26 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.twins.case import Case
+from benchmarks.twins.case import Case, train
 from benchmarks.twins.faults import weighted
 from gallery.nets import scaled_normal
 from isograd.prescription import apply
-from isograd.repair import repair
+from isograd.repair import Repair, repair
 
 ACTIVATIONS = (
     nn.ReLU, nn.Sigmoid, nn.Tanh, nn.GELU, nn.SELU, nn.Softplus, nn.SiLU, nn.ELU, nn.LeakyReLU, nn.Identity,
 )  # fmt: skip
 HIDDEN = ACTIVATIONS[:-1]
+RATES = (0.03, 0.1, 0.3, 3.0)
+DRAWS = 4
+"""Full trainings from which a search may choose: random search, the learning rate, and isograd judged by training."""
+CHOOSING_SEED = 100
+"""Seed of those trainings; the scores that count come from other seeds."""
 
 
 @dataclass(frozen=True)
@@ -50,13 +56,34 @@ def with_isograd(case: Case, model: nn.Module, seed: int) -> Treated:
     """`isograd.repair` on the first batch; the model is left alone where it finds no error."""
     started = time.perf_counter()
     found = repair(model, case.loss(seed))
-    seconds = time.perf_counter() - started
+    return _treated(model, found, seed, time.perf_counter() - started)
+
+
+def judged_isograd(case: Case, model: nn.Module, seed: int) -> Treated:
+    """The same with as many trainings to choose by as random search has; every seed gets what was chosen."""
+    found, seconds = _judged(case)
+    return _treated(model, found, seed, seconds)
+
+
+@lru_cache(maxsize=1)
+def _judged(case: Case) -> tuple[Repair, float]:
+    started = time.perf_counter()
+    found = repair(
+        case.build(CHOOSING_SEED, faulty=True).train(),
+        case.loss(CHOOSING_SEED),
+        train=lambda changed, _: train(case, changed, CHOOSING_SEED),
+        trainings=DRAWS,
+    )
+    return found, time.perf_counter() - started
+
+
+def _treated(model: nn.Module, found: Repair, seed: int, seconds: float) -> Treated:
     rx = found.prescription
     edits = 0 if rx is None else len(rx.edits)
     configuration = {} if rx is None else rx.configuration
     clip = configuration.get("clip_grad_norm")
     return Treated(
-        found.model if rx is None else apply(model, rx, seed=seed),  # a draw of its own for every seed
+        model if rx is None else apply(model, rx, seed=seed),  # a draw of its own for every seed
         "nothing" if rx is None else rx.title,
         edits,
         seconds,
@@ -179,10 +206,3 @@ def drawn(draw: int) -> Arm:
 def at_rate(scale: float) -> Arm:
     """The learning rate alone."""
     return lambda case, model, seed: Treated(model, f"lr x {scale:g}", 0, 0.0, scale)
-
-
-RATES = (0.03, 0.1, 0.3, 3.0)
-DRAWS = 4
-"""Full trainings from which random search may choose, and as many for the learning rate: more than isograd gets."""
-CHOOSING_SEED = 100
-"""Seed of those trainings; the scores that count come from other seeds."""

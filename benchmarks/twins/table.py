@@ -20,6 +20,7 @@ FEW = 6
 ARMS = {
     "fault": "nothing",
     "isograd": "isograd.repair",
+    "judged": f"isograd.repair, judged by {DRAWS} trainings",
     "selu": "blind: SELU, LeCun",
     "he": "blind: ReLU, He",
     "layernorm": "blind: LayerNorm",

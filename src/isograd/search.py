@@ -33,6 +33,8 @@ ORDER = (
     "rescale-weights", "orthogonal-initialisation", "delta-orthogonal", "critical-initialisation", "classic-initialisation", "lsuv",
 )  # fmt: skip
 """Of one reach: what mends one property that is off, before what draws everything anew; the rest follows."""
+MENDING = set(ORDER[: ORDER.index("orthogonal-initialisation")]) - {"zero-biases"}
+"""Those of the former kind that find out themselves whether the property is off."""
 FIRST = {*ORDER, "leaky-activation"}
 """Remedies that leave the structure as it is; the others are not even looked for before these have failed."""
 NARROW = 1.0
@@ -187,12 +189,14 @@ class Search:
 
     def prescribed(self, patient: Patient, among: set[str]) -> list[Prescription]:
         """Applicable prescriptions of these remedies that change the model, in the order in which they are tried."""
-        found = [
-            rx for rx in prescriptions(patient, among=among) if any(e.verb != "configure" for e in rx.edits)
-        ]
-        found = [rx for rx in found if self.unsafe or rx.safety is Safety.SAFE]
+        return self._ordered(prescriptions(patient, among=among))
+
+    def _ordered(self, found: Iterable[Prescription]) -> list[Prescription]:
+        """Those that change the model, the least invasive first, and of one reach the specific first."""
+        changing = [rx for rx in found if any(e.verb != "configure" for e in rx.edits)]
+        allowed = [rx for rx in changing if self.unsafe or rx.safety is Safety.SAFE]
         rank = {slug: i for i, slug in enumerate(ORDER)}
-        return sorted(found, key=lambda rx: (rx.reach, rank.get(rx.remedy, len(ORDER))))
+        return sorted(allowed, key=lambda rx: (rx.reach, rank.get(rx.remedy, len(ORDER))))
 
     def _exchanges(self, patient: Patient) -> Iterator[Prescription]:
         """Another activation alone, then with weights drawn for it: one function after the other, as they are asked for."""
@@ -244,13 +248,15 @@ class Search:
                 continue
 
     def _for_training(self) -> Iterator[Prescription]:
-        """What may change how a healthy flow trains: what is said against a warning first, one variant of each remedy."""
+        """What may change how a healthy flow trains: what is said against a warning, what mends one property, the rest.
+
+        One variant of each remedy, the first.
+        """
         asked: set[str] = set()
-        for wanted in (None, *({cause} for cause in TRAINED)):
+        for wanted in (None, MENDING, *({cause} for cause in TRAINED)):
             found = [rx for rx in prescriptions(self.patient, wanted) if rx.applicable]
-            for rx in sorted(found, key=lambda rx: rx.reach) if wanted is None else found:
-                changes = any(edit.verb != "configure" for edit in rx.edits)
-                if rx.remedy not in asked and changes and (self.unsafe or rx.safety is Safety.SAFE):
+            for rx in self._ordered(found):
+                if rx.remedy not in asked:
                     asked.add(rx.remedy)
                     yield rx
 

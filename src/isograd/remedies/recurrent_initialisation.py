@@ -1,7 +1,8 @@
 """recurrent-initialisation: recurrent weights that carry the state for as many steps as there are.
 
 What it does
-    Makes the state's weights orthogonal where they are not, gate by gate in LSTM and GRU. If that is not enough,
+    Brings the state's weights to the scale of an orthogonal matrix where they have another, gate by gate in LSTM and
+    GRU: independent draws are drawn anew, orthogonal, and what is more than that is multiplied. If that is not enough,
     either the input's as well, so small that tanh stays near its origin for all steps; or the state's the identity,
     with ReLU in place of tanh (IRNN), with input weights of deviation 1 / sqrt(T fan_in), at which the state has
     variance 1 after T steps (Le et al. take 0.001 for any T), and zero biases.
@@ -27,12 +28,13 @@ import math
 from collections.abc import Iterator
 from functools import cache
 
-from torch import nn
+from torch import Tensor, nn
 
 from isograd import theory
 from isograd.layers import Layer, layers, recurrent, rms, steps_of
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
 from isograd.remedies.exchange_activation import exchanges
+from isograd.remedies.rescale_weights import independent
 
 SLUG = "recurrent-initialisation"
 TREATS = ("initialisation", "VG101", "EG201", "EG202", "RN601", "RN602")
@@ -45,7 +47,7 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     fused = list(_fused(patient.model))
     found = layers(patient.flow, patient.model, patient.exchanged)
     states = [layer for layer in recurrent(found) if layer.activation != "linear" and not patient.flow.splits]
-    alone = [*_written_alone(states), *_gates_alone(patient.model)]
+    alone = [*_written_alone(states, dict(patient.model.named_parameters())), *_gates_alone(patient.model)]
     if alone:
         yield _alone(alone)
     if states:
@@ -60,10 +62,10 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         )
 
 
-def _written_alone(states: list[Layer]) -> Iterator[Edit]:
+def _written_alone(states: list[Layer], weights: dict[str, nn.Parameter]) -> Iterator[Edit]:
     for layer in states:
         if _off(layer.sigma_w):
-            yield Edit(layer.weight, "fill", "nn.init.orthogonal_", before=f"sigma_w {layer.sigma_w:.3g}")
+            yield _to_scale(layer.weight, weights[layer.weight], layer.sigma_w)
 
 
 def _gates_alone(model: nn.Module) -> Iterator[Edit]:
@@ -79,8 +81,16 @@ def _gates_alone(model: nn.Module) -> Iterator[Edit]:
                 sigma_w = rms(gate) * math.sqrt(parameter.shape[1])
                 if _off(sigma_w):
                     rows = (first, first + width) if width < len(parameter) else None
-                    before = f"sigma_w {sigma_w:.3g}"
-                    yield Edit(place, "fill", "nn.init.orthogonal_", rows=rows, before=before)
+                    yield _to_scale(place, gate, sigma_w, rows)
+
+
+def _to_scale(place: str, weight: Tensor, sigma_w: float, rows: tuple[int, int] | None = None) -> Edit:
+    """Independent draws are exchanged for orthogonal ones; the directions of any other matrix are kept."""
+    before = f"sigma_w {sigma_w:.3g}"
+    if independent(weight) or not 0 < sigma_w < math.inf:
+        return Edit(place, "fill", "nn.init.orthogonal_", rows=rows, before=before)
+    factor = float(f"{1 / sigma_w:.6g}")
+    return Edit(place, "fill", ".mul_", {"other": factor}, rows=rows, before=before)
 
 
 def _off(sigma_w: float) -> bool:
@@ -91,7 +101,7 @@ def _off(sigma_w: float) -> bool:
 def _alone(edits: list[Edit]) -> Prescription:
     return Prescription(
         SLUG,
-        f"orthogonal state: {len(edits)} matri{'ces' if len(edits) > 1 else 'x'}",
+        f"state at the scale of an orthogonal matrix: {len(edits)} matri{'ces' if len(edits) > 1 else 'x'}",
         tuple(edits),
         reach=Reach.INITIALISATION,
         treats=TREATS,

@@ -7,8 +7,8 @@ What it does
 When it helps
     Where the size of the weights is wrong and their directions are not: one layer that was scaled down, orthogonal
     weights of the wrong gain, a checkpoint converted with a factor. What was learned is kept. Where most layers are
-    off and all are independent draws there is nothing to keep, and orthogonal weights train deep narrow
-    chains better.
+    off and all are matrices of independent draws there is nothing to keep, and orthogonal weights train deep narrow
+    chains better. An orthogonal kernel is no orthogonal convolution: those are multiplied.
 
 Expected effect
     Gain 1 per layer, as `critical-initialisation` has it, with the scatter of the weights as they were drawn.
@@ -55,7 +55,9 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         yield not_applicable(SLUG, f"{why}, or none that a factor could give it")
         return
     parameters = dict(patient.model.named_parameters())
-    if 2 * len(off) > len(factors) and all(_drawn(parameters[name]) for name in off):
+    if 2 * len(off) > len(factors) and all(
+        parameters[name].ndim == 2 and independent(parameters[name]) for name in off
+    ):
         yield not_applicable(SLUG, "the weights are independent draws: drawn anew, they lose nothing")
         return
     before = {layer.weight: f"sigma_w {layer.sigma_w:.3g}" for layer in found}
@@ -74,7 +76,7 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     )
 
 
-def _drawn(weight: Tensor) -> bool:
+def independent(weight: Tensor) -> bool:
     """Do its singular values scatter as those of independent draws?
 
     For an m x n matrix of independent elements, E s^4 / (E s^2)^2 over its m <= n singular values is 1 + m / n on average

@@ -33,9 +33,10 @@ from isograd.symptoms import Healthy, Outcome
 CODE = "SA304"
 NAME = "saturated-attention"
 
-ERROR = 0.15
-"""A decoder whose queries and keys alone are drawn larger loses a quarter of its lead at 0.27 and half at 0.07; shipped
-models start above 0.9 (`python -m benchmarks.twins.thresholds attention`)."""
+ERROR = 0.25
+"""A decoder whose queries and keys alone are drawn larger loses a quarter of its lead at 0.27 and half at 0.07
+(`python -m benchmarks.twins.thresholds attention`); shipped models start above 0.9, and the small decoders of the twins
+that were trained until they knew their text by heart still had 0.45."""
 
 
 def examine(flow: Flow) -> Iterator[Outcome]:
