@@ -1,4 +1,4 @@
-"""Run the benchmarks: python -m benchmarks [flow|depth|deep|spectrum|monitor|search ...] [--quick] [--device cpu|cuda] [--threads N] [--save]
+"""Run the benchmarks: python -m benchmarks [flow|depth|deep|spectrum|monitor|search ...] [--quick] [--device cpu|cuda] [--threads N] [--only PATTERN] [--save]
 
 All of them by default. Progress goes to standard error, the report to standard output.
 """
@@ -36,10 +36,13 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--quick", action="store_true", help="small models, few repetitions: does it run?")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU")
+    parser.add_argument(
+        "--only", default="", help="of flow and monitor: the models whose description matches"
+    )
     parser.add_argument("--save", action="store_true", help="keep the report in benchmarks/results")
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
-    setting = Setting(chosen.quick, chosen.device, chosen.threads)
+    setting = Setting(chosen.quick, chosen.device, chosen.threads, chosen.only)
     command = shlex.join(["python", "-m", "benchmarks", *arguments])
     for name in chosen.names or BENCHMARKS:
         parts = [f"# {name}\n\n{machine(setting)}\n\n    {command}"]

@@ -25,7 +25,7 @@ PROCESSES = 3
 
 def run(setting: Setting) -> Iterator[str]:
     """The report, one model after the other."""
-    for workload in FLOW:
+    for workload in setting.chosen(FLOW):
         yield section(workload, setting)
 
 

@@ -32,6 +32,9 @@ BLOCK = 5
 """Steps timed at once: what is spaced out over steps is then seen."""
 LEAST = 0.05
 """Seconds of processor time that a block takes at least: of short steps it has more."""
+SLOW = 2.0
+"""Seconds of processor time of a step from which a block is one step, after as few as warm up the first readings."""
+SLOW_ROUNDS = 3
 PATIENCE = 20.0
 """Seconds for the steps until the host thread chooses which it takes: only where steps are short does it."""
 PEAK_STEPS = 5
@@ -171,7 +174,7 @@ IN_MEMORY: dict[str, Method] = {
 
 def run(setting: Setting) -> Iterator[str]:
     """The report, one model after the other."""
-    for shape in (transformer(6), SMALL_GPT, *FLOW):
+    for shape in setting.chosen((transformer(6), SMALL_GPT, *FLOW)):
         yield section(shape, setting)
 
 
@@ -187,7 +190,8 @@ def section(shape: Workload, setting: Setting) -> str:
             f"## {'quick stand-in for ' * setting.quick}{shape.describe}: {size:.1f}M parameters in {tensors} tensors, "
             f"AdamW, {fed(model, loss)} a step",
             f"{rounds} pairs of {BLOCK} steps or more alone and as many with the method, after {warm} steps; "
-            "median (min .. max). Processor time is that of all threads.",
+            f"median (min .. max). Steps of more than {SLOW:g} s are timed one by one, {SLOW_ROUNDS} pairs after "
+            f"{QUICK_WARM} steps. Processor time is that of all threads.",
             table(("", "plain ms", "method ms", "ratio", "ratio of processor time"), rows),
             "Memory is measured at full size." if setting.quick else memory(shape, setting),
         )
@@ -241,12 +245,14 @@ def row(
     with ExitStack() as stack:
         try:
             step = method(twin, loss, torch.optim.AdamW(twin.parameters(), lr=1e-6), stack)
-            for _ in range(QUICK_WARM if setting.quick else WARM):
+            alone()
+            slow = timed(alone, "cpu")[1] > SLOW
+            for _ in range(QUICK_WARM if setting.quick or slow else WARM):
                 step()
         except Exception as error:  # that another tool fails on a model is a result
             return name, "", "", f"fails: {type(error).__name__}", ""
-        alone()
-        block = max(BLOCK, math.ceil(LEAST / took(alone)))
+        block = 1 if slow else max(BLOCK, math.ceil(LEAST / took(alone)))
+        rounds = SLOW_ROUNDS if slow else rounds
         found = paired(lambda: repeat(alone, block), lambda: repeat(step, block), rounds, setting.device)
     return (
         name,

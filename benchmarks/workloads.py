@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,12 @@ class Setting:
     quick: bool
     device: str
     threads: int
+    only: str = ""
+    """A pattern that the models' descriptions must match."""
+
+    def chosen(self, models: Iterable[Workload]) -> list[Workload]:
+        """Those of the models that are asked for."""
+        return [model for model in models if re.search(self.only, model.describe)]
 
     @property
     def kind(self) -> str:
