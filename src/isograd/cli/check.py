@@ -11,8 +11,9 @@ import click
 
 from isograd.cli import config
 from isograd.cli.errors import TargetError, users_code
-from isograd.cli.inputs import InputSpec, InputType
+from isograd.cli.inputs import InputSpec
 from isograd.cli.optimizer import OptimizerSpec, OptimizerType
+from isograd.cli.options import with_inputs, with_output
 from isograd.cli.progress import progress
 from isograd.pages import nearest, pages
 
@@ -27,21 +28,9 @@ UNHEALTHY = 1
 
 @click.command()
 @click.argument("target")
-@click.option(
-    "--input",
-    "inputs",
-    type=InputType(),
-    multiple=True,
-    metavar="SPEC",
-    help="Data for a bare module: 32,64 or ids=2,128:int64:500 (shape, dtype, upper bound). Repeatable.",
-)
+@with_inputs
 @click.option("--format", "form", type=click.Choice(get_args(config.Format)), help="Default: text.")
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    help="Write the report to this file.",
-)
+@with_output
 @click.option("--select", metavar="CODES", help="Only these codes, prefixes or names: VG,EG201.")
 @click.option("--ignore", metavar="CODES", help="All but these.")
 @click.option(

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal, get_args
 import click
 
 from isograd.cli.errors import TargetError
-from isograd.cli.inputs import InputSpec, InputType
+from isograd.cli.inputs import InputSpec
+from isograd.cli.options import with_inputs, with_output
 from isograd.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -23,14 +24,7 @@ Format = Literal["text", "json", "svg", "html"]
 
 @click.command()
 @click.argument("target")
-@click.option(
-    "--input",
-    "inputs",
-    type=InputType(),
-    multiple=True,
-    metavar="SPEC",
-    help="Data for a bare module: 4,200,64 or ids=2,128:int64:500 (shape, dtype, upper bound). Repeatable.",
-)
+@with_inputs
 @click.option("--at", type=int, default=-1, show_default=True, help="Output step to start from.")
 @click.option("--time", type=int, help="Axis of the input along which time runs. Default: found.")
 @click.option(
@@ -41,12 +35,7 @@ Format = Literal["text", "json", "svg", "html"]
     help="Random directions at the output.",
 )
 @click.option("--format", "form", type=click.Choice(get_args(Format)), default="text", show_default=True)
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    help="Write the report to this file.",
-)
+@with_output
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Of the random data, weights and probes."
 )

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from isograd.cli.errors import TargetError
-from isograd.cli.inputs import InputSpec, InputType
+from isograd.cli.inputs import InputSpec
+from isograd.cli.options import with_inputs
 from isograd.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -26,14 +27,7 @@ INTERRUPTED = 130
 
 @click.command()
 @click.argument("target")
-@click.option(
-    "--input",
-    "inputs",
-    type=InputType(),
-    multiple=True,
-    metavar="SPEC",
-    help="Data for a bare module: 32,64 or ids=2,128:int64:500 (shape, dtype, upper bound). Repeatable.",
-)
+@with_inputs
 @click.option(
     "--unsafe/--safe",
     default=True,

@@ -10,6 +10,7 @@ from statistics import median
 
 import click
 
+from isograd.cli.options import with_output
 from isograd.cli.progress import progress
 from isograd.cli.runs import number, state
 from isograd.record import NotARun, Row, Run
@@ -38,12 +39,7 @@ class RunType(click.ParamType):  # pyright: ignore[reportMissingTypeArgument]  #
 
 @click.command()
 @click.argument("run", type=RunType())
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    help="Write the report to this file.",
-)
+@with_output
 def report(run: Run, output: Path | None) -> None:
     """Tell the course of RUN: loss and gradient from beginning to end, layer by layer, and what was found.
 

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from isograd.cli.errors import TargetError
-from isograd.cli.inputs import InputSpec, InputType
+from isograd.cli.inputs import InputSpec
+from isograd.cli.options import with_inputs, with_output
 from isograd.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -22,14 +23,7 @@ Format = Literal["text", "json", "svg", "html"]
 
 @click.command()
 @click.argument("target")
-@click.option(
-    "--input",
-    "inputs",
-    type=InputType(),
-    multiple=True,
-    metavar="SPEC",
-    help="Data for a bare module: 32,64 or ids=2,128:int64:500 (shape, dtype, upper bound). Repeatable.",
-)
+@with_inputs
 @click.option("--sites", metavar="NAMES", help="Only segments of these sites or modules: fc1,h.*")
 @click.option("--from", "start", metavar="NAME", help="Begin with this site or module, not at the input.")
 @click.option("--to", "end", metavar="NAME", help="Stop after this site or module, not at the output.")
@@ -43,12 +37,7 @@ Format = Literal["text", "json", "svg", "html"]
 @click.option(
     "--format", "form", type=click.Choice(["text", "json", "svg", "html"]), default="text", show_default=True
 )
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
-    help="Write the report to this file.",
-)
+@with_output
 @click.option(
     "--seed", type=int, default=0, show_default=True, help="Of the random data, weights and probes."
 )
