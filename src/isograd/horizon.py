@@ -8,28 +8,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
-from torch.utils import _pytree as pytree
 
 from isograd.graph.preserve import preserved
 from isograd.graph.scaled import ScaledBackward, log10_norms
-from isograd.graph.trace import _argument_names
 from isograd.graph.traced import Loss, _eager, unwrapped
+from isograd.recurrent.arguments import arguments, opened_for, trainable
 from isograd.recurrent.axes import End, Place, output_of, places
 from isograd.recurrent.recurrence import Recurrence, recurrences
 from isograd.recurrent.unrolled import Unrolled
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from rich.console import RenderableType
 
     from isograd.diagnosis import Finding
@@ -244,7 +239,7 @@ def horizon(
 
     Source: Pascanu et al. 2013, On the difficulty of training recurrent neural networks, section 2.
     """
-    args, kwargs = _arguments(inputs)
+    args, kwargs = arguments(inputs)
     return _along(model, args, kwargs, None, at=at, seed=seed, time=time, probes=probes, each=each)
 
 
@@ -306,8 +301,8 @@ def _along(
     model, notes = unwrapped(model)
     if any(is_lazy(p) for p in [*model.parameters(), *model.buffers()]):
         raise ValueError("the model has lazy layers without a shape: run it once, then measure it")
-    with preserved(model), _trainable(model), _eager():
-        args, kwargs, opened = _opened(model, args, kwargs)
+    with preserved(model), trainable(model), _eager():
+        args, kwargs, opened = opened_for(model, args, kwargs)
         with Unrolled(model) as seen:
             result = model(*args, **kwargs)
         output = output_of(result)
@@ -404,58 +399,3 @@ def _connected(candidates: Sequence[Place], output: Tensor, at: int) -> tuple[Pl
     raise ValueError(
         "the output does not depend on the input: it was computed under no_grad, detached, or from other data"
     )
-
-
-def _arguments(inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
-    """Positional and keyword arguments of the call."""
-    if isinstance(inputs, Mapping):
-        return (), cast(Mapping[str, Any], inputs)
-    if isinstance(inputs, tuple | list) and not hasattr(inputs, "_fields"):
-        return cast(Sequence[Any], inputs), {}
-    return (inputs,), {}
-
-
-def _opened(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[Sequence[Any], Mapping[str, Any], dict[str, Tensor]]:
-    """Arguments of the call, float tensors among them replaced by clones that take a gradient."""
-    opened: dict[str, Tensor] = {}
-
-    def opening(path: Any, value: Any) -> Any:
-        name = pytree.keystr(path)
-        name = names.get(name, name.removeprefix("[1]").strip("[]'"))
-        if isinstance(value, PackedSequence):
-            padded, lengths = pad_packed_sequence(value, batch_first=True)
-            opened[name] = padded.detach().requires_grad_()
-            return pack_padded_sequence(
-                opened[name], lengths, batch_first=True, enforce_sorted=value.sorted_indices is None
-            )
-        if not isinstance(value, Tensor):
-            return value
-        if value.is_floating_point() and "mask" not in name:
-            leaf = value.detach().clone().requires_grad_()
-            opened[name] = leaf
-            return leaf * 1  # no leaf, so that operations in place stay allowed
-        opened[name] = value
-        return value
-
-    names = _argument_names(model, tuple(args))
-    call = (tuple(args), dict(kwargs))
-    return *pytree.tree_map_with_path(opening, call, is_leaf=_is_packed), opened
-
-
-def _is_packed(value: Any) -> bool:
-    return isinstance(value, PackedSequence)
-
-
-@contextmanager
-def _trainable(model: nn.Module) -> Iterator[None]:
-    """Frozen embeddings take a gradient too; what was frozen is frozen again afterwards."""
-    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
-    for p in frozen:
-        p.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for p in frozen:
-            p.requires_grad_(False)

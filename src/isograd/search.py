@@ -117,7 +117,9 @@ class Search:
             elif self.judge is not None:
                 self._train()
             else:
-                self.note = "the flow is healthy: nothing to repair; a training may tell more (train=, --steps 50)"
+                self.note = (
+                    "the flow is healthy: nothing to repair; a training may tell more (train=, --steps 50)"
+                )
         except KeyboardInterrupt:
             self.note = "interrupted: the best so far"
         except _Spent as spent:
