@@ -1,7 +1,7 @@
 """Published training problems, replayed: python -m benchmarks.replay [run ARM …|table|save|forget ARM …] [--every N] [--seeds N]
 
 `run` adds to replay.jsonl what is not yet in it, and can be stopped and started at any time. ARM is 'check' (is it
-detected, before training?), 'none', 'selu', 'autotrainer', 'lr', 'random', 'isograd' or 'orders' (does the label of a
+detected, before training?), 'none', 'selu', 'autotrainer', 'lr', 'random', 'isograd', 'judged' (isograd with as many trainings to choose by) or 'orders' (does the label of a
 case depend on the order of its rows?); all by default. `save` writes the table into replay.md, `table` prints what is there, `forget isograd` drops what an older isograd did. Detection covers all published cases of the
 gallery; repair the networks of AutoTrainer's benchmark whose data can be made here in full (circle and blob), for its
 300 epochs, each with its own optimizer and batch.
@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from benchmarks.autotrainer import SELU, Trainer, Watched, activation, initialiser, rate, repaired
 from benchmarks.population import Member, Recipe, Run, member, trained
@@ -31,15 +32,18 @@ from gallery.cases import published
 from gallery.keras_net import Spec, loss_of
 from gallery.zoo import graded
 from isograd import trials
+from isograd.graph.traced import Loss
 from isograd.prescription import apply
-from isograd.repair import repair
+from isograd.repair import Repair, repair
 
 RESULTS = Path(__file__).with_name("replay.jsonl")
 EPOCHS = 300
 SEEDS = 10
-ARMS = ("none", "selu", "autotrainer", "lr", "random", "isograd")
+ARMS = ("none", "selu", "autotrainer", "lr", "random", "isograd", "judged")
 RATES = (0.1, 0.3, 3.0, 10.0)
 DRAWS = 4
+CHOOSING_SEED = 1000
+"""Seed of the trainings that 'judged' chooses by."""
 TUNED = ("optimizer", "lr", "clip", "batch")
 
 Row = dict[str, Any]
@@ -98,8 +102,8 @@ def attempt(wanted: Row) -> list[Row]:
             rows = [_row(seen, _changed(recipe, changed), [seen.run]) for seen in found]
         case "autotrainer":
             rows = [_autotrainer(recipe, tries) for tries in repaired(recipe, train, seeds)]
-        case "isograd":
-            rows = _isograd(recipe, train, seeds)
+        case "isograd" | "judged" as arm:
+            rows = _isograd(recipe, train, seeds, judged=arm == "judged")
         case arm:
             rows = _searched(arm, recipe, train, seeds)
     return rows
@@ -141,16 +145,16 @@ def _autotrainer(recipe: Recipe, tries: list[tuple[Recipe, Watched]]) -> Row:
     return row | {"alarm": first.problem, "alarm_epoch": first.at, "silent": not last.problem}
 
 
-def _isograd(recipe: Recipe, train: Trainer, seeds: Sequence[int]) -> list[Row]:
-    """Each seed's network is repaired for itself; those of equal structure are then trained together."""
-    found, loss = train.data, loss_of(recipe.loss)
-    x, y = found.x[: recipe.batch], found.y[: recipe.batch]
+def _isograd(recipe: Recipe, train: Trainer, seeds: Sequence[int], *, judged: bool) -> list[Row]:
+    """Each seed's network is repaired for itself, or as training has judged best on a seed of its own; those of equal
+    structure are then trained together."""
+    chosen, tries = _chosen(recipe, train) if judged else (None, [])
     members: list[Member] = []
     searches: list[Row] = []
     for seed in seeds:
         started = time.process_time()
-        model = member(recipe, found, seed).model.train()
-        answer = repair(model, lambda m: loss(m(x), y))
+        model = member(recipe, train.data, seed).model.train()
+        answer = chosen or repair(model, _first_batch(recipe, train))
         rx = answer.prescription
         members.append(Member(model if rx is None else apply(model, rx, seed=seed), recipe, seed))
         searches.append(
@@ -159,14 +163,31 @@ def _isograd(recipe: Recipe, train: Trainer, seeds: Sequence[int]) -> list[Row]:
                 "said": "" if rx is None else rx.title,
                 "verdict": answer.before.verdict,
                 "cured": answer.cured,
-                "search_seconds": round(time.process_time() - started, 2),
+                "search_seconds": round(chosen.seconds if chosen else time.process_time() - started, 2),
             }
         )
     treated = [one for one, did in zip(members, searches, strict=True) if did["edits"]]
     untreated = [(recipe, seed) for seed, did in zip(seeds, searches, strict=True) if not did["edits"]]
-    runs, known = iter(trained(treated, found, train.epochs)), iter(train.watched(untreated))
+    runs, known = iter(trained(treated, train.data, train.epochs)), iter(train.watched(untreated))
     seen = [Watched(next(runs)) if did["edits"] else next(known) for did in searches]
-    return [_row(one, did["edits"], [one.run]) | did for one, did in zip(seen, searches, strict=True)]
+    return [_row(one, did["edits"], [one.run, *tries]) | did for one, did in zip(seen, searches, strict=True)]
+
+
+def _chosen(recipe: Recipe, train: Trainer) -> tuple[Repair, list[Run]]:
+    """What isograd prescribes where it may choose by as many trainings as random search, and those trainings."""
+    tries: list[Run] = []
+
+    def score(model: nn.Module, _: int) -> float:
+        tries.extend(trained([Member(model, recipe, CHOOSING_SEED)], train.data, train.epochs))
+        return _learned(tries[-1])
+
+    model = member(recipe, train.data, CHOOSING_SEED).model.train()
+    return repair(model, _first_batch(recipe, train), train=score, trainings=DRAWS), tries
+
+
+def _first_batch(recipe: Recipe, train: Trainer) -> Loss:
+    loss, x, y = loss_of(recipe.loss), train.data.x[: recipe.batch], train.data.y[: recipe.batch]
+    return lambda m: loss(m(x), y)
 
 
 def _searched(arm: str, recipe: Recipe, train: Trainer, seeds: Sequence[int]) -> list[Row]:
@@ -218,7 +239,9 @@ def settings(arm: str, seeds: int, epochs: int, every: int) -> list[Row]:
     if arm == "orders":
         names = [name for name in cases() if name.split(" #")[0] in networks()][::every]
         return [{"case": name, "arm": arm, "seeds": seeds, "epochs": epochs} for name in names]
-    names = [name for name, fact in networks().items() if sick(fact) or arm not in ("lr", "random")][::every]
+    names = [
+        name for name, fact in networks().items() if sick(fact) or arm not in ("lr", "random", "judged")
+    ][::every]
     return [{"case": name, "arm": arm, "seeds": seeds, "epochs": epochs} for name in names]
 
 

@@ -24,6 +24,7 @@ NAMES = {
     "lr": "learning rate alone, best of 4",
     "random": "random search, best of 4",
     "isograd": "isograd.repair",
+    "judged": "isograd.repair, judged by 4 trainings",
 }
 CLOSE = 0.02
 """Two points: as close to the best healthy control as a repair must come."""

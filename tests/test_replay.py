@@ -134,7 +134,7 @@ def test_each_published_network_is_trained_as_published() -> None:
     assert {recipe.optimizer for recipe in recipes.values()} == {"adam", "sgd", "adagrad"}
 
 
-@pytest.mark.parametrize("arm", ["none", "isograd", "autotrainer", "selu", "random", "lr"])
+@pytest.mark.parametrize("arm", ["none", "isograd", "judged", "autotrainer", "selu", "random", "lr"])
 def test_every_arm_trains_a_published_network(arm: str) -> None:
     name = next(name for name, fact in networks().items() if sick(fact))
     rows = attempt({"case": name, "arm": arm, "seeds": 2, "epochs": 2})
