@@ -47,9 +47,7 @@ INTERRUPTED = 130
 @click.option(
     "--trainings",
     type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    help="Changed models that --train or --steps may train in the search.",
+    help="Changed models that --train or --steps may train in the search. Default: 8.",
 )
 @click.option(
     "--prove", is_flag=True, help="Train with and without the repair, beside controls, from several seeds."
@@ -83,7 +81,7 @@ def repair(
     unsafe: bool,
     train: str | None,
     steps: int | None,
-    trainings: int,
+    trainings: int | None,
     prove: bool,
     seeds: int,
     store: Path | None,
@@ -105,6 +103,10 @@ def repair(
     """
     if train is not None and steps is not None:
         raise click.UsageError("--train and --steps are two ways to train: give one of them")
+    if trainings is not None and train is None and steps is None:
+        raise click.UsageError(
+            "--trainings counts what --train or --steps may train: give one of them as well"
+        )
     if store is not None and not prove:
         raise click.UsageError("--store keeps the trainings of a proof: give --prove as well")
     if output is not None and not output.parent.is_dir():
@@ -157,7 +159,7 @@ def _search(
     unsafe: bool,
     train: str | None,
     steps: int | None,
-    trainings: int,
+    trainings: int | None,
     budget: float | None,
     seed: int,
 ) -> tuple[Repair, Target]:
@@ -168,7 +170,7 @@ def _search(
         import isograd
         from isograd.cli.prove import judging, named
         from isograd.cli.target import load
-        from isograd.judge import short_training
+        from isograd.judge import TRAININGS, short_training
 
         say(f"importing {text}")
         torch.manual_seed(seed)
@@ -184,7 +186,7 @@ def _search(
                 budget=budget,
                 unsafe=unsafe,
                 train=judge,
-                trainings=trainings,
+                trainings=trainings or TRAININGS,
                 progress=say,
             )
         except (TypeError, ValueError) as error:  # what cannot be measured, in the user's words
