@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from torch.nn import functional
 
 from isograd import check
 from isograd.diagnosis import Diagnosis, Effect, Finding
+from isograd.prescription import Patient
+from isograd.remedies import lsuv, standardise_input
 from tests.models import HE, Built, Loss, classified, mlp, relu_he, relu_large, sigmoid_xavier
 
 Norm = Callable[[int], nn.Module]
@@ -207,3 +210,47 @@ def test_a_loss_that_closes_over_its_own_model_leaves_the_causes_untested() -> N
     effects = effects_of(model, lambda _: loss(model))
     assert effects
     assert all(math.isnan(e.given_back) for e in effects)
+
+
+class Equation(nn.Module):
+    """u'' = -sin, of a network with this activation: what passes back are second derivatives."""
+
+    def __init__(self, activation: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        widths = [1, 32, 32, 32]
+        layers = [part for a, b in pairwise(widths) for part in (nn.Linear(a, b), activation())]
+        self.net = nn.Sequential(*layers, nn.Linear(32, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def residual(m: nn.Module) -> Tensor:
+    x = torch.linspace(0, 1, 32)[:, None].requires_grad_()
+    (slope,) = torch.autograd.grad(m(x).sum(), x, create_graph=True)
+    (bend,) = torch.autograd.grad(slope.sum(), x, create_graph=True)
+    return (bend + x.sin()).square().mean() + m(x[:1]).square().mean() + m(x[-1:]).square().mean()
+
+
+def test_a_piecewise_linear_function_has_no_second_derivative() -> None:
+    torch.manual_seed(0)
+    assert not check(Equation(nn.Tanh), residual).errors
+    finding = found(check(Equation(nn.ReLU), residual), "VG101")
+    assert finding.evidence["cause"] == "activation"
+    assert any("relu exchanged for SiLU" in e.intervention and e.given_back > 10 for e in finding.effects)
+
+
+def test_a_loss_that_differentiates_the_model_can_be_repaired() -> None:
+    """Remedies that look at what the model computes let it compute with gradients."""
+    torch.manual_seed(0)
+    model = Equation(nn.Tanh)
+    patient = Patient(model, check(model, residual), residual)
+    assert [rx.applicable for rx in lsuv.prescribe(patient)] == [True]
+
+    def far(m: nn.Module) -> Tensor:
+        x = torch.linspace(0, 1000, 32)[:, None].requires_grad_()
+        (slope,) = torch.autograd.grad(m(x).sum(), x, create_graph=True)
+        return (slope - 1).square().mean()
+
+    patient = Patient(model, check(model, far), far)
+    assert [rx.applicable for rx in standardise_input.prescribe(patient)] == [True]

@@ -25,7 +25,6 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from isograd import surgery, theory
@@ -111,8 +110,7 @@ def _factors(patient: Patient, found: list[Layer], drawn: list[Edit]) -> dict[st
         for edit in drawn:
             perform(copied, edit)
         hooks = [copied.get_submodule(name).register_forward_hook(rescale(name)) for name in factors]
-        with torch.no_grad():
-            patient.loss(copied)
+        patient.loss(copied)  # with gradients: a loss may differentiate the model itself
         for hook in hooks:
             hook.remove()
     return factors
