@@ -230,6 +230,18 @@ def _at_output(flow: Flow) -> Outcome:
             evidence={"output": site.operation, "width": (site.shape or (1,))[-1], "cause": "head"},
             remedies=("one unit per class, or a sigmoid for one unit" if one else "pass logits to the loss",),
         )
+    if layers and _shut(flow, head):
+        site = flow.sites[head]
+        return Finding(
+            CODE,
+            NAME,
+            Severity.ERROR,
+            f"no gradient passes {site.place}: its weights are zero and frozen",
+            cause="a head of zeros that does not learn",
+            sites=(site.place,),
+            evidence={"output": site.operation, "cause": "head"},
+            remedies=("train the head, requires_grad_(True), or draw its weights",),
+        )
     for i, cost in costs.items():
         site = flow.sites[i]
         if (
@@ -248,6 +260,13 @@ def _at_output(flow: Flow) -> Outcome:
                 remedies=("pass logits to a loss that is safe in log space", "critical-initialisation"),
             )
     return Healthy(f"the gradient at the model's output is not zero (log10 norm {log:.1f})")
+
+
+def _shut(flow: Flow, head: int) -> bool:
+    """Weights of zero pass no gradient before their first step; frozen ones never do."""
+    weights = [p for p in flow.parameters if p.name in flow.sites[head].parameters and len(p.shape) > 1]
+    shut = bool(weights) and all(p.weight_norm == 0 and p.state == "frozen" for p in weights)
+    return shut and float(flow.column("decades")[head]) == -math.inf
 
 
 def _with_logarithm(flow: Flow, index: int, cost: float) -> float:

@@ -41,6 +41,8 @@ ERROR = 3.0
 """Decades lost from which SGD trained at no learning rate and AdamW worse (gallery.border)."""
 ERROR_DEEP = 2.0
 """The same at 30 layers and more: 0.85 per layer over 30 layers left SGD at 24%, 0.85 over 20 at 70%."""
+WEIGHTED = ("linear", "convolution", "recurrent", "attention")
+"""Kinds of the layers that learn."""
 WARNING = 2.0
 """Decades lost from which SGD slows down in shallow nets while AdamW still trains."""
 
@@ -67,7 +69,7 @@ def examine(flow: Flow) -> Iterator[Outcome]:
 def _along(flow: Flow) -> Iterator[Outcome]:
     lost, limit = flow.lost, max(threshold(flow.layers), LUCK * flow.spread)
     if math.isnan(lost) and flow.decades == -math.inf:
-        zero = any(p.fan_in and p.weight_norm == 0 for p in flow.parameters)
+        zero = any(p.fan_in and p.weight_norm == 0 and p.state != "frozen" for p in flow.parameters)
         yield Unexamined(
             "the head passes no gradient yet, its weights being zero: check again after one step"
             if zero
@@ -119,15 +121,20 @@ def expected(flow: Flow) -> dict[str, float]:
 def _starved(flow: Flow, limit: float) -> bool:
     """Does more than the first layer receive too little, or any layer nothing at all, for good?
 
-    A first layer that is all but frozen still feeds the others, which learn from what it makes.
+    A first layer that is all but frozen still feeds the others, which learn from what it makes. A part without a
+    backbone, as a U-Net between its input and its head, counts layer by layer.
     """
     if flow.lost == -math.inf:
         return True
-    reaching = flow.column("decades").nan_to_num(0.0, neginf=-math.inf).flip(0).cumsum(0).flip(0)
+    reaching = flow.column("decades").nan_to_num(0.0, neginf=-math.inf).flip(0).cumsum(0).flip(0).tolist()
     layers = [i for i, flag in enumerate(flow.column("weighted").tolist()) if flag == 1]
-    head = float(reaching[layers[-1]]) if layers else 0.0
-    below = [float(reaching[i + 1]) - head for i in layers[:-1]]
-    return len(layers) < 3 or sum(not share > -limit for share in below) > 1
+    reached: list[float] = []
+    for i in layers:
+        above = reaching[i + 1] if i + 1 < len(reaching) else 0.0
+        inside = [s.level for s in flow.ledgers.get(i, ()) if s.site.kind in WEIGHTED and not s.branch]
+        reached += [above + level for level in inside if not math.isnan(level)] or [above]
+    head = reaching[layers[-1]] if layers else 0.0
+    return len(reached) < 3 or sum(not share - head > -limit for share in reached) > 1
 
 
 def _received(flow: Flow, lost: float) -> str:
