@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -85,6 +86,29 @@ def squares() -> Built:
     return classified(nn.Sequential(nn.Linear(64, 32), *body, nn.Linear(32, 10)))
 
 
+def lengths(size: float, normalised: Any = nn.utils.parametrizations.weight_norm) -> Built:
+    """ReLU layers whose weights are a length and a direction."""
+    model = mlp(nn.ReLU, 12, HE)
+    for layer in list(model)[:-1]:
+        if isinstance(layer, nn.Linear):
+            normalised(layer)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("original0", "weight_g")):
+                parameter.fill_(size)
+    return classified(model)
+
+
+def past() -> Built:
+    """Batch normalisation in eval mode, of a signal that it does not know."""
+    model, loss = normed(nn.BatchNorm1d, 12)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            assert module.running_var is not None
+            module.running_var.fill_(100.0)
+    return model.eval(), loss
+
+
 PLANTED: dict[str, tuple[Callable[[], Built], str, str]] = {
     "sigmoid layers": (lambda: sigmoid_xavier(10), "VG101", "activation"),
     "ReLU, half of He": (lambda: classified(mlp(nn.ReLU, 16, 0.5 * HE)), "VG101", "initialisation"),
@@ -96,6 +120,9 @@ PLANTED: dict[str, tuple[Callable[[], Built], str, str]] = {
     "60 batch norms": (lambda: normed(nn.BatchNorm1d, 60, batch=64), "EG201", "batchnorm-without-skips"),
     "batch norm, gamma 1e-4": (lambda: normed(with_gain(nn.BatchNorm1d, 1e-4), 12), "VG101", "norm-gain"),
     "layer norm, gamma 1e-4": (lambda: normed(with_gain(nn.LayerNorm, 1e-4), 12), "VG101", "norm-gain"),
+    "weight norm, length 0.05": (lambda: lengths(0.05), "VG101", "norm-gain"),
+    "weight norm of old, length 20": (lambda: lengths(20.0, nn.utils.weight_norm), "EG201", "norm-gain"),
+    "batch norm by the past": (past, "VG101", "norm-statistics"),
     "layer norm, eps 100": (
         lambda: normed(lambda w: nn.LayerNorm(w, eps=100.0), 12),
         "VG101",
@@ -254,3 +281,19 @@ def test_a_loss_that_differentiates_the_model_can_be_repaired() -> None:
 
     patient = Patient(model, check(model, far), far)
     assert [rx.applicable for rx in standardise_input.prescribe(patient)] == [True]
+
+
+def test_a_model_that_keeps_what_it_computed_can_be_copied() -> None:
+    """Features for a second loss, attention maps for a picture: torch copies no tensor with a graph."""
+
+    class Keeping(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            self.seen = {"features": [self[0](input)]}
+            return super().forward(input)
+
+    torch.manual_seed(0)
+    model, loss = sigmoid_xavier(10)
+    kept = Keeping(*model.children())
+    loss(kept)
+    assert not kept.seen["features"][0].is_leaf
+    assert all(math.isfinite(e.given_back) for e in effects_of(kept, loss))

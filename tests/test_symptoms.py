@@ -669,6 +669,86 @@ def test_a_signal_that_explodes_in_one_place() -> None:
     assert "EG202" in {f.code for f in diagnose(measure(Sampling(60.0), loss)).errors}
 
 
+class Rounded(nn.Module):
+    """Weights on a grid of eighths, with or without a way for their gradient past the rounding."""
+
+    def __init__(self, straight: bool) -> None:
+        super().__init__()
+        self.straight, self.layer, self.head = straight, nn.Linear(64, 64), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = (8 * self.layer.weight).round() / 8
+        if self.straight:
+            weight = self.layer.weight + (weight - self.layer.weight).detach()
+        return self.head(functional.linear(x, weight, self.layer.bias).relu())
+
+
+def test_what_is_rounded_gets_no_gradient() -> None:
+    torch.manual_seed(0)
+    (finding,) = diagnose(measure(*classified(Rounded(False)))).errors
+    assert (finding.code, finding.sites) == ("UP501", ("layer.weight",))
+    assert "round" in finding.cause
+    assert not diagnose(measure(*classified(Rounded(True)))).errors
+
+
+def test_why_a_part_gets_no_gradient_is_told() -> None:
+    """Under no_grad its modules did run."""
+
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(64, 64), nn.Linear(64, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                hidden = self.body(x)
+            return self.head(hidden)
+
+    (finding,) = [f for f in diagnose(measure(*classified(Fixed()))).findings if f.code == "UP501"]
+    assert finding.severity == Severity.WARNING
+    assert "under no_grad" in finding.cause
+
+
+def test_a_kernel_that_explodes_in_both_directions() -> None:
+    """Read forwards and backwards to ends of their own, every step is as near as any: the curve is flat."""
+
+    class Both(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.kernel, self.head = nn.GRU(8, 24, batch_first=True, bidirectional=True), nn.Linear(48, 4)
+            with torch.no_grad():
+                for name, parameter in self.kernel.named_parameters():
+                    if "weight_hh" in name:
+                        parameter.mul_(factor)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            _, last = self.kernel(packed)
+            return self.head(torch.cat([last[0], last[1]], -1))
+
+    torch.manual_seed(0)
+    x, lengths, y = torch.randn(32, 20, 8), torch.randint(5, 21, (32,)), torch.arange(32) % 4
+    for factor, verdict in ((1.0, "healthy"), (20.0, "exploding")):
+        model = Both(factor)
+        assert check(model, lambda m: functional.cross_entropy(m(x, lengths), y)).verdict == verdict
+
+
+def test_an_output_that_saturates_in_the_loss() -> None:
+    """The generator's first loss, log(1 - D(G(z))): it is flat where the discriminator is sure."""
+
+    def sure(m: nn.Module) -> Tensor:
+        return (1 - torch.sigmoid(m(x)) + 1e-12).log().mean()
+
+    def other(m: nn.Module) -> Tensor:
+        return -(torch.sigmoid(m(x)) + 1e-12).log().mean()
+
+    torch.manual_seed(0)
+    model, x = mlp(nn.ReLU, 2, HE, classes=1), torch.randn(32, 64)
+    nn.init.constant_(list(model)[-1].bias, -20.0)  # pyright: ignore[reportArgumentType]
+    assert [f.code for f in diagnose(measure(model, sure)).errors] == ["VG102"]
+    assert not diagnose(measure(model, other)).errors
+
+
 QUIET = {
     "epsilon_above_variance": lambda batch: normalised(large_epsilon, batch),
     "rank_collapse": lambda batch: tokens(0.0, batch),

@@ -23,7 +23,7 @@ from isograd.diagnosis import Diagnosis
 from isograd.flow import Flow
 from isograd.graph.operations import ACTIVATIONS, kind_of_call, parameter_of
 from isograd.prescription import Patient, Prescription, apply
-from isograd.remedies import reset_norm_epsilon, reset_norm_gain
+from isograd.remedies import batch_statistics, reset_norm_epsilon, reset_norm_gain
 from isograd.remedies.critical_initialisation import scale
 from isograd.remedies.scale_residual_branches import ends
 
@@ -90,6 +90,7 @@ def candidates(flow: Flow, model: nn.Module) -> Iterator[Intervention]:
     if any(seen.rms > 3 or 0 < seen.rms < 0.1 for seen in flow.inputs.values()):
         yield Intervention("unnormalised-input", "inputs standardised", edit=_standardise)
     for remedy, cause, change in (
+        (batch_statistics, "norm-statistics", "batch normalisation by the statistics of this batch"),
         (reset_norm_epsilon, "norm-epsilon", "epsilon of the normalisation layers set to 1e-5"),
         (reset_norm_gain, "norm-gain", "gains of the normalisation layers set to 1"),
     ):

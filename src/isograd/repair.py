@@ -36,7 +36,7 @@ Train = Callable[[nn.Module, int], float]
 """train(model, seed) -> score, higher is better; as `isograd.prove` takes it."""
 
 ORDER = (
-    "standardise-input", "reset-norm-epsilon", "reset-norm-gain", "scale-embeddings", "zero-biases",
+    "batch-statistics", "standardise-input", "reset-norm-epsilon", "reset-norm-gain", "scale-embeddings", "zero-biases",
     "recurrent-initialisation", "chrono-initialisation", "forget-bias", "scale-residual-branches",
     "rescale-weights", "orthogonal-initialisation", "delta-orthogonal", "critical-initialisation", "classic-initialisation", "lsuv",
 )  # fmt: skip

@@ -26,6 +26,7 @@ from isograd.flow import (
 )
 from isograd.graph.backbone import Backbone, Segment, step_site
 from isograd.graph.backward import Backward
+from isograd.graph.operations import STEPS, operation_of
 from isograd.graph.origin import first_nonfinite
 from isograd.graph.readings import Readings, log10
 from isograd.graph.traced import Traced
@@ -49,6 +50,8 @@ class Assembly:
         self.read = Readings(run, passed, grads)
         self.logs, self.rms = self.read.logs, self.read.rms
         self._answering = _answering(run)
+        self._felt = run.graph.below(run.graph.order[0], without=_steps(run))
+        """Nodes that some gradient reaches which no step function has made zero."""
         self._accumulators = {id(n.variable): n for n in run.graph.order if hasattr(n, "variable")}  # pyright: ignore
         self._scales = self._parameter_scales()
         self._updates = first_update(optimizer, run.model, grads, self._scales)
@@ -185,13 +188,13 @@ class Assembly:
         """In the order in which they ran."""
         on = {node: segment.site for segment in self.main.segments for node in segment.nodes}
         found: list[Normalisation] = []
-        for seen, variance in zip(self.trace.norms, self.read.variances, strict=True):
+        for seen, variance, given in zip(self.trace.norms, self.read.variances, self.read.given, strict=True):
             made = self.trace.made[seen.node]
             # Written out, its gain is multiplied after the root: the module's own output has it.
             end = self.trace.outputs.get(made.call.module) if made.call.leaf else None
             output = self.rms.get(end if end in self.rms else seen.node, math.nan)  # type: ignore[arg-type]
             site = on.get(seen.node) or step_site(made)
-            found.append(Normalisation(site, seen.epsilon, variance, output))
+            found.append(Normalisation(site, seen.epsilon, variance, output, given))
         return tuple(found)
 
     def _parameter_scales(self) -> dict[str, float]:
@@ -212,8 +215,12 @@ class Assembly:
             elif self.failure is not None:
                 state = "unmeasured"
             elif name not in self.read.gradients or name not in self._scales:
-                state = "detached" if name.rpartition(".")[0] in self.trace.ran else "unused"
+                module = name.rpartition(".")[0]
+                closed = "no-grad" if module in self.trace.closed else "unused"
+                state = "detached" if module in self.trace.ran else closed
             else:
+                if self._accumulators[id(p)] not in self._felt:
+                    state = "stepped"
                 length, zeros = self.read.gradients[name]
                 log = log10(length) + self._scales[name]
                 gradient = self.grads[name]
@@ -300,6 +307,11 @@ def _answering(run: Traced) -> set[Node]:
             if sink in below:
                 found.update(run.graph.dominators([node for node in above if node in below]))
     return found
+
+
+def _steps(run: Traced) -> set[Node]:
+    """Functions that are constant piece by piece."""
+    return {node for node in run.graph.order if operation_of(node) in STEPS}
 
 
 def _sites(line: Backbone) -> tuple[Site, ...]:

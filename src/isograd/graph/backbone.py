@@ -45,12 +45,12 @@ class Graph:
         self.children[node] = [child for child, _ in node.next_functions if child is not None]
         return iter(self.children[node])
 
-    def below(self, top: Node) -> set[Node]:
-        """The nodes that a path from `top` leads to, itself included."""
+    def below(self, top: Node, without: Collection[Node] = ()) -> set[Node]:
+        """The nodes that a path from `top` leads to, itself included, and past those of `without`."""
         found, stack = {top}, [top]
         while stack:
             for child in self.children[stack.pop()]:
-                if child not in found:
+                if child not in found and child not in without:
                     found.add(child)
                     stack.append(child)
         return found

@@ -31,8 +31,13 @@ def distinct(tensor: Tensor) -> Tensor | None:
     return (x - x.mean(0) - x.mean(1, keepdim=True) + x.mean((0, 1))).square().mean().sqrt().double()
 
 
-def denominator(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[float, Tensor] | None:
-    """Epsilon of one of torch's normalisations, and the mean variance that it is added to; None: something else."""
+def denominator(
+    func: Callable[..., Any], args: Any, kwargs: Any
+) -> tuple[float, Tensor, Tensor | None] | None:
+    """Epsilon of one of torch's normalisations, and the mean variance that it is added to; None: something else.
+
+    Third, where that is a running variance: the mean variance of the input itself.
+    """
     name = getattr(func, "__name__", "")
     if name not in NORMS or not inspect.isfunction(func):
         return None
@@ -42,20 +47,21 @@ def denominator(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[float
     epsilon = given["eps"] if given["eps"] is not None else torch.finfo(given["input"].dtype).eps
     x = _sampled(given["input"])
     fixed = not given.get("training", True) or not given.get("use_input_stats", True)
+    own: Tensor | None = None
     match name:
         case "layer_norm":
             spread = x.var(tuple(range(-len(given["normalized_shape"]), 0)), correction=0)
         case "rms_norm":
             spread = x.square().mean(tuple(range(-len(given["normalized_shape"]), 0)))
         case _ if fixed and given["running_var"] is not None:
-            spread = given["running_var"].detach()
+            spread, own = given["running_var"].detach(), x.transpose(0, 1).flatten(1).var(1, correction=0)
         case "batch_norm":
             spread = x.transpose(0, 1).flatten(1).var(1, correction=0)
         case "group_norm":
             spread = x.reshape(len(x), given["num_groups"], -1).var(-1, correction=0)
         case _:
             spread = x.flatten(2).var(-1, correction=0)
-    return float(epsilon), spread.double().mean()
+    return float(epsilon), spread.double().mean(), own.double().mean() if own is not None else None
 
 
 def _sampled(tensor: Tensor) -> Tensor:

@@ -96,6 +96,8 @@ class Trace(TorchFunctionMode):
     """Addresses of the tensors that the model was given."""
     ran: set[str] = field(default_factory=set[str])
     """Paths of the modules that were called with gradients enabled."""
+    closed: set[str] = field(default_factory=set[str])
+    """Paths of the modules that were called without."""
     entered: int = 0
 
     def __post_init__(self) -> None:
@@ -140,8 +142,7 @@ class Trace(TorchFunctionMode):
         self.attribute_custom(args)
         self.entered += 1
         name = self._names.get(id(module), self._stack[-1][0] if self._stack else "")
-        if torch.is_grad_enabled():
-            self.ran.add(name)
+        (self.ran if torch.is_grad_enabled() else self.closed).add(name)
         leaf = type(module).__name__ if next(module.children(), None) is None else ""
         self._stack.append((name, self.entered, leaf))
 
@@ -345,7 +346,7 @@ class Trace(TorchFunctionMode):
             made = self.made.get(args[0].grad_fn)
             added = [v for _, v in made.call.settings if isinstance(v, float)] if made else []
             if made is not None and made.call.kind == "addition" and len(added) == 1:
-                found = added[0], args[0].detach().double().mean() - added[0]
+                found = added[0], args[0].detach().double().mean() - added[0], None
         if found is not None:
             assert out.grad_fn is not None
             self.norms.append(NormalisationStatistics(out.grad_fn, *found))

@@ -62,6 +62,8 @@ OF_LOGITS = {
 """Losses that apply the softmax or sigmoid themselves."""
 LOGARITHMS = {"log", "log2", "log10", "log1p", "xlogy", "binary_cross_entropy"}
 NORMALISED_LOG = {"log_softmax", "logsigmoid", "log_sigmoid"}
+OUTPUTS = {"softmax", "sigmoid", "tanh"}
+"""Functions that end a model, whoever applies them."""
 VIEWS = {"view", "reshape", "squeeze", "unsqueeze", "flatten", "transpose", "permute", "float", "to", "clone"}
 SLACK = 0.05
 """Share of the target's own range by which it may overstep: noise on a target in [0, 1] is no fault."""
@@ -242,10 +244,14 @@ def _at_output(flow: Flow) -> Outcome:
             evidence={"output": site.operation, "cause": "head"},
             remedies=("train the head, requires_grad_(True), or draw its weights",),
         )
+    levels = flow.column("grad_norm_log10").tolist()
+    for i in range(top + 1, len(flow.sites)):  # an output function that stands in the loss
+        if flow.sites[i].operation in OUTPUTS:
+            costs[i] = levels[i - 1] - levels[i]
     for i, cost in costs.items():
         site = flow.sites[i]
         if (
-            site.kind in ("softmax", "activation")
+            (site.kind in ("softmax", "activation") or site.operation in OUTPUTS)
             and cost < SATURATED
             and _with_logarithm(flow, i, cost) < SATURATED
         ):

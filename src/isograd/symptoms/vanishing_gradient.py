@@ -32,6 +32,7 @@ from collections.abc import Iterator
 
 from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow, per_layer
+from isograd.graph.operations import STEPS
 from isograd.symptoms import Healthy, Outcome, Unexamined
 
 CODE = "VG101"
@@ -85,11 +86,13 @@ def _along(flow: Flow) -> Iterator[Outcome]:
         yield Healthy(f"{said} (an error from {-limit:.1f})")
         return
     worst = sorted(range(len(flow.sites)), key=lambda i: _or_zero(float(flow.column("decades")[i])))[:3]
+    step = next((flow.sites[i] for i in worst if flow.sites[i].operation in STEPS), None)
     yield Finding(
         CODE,
         NAME,
         Severity.ERROR if lost <= -limit and _starved(flow, limit) else Severity.WARNING,
         f"{said}; {_received(flow, lost)}",
+        cause=f"the derivative of {step.operation} is zero everywhere" if step and lost == -math.inf else "",
         sites=tuple(flow.sites[i].place for i in worst if _or_zero(float(flow.column("decades")[i])) < 0),
         evidence={
             "decades": lost,
@@ -101,7 +104,9 @@ def _along(flow: Flow) -> Iterator[Outcome]:
             **expected(flow),
             "from_to": where,
         },
-        remedies=(
+        remedies=("straight-through",)
+        if step and lost == -math.inf
+        else (
             "critical-initialisation",
             "exchange-activation",
             "insert-normalisation",
