@@ -240,6 +240,85 @@ class ClampedRoot(nn.Module):
         return self.after(torch.where(hidden > 0, hidden.clamp(min=0).sqrt(), torch.zeros_like(hidden)))
 
 
+class Equilibrium(nn.Module):
+    """z = tanh(W z + x), sixty times from zero, towards its fixed point; x comes in at every step (arXiv 1909.01377)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.again, self.head = nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        entered = self.enter(x)
+        z = torch.zeros_like(entered)
+        for _ in range(60):
+            z = torch.tanh(self.again(z) + entered)
+        return self.head(z)
+
+
+def actor_critic() -> Built:
+    """A policy and a value on one body, whose returns, and so whose loss, are in thousands."""
+    torch.manual_seed(0)
+
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = without_head(mlp(nn.Tanh, 2, 64, None))
+            self.policy, self.value = nn.Linear(64, 10), nn.Linear(64, 1)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            hidden = self.body(x)
+            return {"policy": self.policy(hidden), "value": self.value(hidden)[:, 0]}
+
+    x, y = digit_batch()
+
+    def loss(m: nn.Module) -> Tensor:
+        told = m(x)
+        return functional.cross_entropy(told["policy"], y) + 1e6 * told["value"].sub(y / 10).square().mean()
+
+    return Both(), loss
+
+
+def variational() -> Built:
+    """An autoencoder that returns its answer, mean and log variance; its loss weighs two terms."""
+    torch.manual_seed(0)
+
+    class Variational(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.enter, self.mean, self.spread = nn.Linear(64, 64), nn.Linear(64, 8), nn.Linear(64, 8)
+            self.leave = nn.Sequential(nn.Linear(8, 64), nn.ELU(), nn.Linear(64, 64))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            hidden = functional.elu(self.enter(x))
+            mean, spread = self.mean(hidden), self.spread(hidden)
+            return self.leave(mean + (0.5 * spread).exp() * torch.randn_like(mean)), mean, spread
+
+    x, _ = digit_batch()
+
+    def loss(m: nn.Module) -> Tensor:
+        answer, mean, spread = m(x)
+        divergence = (mean.square() + spread.exp() - spread - 1).sum(1).mean()
+        return functional.mse_loss(answer, x) + 1e-3 * divergence
+
+    return Variational(), loss
+
+
+def differential_equation() -> Built:
+    """u'' = -sin(3 x) with u(0) = 0 and u(1) = 1: the loss differentiates the model twice (arXiv 1711.10561)."""
+    torch.manual_seed(0)
+    widths = [1, 32, 32, 32, 32]
+    layers = [part for a, b in pairwise(widths) for part in (nn.Linear(a, b), nn.Tanh())]
+    ends = torch.tensor([[0.0], [1.0]])
+
+    def loss(m: nn.Module) -> Tensor:
+        x = torch.linspace(0, 1, 64)[:, None].requires_grad_()
+        (slope,) = torch.autograd.grad(m(x).sum(), x, create_graph=True)
+        (bend,) = torch.autograd.grad(slope.sum(), x, create_graph=True)
+        return (bend + (3 * x).sin()).square().mean() + functional.mse_loss(m(ends), ends)
+
+    return nn.Sequential(*layers, nn.Linear(32, 1)), loss
+
+
 def half(make: Make) -> Make:
     return lambda: make().bfloat16()
 

@@ -188,6 +188,26 @@ def _encoders() -> tuple[Case, ...]:
             ),
             12,
         ),
+        one(  # its Fourier transforms pass complex numbers
+            "fnet",
+            lambda: hf.FNetForMaskedLM(
+                hf.FNetConfig(
+                    vocab_size=VOCABULARY,
+                    hidden_size=128,
+                    num_hidden_layers=12,
+                    intermediate_size=512,
+                    max_position_embeddings=64,
+                )
+            ),
+            24,
+        ),
+        one(  # every layer reads a table of positions
+            "xlnet",
+            lambda: hf.XLNetLMHeadModel(
+                hf.XLNetConfig(vocab_size=VOCABULARY, d_model=128, n_layer=8, n_head=4, d_inner=512)
+            ),
+            16,
+        ),
     )
 
 

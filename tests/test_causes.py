@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,8 @@ from torch.nn import functional
 
 from isograd import check
 from isograd.diagnosis import Diagnosis, Effect, Finding
+from isograd.prescription import Patient
+from isograd.remedies import lsuv, standardise_input
 from tests.models import HE, Built, Loss, classified, mlp, relu_he, relu_large, sigmoid_xavier
 
 Norm = Callable[[int], nn.Module]
@@ -82,6 +86,29 @@ def squares() -> Built:
     return classified(nn.Sequential(nn.Linear(64, 32), *body, nn.Linear(32, 10)))
 
 
+def lengths(size: float, normalised: Any = nn.utils.parametrizations.weight_norm) -> Built:
+    """ReLU layers whose weights are a length and a direction."""
+    model = mlp(nn.ReLU, 12, HE)
+    for layer in list(model)[:-1]:
+        if isinstance(layer, nn.Linear):
+            normalised(layer)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("original0", "weight_g")):
+                parameter.fill_(size)
+    return classified(model)
+
+
+def past() -> Built:
+    """Batch normalisation in eval mode, of a signal that it does not know."""
+    model, loss = normed(nn.BatchNorm1d, 12)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):
+            assert module.running_var is not None
+            module.running_var.fill_(100.0)
+    return model.eval(), loss
+
+
 PLANTED: dict[str, tuple[Callable[[], Built], str, str]] = {
     "sigmoid layers": (lambda: sigmoid_xavier(10), "VG101", "activation"),
     "ReLU, half of He": (lambda: classified(mlp(nn.ReLU, 16, 0.5 * HE)), "VG101", "initialisation"),
@@ -93,6 +120,9 @@ PLANTED: dict[str, tuple[Callable[[], Built], str, str]] = {
     "60 batch norms": (lambda: normed(nn.BatchNorm1d, 60, batch=64), "EG201", "batchnorm-without-skips"),
     "batch norm, gamma 1e-4": (lambda: normed(with_gain(nn.BatchNorm1d, 1e-4), 12), "VG101", "norm-gain"),
     "layer norm, gamma 1e-4": (lambda: normed(with_gain(nn.LayerNorm, 1e-4), 12), "VG101", "norm-gain"),
+    "weight norm, length 0.05": (lambda: lengths(0.05), "VG101", "norm-gain"),
+    "weight norm of old, length 20": (lambda: lengths(20.0, nn.utils.weight_norm), "EG201", "norm-gain"),
+    "batch norm by the past": (past, "VG101", "norm-statistics"),
     "layer norm, eps 100": (
         lambda: normed(lambda w: nn.LayerNorm(w, eps=100.0), 12),
         "VG101",
@@ -207,3 +237,63 @@ def test_a_loss_that_closes_over_its_own_model_leaves_the_causes_untested() -> N
     effects = effects_of(model, lambda _: loss(model))
     assert effects
     assert all(math.isnan(e.given_back) for e in effects)
+
+
+class Equation(nn.Module):
+    """u'' = -sin, of a network with this activation: what passes back are second derivatives."""
+
+    def __init__(self, activation: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        widths = [1, 32, 32, 32]
+        layers = [part for a, b in pairwise(widths) for part in (nn.Linear(a, b), activation())]
+        self.net = nn.Sequential(*layers, nn.Linear(32, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+
+def residual(m: nn.Module) -> Tensor:
+    x = torch.linspace(0, 1, 32)[:, None].requires_grad_()
+    (slope,) = torch.autograd.grad(m(x).sum(), x, create_graph=True)
+    (bend,) = torch.autograd.grad(slope.sum(), x, create_graph=True)
+    return (bend + x.sin()).square().mean() + m(x[:1]).square().mean() + m(x[-1:]).square().mean()
+
+
+def test_a_piecewise_linear_function_has_no_second_derivative() -> None:
+    torch.manual_seed(0)
+    assert not check(Equation(nn.Tanh), residual).errors
+    finding = found(check(Equation(nn.ReLU), residual), "VG101")
+    assert finding.evidence["cause"] == "activation"
+    assert any("relu exchanged for SiLU" in e.intervention and e.given_back > 10 for e in finding.effects)
+
+
+def test_a_loss_that_differentiates_the_model_can_be_repaired() -> None:
+    """Remedies that look at what the model computes let it compute with gradients."""
+    torch.manual_seed(0)
+    model = Equation(nn.Tanh)
+    patient = Patient(model, check(model, residual), residual)
+    assert [rx.applicable for rx in lsuv.prescribe(patient)] == [True]
+
+    def far(m: nn.Module) -> Tensor:
+        x = torch.linspace(0, 1000, 32)[:, None].requires_grad_()
+        (slope,) = torch.autograd.grad(m(x).sum(), x, create_graph=True)
+        return (slope - 1).square().mean()
+
+    patient = Patient(model, check(model, far), far)
+    assert [rx.applicable for rx in standardise_input.prescribe(patient)] == [True]
+
+
+def test_a_model_that_keeps_what_it_computed_can_be_copied() -> None:
+    """Features for a second loss, attention maps for a picture: torch copies no tensor with a graph."""
+
+    class Keeping(nn.Sequential):
+        def forward(self, input: Tensor) -> Tensor:
+            self.seen = {"features": [self[0](input)]}
+            return super().forward(input)
+
+    torch.manual_seed(0)
+    model, loss = sigmoid_xavier(10)
+    kept = Keeping(*model.children())
+    loss(kept)
+    assert not kept.seen["features"][0].is_leaf
+    assert all(math.isfinite(e.given_back) for e in effects_of(kept, loss))

@@ -83,6 +83,30 @@ def test_a_loop_that_departs_from_its_kernel_is_seen(monkeypatch: pytest.MonkeyP
         loop_of(nn.RNN(3, 3), torch.randn(4, 2, 3))
 
 
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_a_chaotic_kernel_is_no_other_kernel(kind: str) -> None:
+    """Recurrent weights a hundred times too large make of the last digit all there is within a few steps."""
+    torch.manual_seed(0)
+    kernel = KERNEL[kind](8, 32, 2, bidirectional=True)
+    with torch.no_grad():
+        for weight in kernel.parameters():
+            weight.mul_(100)
+    model = Last(kernel)
+    x, y = torch.randn(24, 16, 8), torch.arange(16) % 3
+    assert isograd.check(model, lambda m: functional.cross_entropy(m(x), y)).flow.horizon is not None
+
+
+class Last(nn.Module):
+    """Classifies from the last step of a kernel."""
+
+    def __init__(self, kernel: nn.Module) -> None:
+        super().__init__()
+        self.kernel, self.head = kernel, nn.Linear(64, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.kernel(x)[0][-1])
+
+
 def test_dropout_between_layers_keeps_its_rate() -> None:
     torch.manual_seed(0)
     kernel = nn.GRU(4, 64, 2, dropout=0.5, batch_first=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from isograd import measure
+from isograd import diagnose, measure
 from tests.models import Loss, log10, mlp, plain_gradients, projected
 
 TOKENS = torch.arange(28).reshape(4, 7) % 11
@@ -226,3 +226,81 @@ def test_torchs_own_composites_are_read_right(name: str) -> None:
         plain_gradients(model, projected(x)), abs=1e-9
     )
     assert ("time" in flow.unexamined) == ("recurrent" in kinds)
+
+
+class Twice(nn.Module):
+    """A trunk, and two answers of it that the loss takes apart."""
+
+    def __init__(self, activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.trunk = mlp(activation, 12, 1.0 if activation is nn.Tanh else 0.3, classes=64)
+        self.classes, self.value = nn.Linear(64, 10), nn.Linear(64, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.trunk(x)
+        return self.classes(hidden), self.value(hidden)
+
+
+@pytest.mark.parametrize("factor", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("activation", [nn.Tanh, nn.Sigmoid])
+def test_what_one_loss_of_several_is_multiplied_by_is_no_gain(
+    activation: type[nn.Module], factor: float
+) -> None:
+    model, x, y = Twice(activation), torch.randn(32, 64), torch.randint(10, (32,))
+
+    def loss(m: nn.Module) -> Tensor:
+        logits, value = m(x)
+        return functional.cross_entropy(logits, y) + factor * value.square().mean()
+
+    flow = measure(model, loss)
+    sick = {f.code for f in diagnose(flow).errors}
+    assert sick == ({"VG101"} if activation is nn.Sigmoid else set())
+    answers = next(site.depth for site in flow.sites if site.operation == "outputs")
+    assert abs(float(flow.column("decades")[answers])) < 1  # two linear layers, side by side
+
+
+def test_a_spectrum_of_complex_numbers_is_read() -> None:
+    """Neural operators and FNet pass through Fourier transforms; so does their gradient."""
+
+    class Spectral(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(9, dtype=torch.complex64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.fft.irfft(torch.fft.rfft(x) * self.weight)
+
+    x = torch.randn(8, 16)
+    model = nn.Sequential(nn.Linear(16, 16), Spectral(), nn.Linear(16, 3))
+    loss = projected(x)
+    flow = measure(model, loss)
+    assert flow.failure is None
+    loss(model).backward()
+    plain = [
+        p.grad.abs().square().sum().sqrt().log10().item() for p in model.parameters() if p.grad is not None
+    ]
+    assert [p.grad_norm_log10 for p in flow.parameters] == pytest.approx(plain, abs=1e-4)
+
+
+class Balanced(nn.Module):
+    """z = tanh(W z + x), again and again from zero: its data come in at every step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.again, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        entered = self.enter(x)
+        z = torch.zeros_like(entered)
+        for _ in range(60):
+            z = torch.tanh(self.again(z) + entered)
+        return self.head(z)
+
+
+def test_zeros_to_start_from_are_no_input() -> None:
+    flow = measure(
+        Balanced(), lambda m: functional.cross_entropy(m(torch.randn(32, 16)), torch.arange(32) % 3)
+    )
+    assert not flow.towers
+    assert flow.sites[0].kind == "input"
+    assert not diagnose(flow).errors

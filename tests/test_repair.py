@@ -24,6 +24,7 @@ from isograd.judge import short_training
 from isograd.prescription import Reach
 from isograd.repair import Repair, repair
 from tests.models import HE, Built, Residual, classified, mlp, relu_he, relu_large
+from tests.test_causes import lengths, past
 from tests.test_remedies_init import dead, functional_net, loop, normed
 
 
@@ -81,6 +82,8 @@ SICK: dict[str, tuple[Callable[[], Built], str, Reach]] = {
     "60 batch norms without skips": (batch_normed, "insert-residual", Reach.RESIDUAL),
     "exploding residual net": (exploding_residual, "scale-residual-branches", Reach.INITIALISATION),
     "gains of N(0, 1e-4)": (dim_gains, "reset-norm-gain", Reach.INITIALISATION),
+    "statistics of the past": (past, "batch-statistics", Reach.TRAINING),
+    "normalised weights of length 0.05": (lambda: lengths(0.05), "reset-norm-gain", Reach.INITIALISATION),
     "epsilon of 10": (lambda: classified(normed()), "reset-norm-epsilon", Reach.INITIALISATION),
     "ReLU at 2.5 of He": (relu_large, "orthogonal-initialisation", Reach.INITIALISATION),
     "default init, 20 ReLU": (

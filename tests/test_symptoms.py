@@ -571,6 +571,184 @@ def test_attention_is_compared_with_even_attention_under_its_own_mask(mask: str)
     assert float(found) == pytest.approx(1.0, abs=1e-6)
 
 
+@pytest.mark.parametrize("equal", [1, 2, 8])
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_attention_inside_of_torchs_own_module(equal: int, padded: bool) -> None:
+    """p = 1/k on k of 8 keys, as above; two more keys are padding."""
+    module = nn.MultiheadAttention(16, 2, batch_first=True)
+    with torch.no_grad():
+        nn.init.eye_(module.in_proj_weight[:16])
+        nn.init.eye_(module.in_proj_weight[16:32])
+    key = torch.zeros(2, 8 + 2 * padded, 16)
+    key[:, :equal] = 10.0
+    absent = torch.arange(key.shape[1]).expand(2, -1) >= 8
+    query = torch.full((2, 4, 16), 10.0)
+    flow = measure(
+        nn.ModuleList([module]),
+        lambda m: m[0](query, key, key, key_padding_mask=absent if padded else None)[0].square().sum(),  # pyright: ignore
+    )
+    (attention,) = flow.attentions
+    assert attention.spread == pytest.approx((1 - 1 / equal) / (1 - 1 / 8), abs=1e-5)
+
+
+@pytest.mark.parametrize("mixes", [True, False])
+def test_a_softmax_is_attention_where_it_mixes_other_activations(mixes: bool) -> None:
+    """Attention written for (sample * head, query, key), and a mixture of classes."""
+    layer, x = nn.Linear(16, 8), torch.randn(4, 8, 16)
+
+    def loss(m: nn.Module) -> Tensor:
+        shares = (100 * m(x)).softmax(-1)
+        return (torch.bmm(shares, m(x)) if mixes else shares).square().mean()
+
+    assert len(measure(layer, loss).attentions) == mixes
+
+
+def test_a_frozen_head_of_zeros_never_passes_a_gradient() -> None:
+    """One that is trained does after its first step, and is none of our business."""
+    model, loss = relu_he()
+    head = list(model.children())[-1]
+    nn.init.zeros_(head.weight)  # pyright: ignore[reportArgumentType]
+    assert not diagnose(measure(model, loss)).errors
+    head.requires_grad_(False)
+    assert [f.code for f in diagnose(measure(model, loss)).errors] == ["VG102"]
+
+
+class Concatenating(nn.Module):
+    """Convolutions down and up again, each level's result carried over: nothing between input and head dominates."""
+
+    def __init__(self, activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.act = activation()
+        self.first, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 4, 1)
+        self.down = nn.ModuleList(nn.Conv2d(8, 8, 3, padding=1) for _ in range(4))
+        self.up = nn.ModuleList(nn.Conv2d(16, 8, 3, padding=1) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, kept = self.act(self.first(x)), list[Tensor]()
+        for layer in self.down:
+            x = self.act(layer(x))
+            kept.append(x)
+            x = functional.max_pool2d(x, 2)
+        for layer in self.up:
+            x = self.act(layer(torch.cat([functional.interpolate(x, scale_factor=2.0), kept.pop()], 1)))
+        return self.head(x)
+
+
+def test_layers_without_a_backbone_count_one_by_one() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 3, 32, 32), torch.randint(4, (4, 32, 32))
+    for std, verdict in ((0.3, "healthy"), (0.01, "vanishing")):
+        model = Concatenating(nn.ReLU)
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                nn.init.normal_(parameter, std=std * math.sqrt(18 / parameter[0].numel()))
+        assert diagnose(measure(model, lambda m: functional.cross_entropy(m(x), y))).verdict == verdict
+
+
+def test_a_signal_that_explodes_in_one_place() -> None:
+    """The exponential of a variance that starts at 60, as in a variational autoencoder."""
+
+    class Sampling(nn.Module):
+        def __init__(self, log_variance: float) -> None:
+            super().__init__()
+            self.enter, self.mean, self.spread = nn.Linear(16, 16), nn.Linear(16, 4), nn.Linear(16, 4)
+            self.leave = nn.Linear(4, 16)
+            nn.init.constant_(self.spread.bias, log_variance)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            hidden = self.enter(x).relu()
+            mean, spread = self.mean(hidden), self.spread(hidden)
+            return self.leave(mean + (0.5 * spread).exp() * torch.randn_like(mean)), mean, spread
+
+    def loss(m: nn.Module) -> Tensor:
+        answer, mean, spread = m(x)
+        return functional.mse_loss(answer, x) + (mean.square() + spread.exp() - spread).mean()
+
+    x = torch.randn(32, 16)
+    assert not diagnose(measure(Sampling(0.0), loss)).errors
+    assert "EG202" in {f.code for f in diagnose(measure(Sampling(60.0), loss)).errors}
+
+
+class Rounded(nn.Module):
+    """Weights on a grid of eighths, with or without a way for their gradient past the rounding."""
+
+    def __init__(self, straight: bool) -> None:
+        super().__init__()
+        self.straight, self.layer, self.head = straight, nn.Linear(64, 64), nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = (8 * self.layer.weight).round() / 8
+        if self.straight:
+            weight = self.layer.weight + (weight - self.layer.weight).detach()
+        return self.head(functional.linear(x, weight, self.layer.bias).relu())
+
+
+def test_what_is_rounded_gets_no_gradient() -> None:
+    torch.manual_seed(0)
+    (finding,) = diagnose(measure(*classified(Rounded(False)))).errors
+    assert (finding.code, finding.sites) == ("UP501", ("layer.weight",))
+    assert "round" in finding.cause
+    assert not diagnose(measure(*classified(Rounded(True)))).errors
+
+
+def test_why_a_part_gets_no_gradient_is_told() -> None:
+    """Under no_grad its modules did run."""
+
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = nn.Linear(64, 64), nn.Linear(64, 10)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                hidden = self.body(x)
+            return self.head(hidden)
+
+    (finding,) = [f for f in diagnose(measure(*classified(Fixed()))).findings if f.code == "UP501"]
+    assert finding.severity == Severity.WARNING
+    assert "under no_grad" in finding.cause
+
+
+def test_a_kernel_that_explodes_in_both_directions() -> None:
+    """Read forwards and backwards to ends of their own, every step is as near as any: the curve is flat."""
+
+    class Both(nn.Module):
+        def __init__(self, factor: float) -> None:
+            super().__init__()
+            self.kernel, self.head = nn.GRU(8, 24, batch_first=True, bidirectional=True), nn.Linear(48, 4)
+            with torch.no_grad():
+                for name, parameter in self.kernel.named_parameters():
+                    if "weight_hh" in name:
+                        parameter.mul_(factor)
+
+        def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+            _, last = self.kernel(packed)
+            return self.head(torch.cat([last[0], last[1]], -1))
+
+    torch.manual_seed(0)
+    x, lengths, y = torch.randn(32, 20, 8), torch.randint(5, 21, (32,)), torch.arange(32) % 4
+    for factor, verdict in ((1.0, "healthy"), (20.0, "exploding")):
+        model = Both(factor)
+        assert check(model, lambda m: functional.cross_entropy(m(x, lengths), y)).verdict == verdict
+
+
+def test_an_output_that_saturates_in_the_loss() -> None:
+    """The generator's first loss, log(1 - D(G(z))): it is flat where the discriminator is sure."""
+
+    def sure(m: nn.Module) -> Tensor:
+        return (1 - torch.sigmoid(m(x)) + 1e-12).log().mean()
+
+    def other(m: nn.Module) -> Tensor:
+        return -(torch.sigmoid(m(x)) + 1e-12).log().mean()
+
+    torch.manual_seed(0)
+    model, x = mlp(nn.ReLU, 2, HE, classes=1), torch.randn(32, 64)
+    nn.init.constant_(list(model)[-1].bias, -20.0)  # pyright: ignore[reportArgumentType]
+    assert [f.code for f in diagnose(measure(model, sure)).errors] == ["VG102"]
+    assert not diagnose(measure(model, other)).errors
+
+
 QUIET = {
     "epsilon_above_variance": lambda batch: normalised(large_epsilon, batch),
     "rank_collapse": lambda batch: tokens(0.0, batch),

@@ -8,7 +8,6 @@ functional code is treated like modules. Nothing here touches the user's model: 
 
 from __future__ import annotations
 
-import copy
 import math
 from contextlib import nullcontext
 from dataclasses import replace
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 
 from isograd.diagnosis import Diagnosis, Effect, Finding
 from isograd.flow import Flow
+from isograd.graph.preserve import copied
 from isograd.graph.traced import Loss
 from isograd.interventions import Intervention, both, candidates
 from isograd.measure import measure
@@ -70,7 +70,7 @@ def _try(intervention: Intervention, model: nn.Module, loss: Loss) -> float:
         entered = True
 
     try:
-        changed = copy.deepcopy(model)
+        changed = copied(model)
         changed.register_forward_pre_hook(reached)
         if intervention.edit is not None:
             intervention.edit(changed)
@@ -111,6 +111,8 @@ def _told(finding: Finding, effects: tuple[Effect, ...], before: float) -> Findi
     telling = [e for e in tested if e.given_back > max(TELLING * before, 0.3)]
     if not telling:
         names = "; ".join(e.intervention for e in tested)
+        if finding.cause:
+            return replace(finding, effects=effects)
         why = (
             f"none of the changes tried on a copy gives it back: {names}"
             if names
@@ -151,6 +153,7 @@ _BLAME = {
     "dead-units": "dead units",
     "residual-branch-growth": "unscaled residual branches",
     "unnormalised-input": "the unnormalised input",
+    "norm-statistics": "the running statistics of batch normalisation in eval mode",
     "norm-gain": "the gains of the normalisation layers",
     "norm-epsilon": "the epsilon of the normalisation layers",
     "precision": "the number format",
@@ -165,6 +168,7 @@ _REMEDY = {
     "dead-units": "zero-biases",
     "residual-branch-growth": "scale-residual-branches",
     "unnormalised-input": "standardise-input",
+    "norm-statistics": "batch-statistics",
     "norm-gain": "reset-norm-gain",
     "norm-epsilon": "reset-norm-epsilon",
     "precision": "loss-scale",

@@ -112,6 +112,20 @@ class Normalisation:
     """Mean variance of what it was given; of an RMS norm its mean square."""
     output_rms: float
     """Root mean square of its output, behind gain and shift."""
+    given: float = math.nan
+    """Mean variance of what it was given, where it divides by that of the past instead; NaN: it does not."""
+
+    @property
+    def fixed(self) -> bool:
+        """Does it divide by running statistics?"""
+        return not math.isnan(self.given)
+
+    @property
+    def fits(self) -> float:
+        """Scale of what running statistics make of its input: 1 where they are those of the input."""
+        if not self.fixed:
+            return 1.0
+        return math.sqrt(self.given / self.variance) if self.variance > 0 else math.nan
 
     @property
     def kept(self) -> float:
@@ -122,7 +136,8 @@ class Normalisation:
     @property
     def gain(self) -> float:
         """Scale that gain and shift give to what is normalised; it is 1 where they start as usual."""
-        return self.output_rms / self.kept if self.kept > 0 else math.nan
+        normalised = self.kept * self.fits
+        return self.output_rms / normalised if normalised > 0 else math.nan
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +156,9 @@ class Parameter:
     name: str
     shape: tuple[int, ...]
     state: str
-    """'measured', 'frozen' (requires no gradient), 'unused' (its module did not run), 'detached' (its
-    module ran, but the loss does not depend on it), or 'unmeasured' (the backward failed)."""
+    """'measured', 'frozen' (requires no gradient), 'unused' (its module did not run), 'no-grad' (it ran under
+    `no_grad`), 'detached' (it ran, but the loss does not depend on it), 'stepped' (all that the loss knows of it went
+    through round, sign or another step, whose derivative is zero), or 'unmeasured' (the backward failed)."""
     grad_norm_log10: float
     """log10 of the gradient's L2 norm; -inf: exactly zero; NaN: not measured."""
     weight_norm: float

@@ -23,7 +23,7 @@ from isograd.diagnosis import Diagnosis
 from isograd.flow import Flow
 from isograd.graph.operations import ACTIVATIONS, kind_of_call, parameter_of
 from isograd.prescription import Patient, Prescription, apply
-from isograd.remedies import reset_norm_epsilon, reset_norm_gain
+from isograd.remedies import batch_statistics, reset_norm_epsilon, reset_norm_gain
 from isograd.remedies.critical_initialisation import scale
 from isograd.remedies.scale_residual_branches import ends
 
@@ -42,6 +42,9 @@ class Intervention:
 
 SELF_GATED = {"relu", "leaky_relu", "gelu", "elu", "silu", "selu", "celu", "mish", "hardswish", "relu6"}
 """Activations that pass about half of their input unchanged: exchanging them for ReLU tests nothing."""
+CALLED = {"relu": "ReLU", "silu": "SiLU"}
+PIECEWISE = {"relu", "leaky_relu", "relu6", "hardtanh", "hardsigmoid"}
+"""Linear, piece by piece: without a second derivative."""
 
 
 def _functions(flow: Flow) -> Counter[str]:
@@ -52,11 +55,26 @@ def _functions(flow: Flow) -> Counter[str]:
     )
 
 
+def _flat(flow: Flow) -> tuple[set[str], str]:
+    """Functions whose derivative can vanish, and what takes their place.
+
+    Where the loss differentiates the model itself, as that of a differential equation does, what passes back are
+    second derivatives: those of piecewise linear functions are zero.
+    """
+    sites = (*flow.sites, *(step.site for steps in flow.ledgers.values() for step in steps))
+    twice = any(site.operation == "grad" for site in sites)
+    names = set(_functions(flow)) - SELF_GATED
+    return (names | PIECEWISE & set(_functions(flow)), "silu") if twice else (names, "relu")
+
+
 def both(flow: Flow) -> Intervention:
     """ReLU in place of what saturates, with the weights at ReLU's critical gain."""
-    flat = set(_functions(flow)) - SELF_GATED
+    flat, other = _flat(flow)
     return Intervention(
-        "", "", edit=lambda m: _critical(m, flow, "relu"), mode=lambda: _Exchange(flat, F.relu)
+        "",
+        "",
+        edit=lambda m: _critical(m, flow, other),
+        mode=lambda: _Exchange(flat, getattr(F, other)),
     )
 
 
@@ -66,12 +84,13 @@ def candidates(flow: Flow, model: nn.Module) -> Iterator[Intervention]:
     common = names.most_common(1)[0][0] if names else "linear"
     patient = Patient(model, Diagnosis(flow))
     kinds = {s.kind for s in flow.sites} | {s.site.kind for steps in flow.ledgers.values() for s in steps}
-    flat = set(names) - SELF_GATED
+    flat, other = _flat(flow)
     dead = {a.function for a in flow.activations if a.bottleneck and a.dead > 0.5}
 
     if any(seen.rms > 3 or 0 < seen.rms < 0.1 for seen in flow.inputs.values()):
         yield Intervention("unnormalised-input", "inputs standardised", edit=_standardise)
     for remedy, cause, change in (
+        (batch_statistics, "norm-statistics", "batch normalisation by the statistics of this batch"),
         (reset_norm_epsilon, "norm-epsilon", "epsilon of the normalisation layers set to 1e-5"),
         (reset_norm_gain, "norm-gain", "gains of the normalisation layers set to 1"),
     ):
@@ -100,8 +119,8 @@ def candidates(flow: Flow, model: nn.Module) -> Iterator[Intervention]:
     if flat:
         yield Intervention(
             "activation",
-            f"{', '.join(sorted(flat))} exchanged for ReLU",
-            mode=lambda: _Exchange(flat, F.relu),
+            f"{', '.join(sorted(flat))} exchanged for {CALLED[other]}",
+            mode=lambda: _Exchange(flat, getattr(F, other)),
         )
     if flow.splits:
         yield Intervention(

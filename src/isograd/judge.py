@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from functools import cached_property
@@ -10,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import nn
 
+from isograd.graph.preserve import copied
 from isograd.graph.traced import Loss
 
 Train = Callable[[nn.Module, int], float]
@@ -43,7 +43,7 @@ class Judge:
         self.left -= 1
         try:
             with torch.random.fork_rng():
-                value = float(self.train(copy.deepcopy(model), 0))
+                value = float(self.train(copied(model), 0))
         except Exception as error:  # the user's code: what the search has found is kept
             self.failure = error
             return math.nan

@@ -115,6 +115,8 @@ def recurrent(found: list[Layer]) -> list[Layer]:
 def is_chain(flow: Flow, found: list[Layer]) -> bool:
     """One layer after the other, with nothing but activations between them: what theory's gain per layer is of."""
     plain = not flow.splits and all(place.kind != "normalisation" for place in _line(flow))
+    inside = (step.site.kind for steps in flow.ledgers.values() for step in steps)
+    plain = plain and not any(kind in WEIGHTED for kind in inside)  # a segment with layers side by side
     return plain and all(layer.calls <= 1 for layer in found) and sum(not la.head for la in found) > 1
 
 

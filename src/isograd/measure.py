@@ -47,6 +47,9 @@ def _towers(run: Traced) -> list[Backbone]:
     """Backbones of further inputs that lead through layers of their own."""
     found: list[Backbone] = []
     for sink in run.sinks[1:]:
+        call = run.trace.made[sink].call
+        if run.trace.given and not call.user_input and call.kind != "embedding":
+            continue  # what the model made itself, such as a table of positions
         other = backbone(run.graph, run.trace, sink)
         if all(_adds(other, known) for known in (run.line, *found)):
             found.append(other)

@@ -11,7 +11,6 @@ causes that it is for, and `prescribe(patient)` yields a prescription for every 
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from isograd import surgery
 from isograd.diagnosis import Diagnosis
 from isograd.flow import Flow
+from isograd.graph.preserve import copied
 from isograd.graph.traced import Loss, unwrapped
 
 if TYPE_CHECKING:
@@ -330,7 +330,7 @@ def apply(
 
 def _copied(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        return copied(model)
     except Exception as error:
         raise ValueError(
             f"the model cannot be copied ({error}): apply(model, rx, in_place=True) changes the model itself"

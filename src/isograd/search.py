@@ -28,7 +28,7 @@ from isograd.remedies import critical_initialisation, exchange_activation, ortho
 from isograd.symptoms.vanishing_gradient import threshold
 
 ORDER = (
-    "standardise-input", "reset-norm-epsilon", "reset-norm-gain", "scale-embeddings", "zero-biases",
+    "batch-statistics", "standardise-input", "reset-norm-epsilon", "reset-norm-gain", "scale-embeddings", "zero-biases",
     "recurrent-initialisation", "chrono-initialisation", "forget-bias", "scale-residual-branches",
     "rescale-weights", "orthogonal-initialisation", "delta-orthogonal", "critical-initialisation", "classic-initialisation", "lsuv",
 )  # fmt: skip

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from isograd.flow import (
     Activation,
@@ -25,6 +26,7 @@ from isograd.flow import (
 )
 from isograd.graph.backbone import Backbone, Segment, step_site
 from isograd.graph.backward import Backward
+from isograd.graph.operations import STEPS, operation_of
 from isograd.graph.origin import first_nonfinite
 from isograd.graph.readings import Readings, log10
 from isograd.graph.traced import Traced
@@ -47,6 +49,9 @@ class Assembly:
         self.trace, self.main = run.trace, run.line
         self.read = Readings(run, passed, grads)
         self.logs, self.rms = self.read.logs, self.read.rms
+        self._answering = _answering(run)
+        self._felt = run.graph.below(run.graph.order[0], without=_steps(run))
+        """Nodes that some gradient reaches which no step function has made zero."""
         self._accumulators = {id(n.variable): n for n in run.graph.order if hasattr(n, "variable")}  # pyright: ignore
         self._scales = self._parameter_scales()
         self._updates = first_update(optimizer, run.model, grads, self._scales)
@@ -100,13 +105,18 @@ class Assembly:
 
     def _columns(self, line: Backbone) -> dict[str, Tensor]:
         """Forward order: input first."""
-        logs = [self.logs.get(node, math.nan) for node in line.tops]
+        logs = [self._level(segment) for segment in line.segments]
         below = [*logs[1:], math.nan]
         decades = [
             math.nan if i < line.exit or math.isinf(a) else b - a
             for i, (a, b) in enumerate(zip(logs, below, strict=True))
         ]
-        rms = [next((self.rms[n] for n in s.nodes if n in self.rms), math.nan) for s in line.segments]
+        rms = [
+            max((self.rms[n] for n in s.outlets if n in self.rms), default=math.nan)
+            if s.outlets
+            else next((self.rms[n] for n in s.nodes if n in self.rms), math.nan)
+            for s in line.segments
+        ]
         distinct = [
             next(
                 (_ratio(v, self.rms[n]) for n in s.nodes if (v := self.read.distinct.get(n)) is not None),
@@ -126,6 +136,16 @@ class Assembly:
         }
         return {name: torch.tensor(c[::-1], dtype=torch.float64) for name, c in columns.items()}
 
+    def _level(self, segment: Segment) -> float:
+        """log10 of the gradient norm at a segment's output; of several outlets, of their gradients together."""
+        if not segment.outlets:
+            return self.logs.get(segment.nodes[0], math.nan)
+        levels = [self.logs[n] for n in segment.outlets if n in self.logs]
+        top = max(levels, default=math.nan)
+        if not math.isfinite(top):
+            return top
+        return top + 0.5 * math.log10(sum(10 ** (2 * (level - top)) for level in levels))
+
     def _forward_ratio(self, segment: Segment, following: Segment) -> float:
         """rms(branch) / rms(stream)."""
         stream = next((self.rms[n] for n in following.nodes if n in self.rms), math.nan)
@@ -138,7 +158,7 @@ class Assembly:
 
     def _ledger(self, index: int, segment: Segment) -> tuple[Step, ...]:
         """The calls inside a segment, output side first, with what each costs where that is one number."""
-        top = self.logs.get(segment.nodes[0], math.nan)
+        top = self._level(segment)
         spine = [n for n in segment.spine if n in self.logs]
         chosen = spine or [n for n in segment.inside if n in self.logs and n in self.rms]
         if not chosen:
@@ -160,7 +180,7 @@ class Assembly:
                 site = segment.site
                 return Activation(site, seen.function, True, mean, saturated, dead, seen.units, seen.samples)
         site = step_site(self.trace.made[seen.node])
-        spine = any(seen.node in s.spine for s in self.main.segments)
+        spine = any(seen.node in s.spine for s in self.main.segments) or seen.node in self._answering
         spine = spine or any(seen.node in s.nodes for other in self.towers for s in other.segments)
         return Activation(site, seen.function, spine, mean, saturated, dead, seen.units, seen.samples)
 
@@ -168,13 +188,13 @@ class Assembly:
         """In the order in which they ran."""
         on = {node: segment.site for segment in self.main.segments for node in segment.nodes}
         found: list[Normalisation] = []
-        for seen, variance in zip(self.trace.norms, self.read.variances, strict=True):
+        for seen, variance, given in zip(self.trace.norms, self.read.variances, self.read.given, strict=True):
             made = self.trace.made[seen.node]
             # Written out, its gain is multiplied after the root: the module's own output has it.
             end = self.trace.outputs.get(made.call.module) if made.call.leaf else None
             output = self.rms.get(end if end in self.rms else seen.node, math.nan)  # type: ignore[arg-type]
             site = on.get(seen.node) or step_site(made)
-            found.append(Normalisation(site, seen.epsilon, variance, output))
+            found.append(Normalisation(site, seen.epsilon, variance, output, given))
         return tuple(found)
 
     def _parameter_scales(self) -> dict[str, float]:
@@ -195,8 +215,12 @@ class Assembly:
             elif self.failure is not None:
                 state = "unmeasured"
             elif name not in self.read.gradients or name not in self._scales:
-                state = "detached" if name.rpartition(".")[0] in self.trace.ran else "unused"
+                module = name.rpartition(".")[0]
+                closed = "no-grad" if module in self.trace.closed else "unused"
+                state = "detached" if module in self.trace.ran else closed
             else:
+                if self._accumulators[id(p)] not in self._felt:
+                    state = "stepped"
                 length, zeros = self.read.gradients[name]
                 log = log10(length) + self._scales[name]
                 gradient = self.grads[name]
@@ -264,6 +288,30 @@ class Assembly:
                 f"{', '.join(fused)}: one fused kernel; its inside, layer by layer and step by step, is not seen"
             )
         return found
+
+
+def _answering(run: Traced) -> set[Node]:
+    """What all of one of the model's results passes through on its way from an input.
+
+    Where the loss takes several of them, or differentiates the model itself, the backbone leads past its inside.
+    """
+    on = {node for segment in run.line.segments for node in segment.nodes}
+    results = [n for n in dict.fromkeys(run.trace.results) if run.trace.made[n].shape]
+    found = set[Node]()
+    if not results or on & set(results):
+        return found
+    for sink in run.sinks:
+        above = run.graph.above(sink)
+        for result in results:
+            below = run.graph.below(result)
+            if sink in below:
+                found.update(run.graph.dominators([node for node in above if node in below]))
+    return found
+
+
+def _steps(run: Traced) -> set[Node]:
+    """Functions that are constant piece by piece."""
+    return {node for node in run.graph.order if operation_of(node) in STEPS}
 
 
 def _sites(line: Backbone) -> tuple[Site, ...]:

@@ -45,6 +45,16 @@ class Graph:
         self.children[node] = [child for child, _ in node.next_functions if child is not None]
         return iter(self.children[node])
 
+    def below(self, top: Node, without: Collection[Node] = ()) -> set[Node]:
+        """The nodes that a path from `top` leads to, itself included, and past those of `without`."""
+        found, stack = {top}, [top]
+        while stack:
+            for child in self.children[stack.pop()]:
+                if child not in found and child not in without:
+                    found.add(child)
+                    stack.append(child)
+        return found
+
     def above(self, sink: Node) -> list[Node]:
         """The nodes on some path from the loss to the sink, both included, in topological order."""
         reaching = {sink}
@@ -99,6 +109,9 @@ class Segment:
 
     weighted: bool = False
     """Multiplies by weights: a layer in the sense of sigma^L."""
+    outlets: list[Node] = field(default_factory=list[Node])
+    """Results of the model inside of it that all gradient passes through, one or the other: what lies before them is
+    the loss. Where it is read, the gradient of all of them together stands for the one at the first node."""
 
 
 @dataclass
@@ -127,6 +140,7 @@ def sinks(graph: Graph, trace: Trace) -> list[Node]:
         if made is None or made.shape is None:
             continue
         entrance = made.call.data and made.call.kind in ("embedding", "linear", "convolution", "recurrent")
+        entrance = entrance and not _nothing(made.call)
         if made.call.kind == "input" or (entrance and not _has_signal(graph, trace, node)):
             found.append((made.call.user_input, graph.depth[node], -i, node))
     if not found:  # no data that we saw: the deepest operation that is more than a view of a parameter
@@ -142,6 +156,11 @@ def sinks(graph: Graph, trace: Trace) -> list[Node]:
         if first is not None and _layers(graph, trace, first) > 2 * _layers(graph, trace, ordered[0]) + 1:
             ordered.insert(0, first)
     return ordered
+
+
+def _nothing(call: Call) -> bool:
+    """Zeros alone: the state that a recurrence written by hand starts from is no data."""
+    return call.kind != "embedding" and bool(call.given) and not any(bool(t.any()) for _, t in call.given)
 
 
 def _first_layer(graph: Graph, trace: Trace) -> Node | None:
@@ -207,7 +226,7 @@ def backbone(graph: Graph, trace: Trace, sink: Node) -> Backbone:
         members = set(nodes)
         inside = [n for n in above[position[nodes[0]] + 1 : end] if n not in members]
         segments.append(_segment(graph, trace, nodes, inside, following, folded))
-    end = _exit(segments, trace)
+    end = _exit(graph, segments, trace)
     for segment in segments[:end]:
         segment.site = replace(segment.site, kind="loss")
     _name(segments)
@@ -317,16 +336,37 @@ def _weights_below(graph: Graph, trace: Trace, start: Node, inside: set[Node], e
     return len(calls)
 
 
-def _exit(segments: list[Segment], trace: Trace) -> int:
-    """Where the model ends and the loss begins."""
-    results = set(trace.results)
+def _exit(graph: Graph, segments: list[Segment], trace: Trace) -> int:
+    """Where the model ends and the loss begins.
+
+    Where several results of the model enter the loss, all gradient passes through no single one of them but through
+    one or the other. What the loss makes of one number holds its factors, and is no gain of the model.
+    """
+    results = {n for n in trace.results if n in trace.made and trace.made[n].shape}
     for i, segment in enumerate(segments):
-        if segment.site.kind != "loss" and results & set(segment.nodes) and segment.site.shape != ():
+        if segment.site.kind != "loss" and results & set(segment.nodes):
             return i
-    for i, segment in enumerate(segments):
-        if segment.weighted or segment.site.kind in ("normalisation", "residual add", "input"):
+    layers = [
+        i
+        for i, segment in enumerate(segments)
+        if segment.weighted or segment.site.kind in ("normalisation", "residual add", "input")
+    ]
+    for i in layers:
+        if i + 1 < len(segments) and (outlets := _outlets(graph, segments[i], segments[i + 1], results)):
+            segments[i].outlets = outlets
+            segments[i].site = replace(segments[i].site, operation="outputs", kind="elementwise")
             return i
-    return 0
+        if segments[i].site.shape != ():
+            return i
+    return layers[0] if layers else 0
+
+
+def _outlets(graph: Graph, segment: Segment, following: Segment, results: set[Node]) -> list[Node]:
+    """The results inside of a segment, where no way from its top to the next segment leads past them."""
+    inside, end = set(segment.inside), following.nodes[0]
+    outlets = [n for n in segment.inside if n in results]
+    past, _ = _walk(graph, segment.nodes[-1:], inside - results, end)
+    return [] if past else outlets
 
 
 def _name(segments: list[Segment]) -> None:

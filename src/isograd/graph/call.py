@@ -75,6 +75,8 @@ class NormalisationStatistics:
     epsilon: float
     variance: Tensor
     """Mean variance of what it was given; of an RMS norm its mean square."""
+    given: Tensor | None
+    """The same, where `variance` is a running one."""
 
 
 @dataclass(slots=True)

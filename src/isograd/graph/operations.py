@@ -46,6 +46,9 @@ ACTIVATIONS = {
     "exp": ActivationFunction(0.0),
 }
 
+STEPS = {"round", "sign", "sgn", "floor", "ceil", "trunc", "fix", "heaviside"}
+"""Functions that are constant piece by piece: their derivative is zero wherever there is one."""
+
 LOSSES = {
     "cross_entropy", "nll_loss", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div",
     "binary_cross_entropy", "binary_cross_entropy_with_logits", "poisson_nll_loss", "gaussian_nll_loss",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 
 @contextmanager
@@ -54,3 +56,15 @@ def _generators(model: nn.Module) -> list[tuple[Any, Any]]:
     if numpy is not None:
         states.append((numpy.random.set_state, numpy.random.get_state()))
     return states
+
+
+def copied(model: nn.Module) -> nn.Module:
+    """A deep copy; results of the last forward that the model keeps are copied as numbers.
+
+    torch refuses to copy a tensor that has a graph: features kept for a second loss, attention maps kept for a
+    picture, and the weight that the old `weight_norm` makes in each forward.
+    """
+    kept = (
+        t for module in model.modules() for t in pytree.tree_leaves(vars(module)) if isinstance(t, Tensor)
+    )
+    return copy.deepcopy(model, {id(t): t.detach().clone() for t in kept if not t.is_leaf})

@@ -25,7 +25,7 @@ class Readings:
         rms: of the result of every operation.
         distinct: of what belongs to one token alone in it, where it has tokens.
         splits: norms of skip and branch contribution below a residual segment, as they passed, by its index.
-        inputs, activations, losses, variances, spreads: the trace's statistics, in its order.
+        inputs, activations, losses, variances, given, spreads: the trace's statistics, in its order.
         weights: norm of every parameter, by name.
         gradients: norm of its gradient as it passed and share of exact zeros in it, where it has one.
         loss: value of the loss.
@@ -49,6 +49,7 @@ class Readings:
         activations = [[scalars.add(v) for v in a.values] for a in trace.activations]
         losses = [[scalars.add(v) for v in call.values] for call in trace.losses]
         variances = [scalars.add(seen.variance) for seen in trace.norms]
+        given = {i: scalars.add(seen.given) for i, seen in enumerate(trace.norms) if seen.given is not None}
         spreads = [scalars.add(seen.spread) for seen in trace.attentions]
         value = scalars.add(run.value.detach().reshape(()))
         read = scalars.read()
@@ -66,6 +67,7 @@ class Readings:
         self.activations = [[read[i] for i in values] for values in activations]
         self.losses = [[read[i] for i in values] for values in losses]
         self.variances = [read[i] for i in variances]
+        self.given = [read[given[i]] if i in given else math.nan for i in range(len(variances))]
         self.spreads = [read[i] for i in spreads]
         self.loss = read[value]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 NORMS = ("layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm")
 ROOTS = ("rsqrt", "sqrt")
@@ -30,8 +31,13 @@ def distinct(tensor: Tensor) -> Tensor | None:
     return (x - x.mean(0) - x.mean(1, keepdim=True) + x.mean((0, 1))).square().mean().sqrt().double()
 
 
-def denominator(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[float, Tensor] | None:
-    """Epsilon of one of torch's normalisations, and the mean variance that it is added to; None: something else."""
+def denominator(
+    func: Callable[..., Any], args: Any, kwargs: Any
+) -> tuple[float, Tensor, Tensor | None] | None:
+    """Epsilon of one of torch's normalisations, and the mean variance that it is added to; None: something else.
+
+    Third, where that is a running variance: the mean variance of the input itself.
+    """
     name = getattr(func, "__name__", "")
     if name not in NORMS or not inspect.isfunction(func):
         return None
@@ -41,20 +47,21 @@ def denominator(func: Callable[..., Any], args: Any, kwargs: Any) -> tuple[float
     epsilon = given["eps"] if given["eps"] is not None else torch.finfo(given["input"].dtype).eps
     x = _sampled(given["input"])
     fixed = not given.get("training", True) or not given.get("use_input_stats", True)
+    own: Tensor | None = None
     match name:
         case "layer_norm":
             spread = x.var(tuple(range(-len(given["normalized_shape"]), 0)), correction=0)
         case "rms_norm":
             spread = x.square().mean(tuple(range(-len(given["normalized_shape"]), 0)))
         case _ if fixed and given["running_var"] is not None:
-            spread = given["running_var"].detach()
+            spread, own = given["running_var"].detach(), x.transpose(0, 1).flatten(1).var(1, correction=0)
         case "batch_norm":
             spread = x.transpose(0, 1).flatten(1).var(1, correction=0)
         case "group_norm":
             spread = x.reshape(len(x), given["num_groups"], -1).var(-1, correction=0)
         case _:
             spread = x.flatten(2).var(-1, correction=0)
-    return float(epsilon), spread.double().mean()
+    return float(epsilon), spread.double().mean(), own.double().mean() if own is not None else None
 
 
 def _sampled(tensor: Tensor) -> Tensor:
@@ -69,18 +76,51 @@ def spread(func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | None:
     """How far attention leaves several positions open: mean of 1 - sum(p^2), over that of even attention.
 
     It is the size of the softmax's derivative: 1 where all positions count alike, 0 where one is picked. Of
-    `scaled_dot_product_attention`, and of a softmax of (sample, head, query, key); None: something else.
+    `scaled_dot_product_attention`, of `nn.MultiheadAttention`, and of a softmax over the last axis, of which the
+    caller has to know that it mixes values; None: something else.
     """
     name = getattr(func, "__name__", "")
     if name == "scaled_dot_product_attention":
         logits = _logits(*args, **kwargs)
-    elif name == "softmax" and args and args[0].ndim == 4 and (kwargs.get("dim", args[-1]) in (-1, 3)):
-        logits = args[0].detach()[:2].float()
+    elif name == "multi_head_attention_forward":
+        logits = _of_module(func, args, kwargs)
+    elif name == "softmax" and args and args[0].ndim > 1:
+        if kwargs.get("dim", args[-1]) not in (-1, args[0].ndim - 1):
+            return None
+        logits = args[0].detach()[: 2 if args[0].ndim > 3 else 16].float()
     else:
         return None
     seen = torch.where(logits > MASKED, 0.0, -torch.inf)
     left, even = ((1 - part.softmax(-1).square().sum(-1)).nanmean() for part in (logits + seen, seen))
     return (left / even).double()
+
+
+def _of_module(func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor:
+    """The logits inside of one call of `nn.MultiheadAttention`: query and key are (token, sample, feature)."""
+    call = inspect.signature(func).bind(*args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    size, heads = given["embed_dim_to_check"], given["num_heads"]
+    if given["use_separate_proj_weight"]:
+        weights = given["q_proj_weight"], given["k_proj_weight"]
+    else:
+        weights = given["in_proj_weight"].split(size)[:2]
+    shifts = given["in_proj_bias"].split(size)[:2] if given["in_proj_bias"] is not None else (None, None)
+    query, key = (
+        functional.linear(x.detach()[:, :2], w, b)
+        .unflatten(-1, (heads, -1))
+        .movedim(0, -2)  # (sample, head, token, ·)
+        for x, w, b in zip((given["query"], given["key"]), weights, shifts, strict=True)
+    )
+    mask = given["attn_mask"]
+    if mask is not None and mask.ndim == 3:  # (sample * head, query, key)
+        mask = mask.unflatten(0, (-1, heads))
+    logits = _logits(query, key, key, mask if mask is None or mask.dtype != torch.bool else ~mask)
+    absent = given["key_padding_mask"]
+    if absent is None:
+        return logits
+    absent = absent.detach()[:2, None, None]
+    return logits.masked_fill(absent, -torch.inf) if absent.dtype == torch.bool else logits + absent
 
 
 def _logits(

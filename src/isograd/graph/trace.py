@@ -57,6 +57,8 @@ def _norm(tensor: Tensor) -> Tensor:
     tensor = tensor.detach()
     if tensor.is_sparse:
         tensor = tensor.coalesce().values()
+    if tensor.is_complex():  # of a Fourier transform
+        tensor = torch.view_as_real(tensor.resolve_conj())
     if tensor.numel() == 0:
         return torch.zeros((), dtype=torch.float64, device=tensor.device)
     if tensor.is_cuda or tensor.dtype == torch.float64:  # on a GPU the cast is fused into the reduction
@@ -94,6 +96,8 @@ class Trace(TorchFunctionMode):
     """Addresses of the tensors that the model was given."""
     ran: set[str] = field(default_factory=set[str])
     """Paths of the modules that were called with gradients enabled."""
+    closed: set[str] = field(default_factory=set[str])
+    """Paths of the modules that were called without."""
     entered: int = 0
 
     def __post_init__(self) -> None:
@@ -101,6 +105,7 @@ class Trace(TorchFunctionMode):
         self._names = {id(module): name for name, module in self.model.named_modules()}
         self._stack: list[tuple[str, int, str]] = []
         self._order = 0
+        self._mixing: set[Node] = set()  # softmaxes that multiply other activations: attention written out
         self._parameters = {id(p): name for name, p in self.model.named_parameters()}
 
     @contextmanager
@@ -124,7 +129,12 @@ class Trace(TorchFunctionMode):
         self.activations = [seen for seen in self.activations if seen.node in nodes]
         self.losses = [call for call in self.losses if call.node in nodes]
         self.norms = [seen for seen in self.norms if seen.node in nodes]
-        self.attentions = [seen for seen in self.attentions if seen.node in nodes]
+        self.attentions = [
+            seen
+            for seen in self.attentions
+            if seen.node in nodes
+            and (self.made[seen.node].call.kind != "softmax" or seen.node in self._mixing)
+        ]
 
     # -- modules -----------------------------------------------------------------------------------
 
@@ -132,8 +142,7 @@ class Trace(TorchFunctionMode):
         self.attribute_custom(args)
         self.entered += 1
         name = self._names.get(id(module), self._stack[-1][0] if self._stack else "")
-        if torch.is_grad_enabled():
-            self.ran.add(name)
+        (self.ran if torch.is_grad_enabled() else self.closed).add(name)
         leaf = type(module).__name__ if next(module.children(), None) is None else ""
         self._stack.append((name, self.entered, leaf))
 
@@ -156,9 +165,11 @@ class Trace(TorchFunctionMode):
         named = _argument_names(module, args)
 
         def open_input(path: Any, value: Any) -> Any:
-            if not isinstance(value, Tensor) or value.layout != torch.strided or value.numel() < 2:
+            if not isinstance(value, Tensor) or value.layout != torch.strided or not value.numel():
                 return value
             self.given.add(value.data_ptr())
+            if value.numel() < 2:  # a temperature, a time
+                return value
             head = pytree.keystr(path[:2])
             name = named.get(head, head.removeprefix("[1]").strip("[]'")) + pytree.keystr(path[2:])
             if not value.is_floating_point() or value.grad_fn is not None or "mask" in name:
@@ -282,20 +293,21 @@ class Trace(TorchFunctionMode):
         if call.kind == "attention":
             values = tensors[2:3]
         else:  # written out: the operand that is not the softmax
-            kinds = [self._origin(t, {"reshape", "dropout"}) for t in tensors]
-            mixes = any(made is not None and made.call.kind == "softmax" for made in kinds)
-            values = [
-                t for t, made in zip(tensors, kinds, strict=True) if made and made.call.weighted
-            ] * mixes
-        made = self._origin(values[0], {"reshape"}) if len(values) == 1 else None
+            nodes = [self._origin(t, {"reshape", "dropout"}) for t in tensors]
+            mixing = {n for n in nodes if n is not None and self.made[n].call.kind == "softmax"}
+            self._mixing |= mixing
+            weighted = [n is not None and self.made[n].call.weighted for n in nodes]
+            values = [t for t, flag in zip(tensors, weighted, strict=True) if flag and mixing]
+        node = self._origin(values[0], {"reshape"}) if len(values) == 1 else None
+        made = self.made[node] if node is not None else None
         return made.call.parameters if made is not None and made.call.weighted else ()
 
-    def _origin(self, tensor: Tensor, passing: Collection[str]) -> Made | None:
-        """What made a tensor, behind calls of the kinds that only pass it on."""
+    def _origin(self, tensor: Tensor, passing: Collection[str]) -> Node | None:
+        """The node that made a tensor, behind calls of the kinds that only pass it on."""
         node = tensor.grad_fn
         while node is not None and (node not in self.made or self.made[node].call.kind in passing):
             node = next((below for below, _ in node.next_functions if below is not None), None)
-        return self.made[node] if node is not None else None
+        return node
 
     def attribute_custom(self, operands: Iterable[object]) -> None:
         """Custom Functions are no torch calls: their results are first seen where something takes them in."""
@@ -334,7 +346,7 @@ class Trace(TorchFunctionMode):
             made = self.made.get(args[0].grad_fn)
             added = [v for _, v in made.call.settings if isinstance(v, float)] if made else []
             if made is not None and made.call.kind == "addition" and len(added) == 1:
-                found = added[0], args[0].detach().double().mean() - added[0]
+                found = added[0], args[0].detach().double().mean() - added[0], None
         if found is not None:
             assert out.grad_fn is not None
             self.norms.append(NormalisationStatistics(out.grad_fn, *found))

@@ -20,16 +20,14 @@ References
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from isograd import surgery, theory
-from isograd.graph.preserve import preserved
+from isograd.graph.preserve import copied, preserved
 from isograd.layers import Layer, batch_norms, is_chain, layers
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable, perform
 from isograd.remedies.critical_initialisation import remaining
@@ -92,7 +90,7 @@ def _decades(patient: Patient, found: list[Layer]) -> float:
 
 def _factors(patient: Patient, found: list[Layer], drawn: list[Edit]) -> dict[str, float]:
     assert patient.loss is not None
-    copied = copy.deepcopy(patient.model)
+    twin = copied(patient.model)
     factors = {layer.module: 1.0 for layer in found}
 
     def rescale(name: str) -> Any:
@@ -107,12 +105,11 @@ def _factors(patient: Patient, found: list[Layer], drawn: list[Edit]) -> dict[st
 
         return hook
 
-    with preserved(copied), surgery.drawing(copied, seed=0):
+    with preserved(twin), surgery.drawing(twin, seed=0):
         for edit in drawn:
-            perform(copied, edit)
-        hooks = [copied.get_submodule(name).register_forward_hook(rescale(name)) for name in factors]
-        with torch.no_grad():
-            patient.loss(copied)
+            perform(twin, edit)
+        hooks = [twin.get_submodule(name).register_forward_hook(rescale(name)) for name in factors]
+        patient.loss(twin)  # with gradients: a loss may differentiate the model itself
         for hook in hooks:
             hook.remove()
     return factors

@@ -1,7 +1,8 @@
 """reset-norm-gain: normalisation layers start with a gain of 1 and a shift of 0.
 
 What it does
-    Fills the weights of normalisation layers whose gain lies far from 1 with ones, and their biases with zeros.
+    Fills the weights of normalisation layers whose gain lies far from 1 with ones, and their biases with zeros. Of
+    layers whose weights are normalised, the length of each unit's weights becomes the critical gain of the activation.
 
 When it helps
     The gain of a normalisation multiplies the signal and the gradient of its layer, whatever the weights before
@@ -15,7 +16,8 @@ Safety
     Unsafe: the model computes another function. Trained gains are lost.
 
 References
-    Ioffe and Szegedy 2015, Batch Normalization; Goyal et al. 2017 (arXiv:1706.02677) on gains of 0.
+    Ioffe and Szegedy 2015, Batch Normalization; Goyal et al. 2017 (arXiv:1706.02677) on gains of 0; Salimans and
+    Kingma 2016, Weight Normalization.
 """
 
 from __future__ import annotations
@@ -26,8 +28,9 @@ from statistics import median
 
 from torch import Tensor, nn
 
-from isograd.layers import norms, rms
+from isograd.layers import common_activation, norms, rms
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.remedies.critical_initialisation import scale
 
 SLUG = "reset-norm-gain"
 TREATS = ("norm-gain", "VG101", "EG201", "EG202")
@@ -39,7 +42,8 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     """Ones and zeros for every normalisation layer whose gain is far off."""
     meant = bool(patient.flow.splits)
     off = {name: (module, size) for name, module, size in _gains(patient.model) if not _fine(size, meant)}
-    if not off:
+    lengths = {name: size for name, size in _lengths(patient.model) if not _fine(size, meant)}
+    if not off and not lengths:
         yield not_applicable(SLUG, "no normalisation layer has a gain far from 1")
         return
     edits = [
@@ -51,11 +55,22 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         for name, (module, _) in off.items()
         if isinstance(shift := getattr(module, "bias", None), Tensor)
     ]
-    gains = [-math.log10(size) if size > 0 else math.inf for _, size in off.values()]
+    critical = float(f"{scale(common_activation(patient.flow))[0]:.6g}")
+    edits += [
+        Edit(name, "fill", "nn.init.constant_", {"val": critical}, before=f"rms {size:.3g}")
+        for name, size in lengths.items()
+    ]
+    gains = [
+        -math.log10(size) if size > 0 else math.inf
+        for size in (*(s for _, s in off.values()), *lengths.values())
+    ]
     where = f"a branch behind one {median(gains):+.1f}" if meant else f"the layers {sum(gains):+.1f}"
     yield Prescription(
         SLUG,
-        f"gain 1 for {len(off)} normalisation layers",
+        " and ".join(
+            [f"gain 1 for {len(off)} normalisation layers"] * bool(off)
+            + [f"length {critical:g} for the normalised weights of {len(lengths)} layers"] * bool(lengths)
+        ),
         tuple(edits),
         reach=Reach.INITIALISATION,
         treats=TREATS,
@@ -69,6 +84,14 @@ def _gains(model: nn.Module) -> Iterator[tuple[str, nn.Module, float]]:
         gain = getattr(module, "weight", None)
         if isinstance(gain, Tensor) and gain.ndim == 1 and gain.requires_grad:
             yield name, module, rms(gain)
+
+
+def _lengths(model: nn.Module) -> Iterator[tuple[str, float]]:
+    """Of the weights of one unit, in layers under `weight_norm`, in its new form and in its old one."""
+    for name, parameter in model.named_parameters():
+        new = name.endswith(".parametrizations.weight.original0")
+        if (new or name.endswith("weight_g")) and parameter.requires_grad:
+            yield name, rms(parameter)
 
 
 def _fine(size: float, residual: bool) -> bool:

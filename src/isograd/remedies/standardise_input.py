@@ -23,7 +23,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from isograd.flow import Flow
@@ -94,7 +93,7 @@ def _numbers(patient: Patient, place: str) -> tuple[Number, Number, int] | None:
         return None
     handle = patient.model.get_submodule(place).register_forward_pre_hook(keep)
     try:
-        with preserved(patient.model), torch.no_grad():
+        with preserved(patient.model):  # with gradients: a loss may differentiate the model itself
             patient.loss(patient.model)
     finally:
         handle.remove()

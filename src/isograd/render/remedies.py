@@ -5,6 +5,7 @@ from __future__ import annotations
 WORDS = {
     "attend-over-time": "read all steps at the output, by attention or pooling over time, not the last alone",
     "avoid-in-place": "replace the in-place operation by its plain form: x = x + y for x += y",
+    "batch-statistics": "train batch normalisation in training mode: model.train()",
     "bfloat16": "train in bfloat16, which has the range of float32",
     "chrono-initialisation": "spread the gates over time scales up to T: b_f = log(uniform(1, T - 1)), "
     "b_i = -b_f, bias_hh at 0",
@@ -30,6 +31,7 @@ WORDS = {
     "scale-embeddings": "draw or scale the embeddings to the size that the blocks behind them expect",
     "scale-residual-branches": "scale the last weights of each residual branch by 1/sqrt(number of blocks)",
     "standardise-input": "standardise the input: (x - mean) / std of each feature over the training set",
+    "straight-through": "pass the gradient by the step: x + (x.round() - x).detach()",
     "use-or-freeze": "use the parameter in the forward, or freeze it: parameter.requires_grad_(False)",
     "warm-up": "raise the learning rate from near zero over the first steps",
     "zero-biases": "start the biases at 0: nn.init.zeros_(layer.bias)",

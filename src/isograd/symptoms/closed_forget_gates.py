@@ -52,7 +52,9 @@ def judge(found: Horizon) -> Iterator[Outcome]:
     if not gated:
         yield Unexamined("no gate of an LSTM or GRU of torch's own was seen")
         return
-    memories = {r.name: math.log(LEFT) / math.log(r.gate_widest) for r in gated}
+    memories = {
+        r.name: math.log(LEFT) / math.log(r.gate_widest) if r.gate_widest < 1 else math.inf for r in gated
+    }
     longest = max(memories.values())
     said = f"the most open unit is {max(r.gate_widest for r in gated):.2f} open and remembers {longest:.0f} steps"
     short = any(isinstance(o, Finding) for o in short_horizon.judge(found))

@@ -12,7 +12,9 @@ Why it happens
 Evidence
     The gradient of the last output step at the input of every step before, from a backward that does not
     overflow. Factor per step, to the power of the steps, or what the first step receives, makes more than
-    the same 2.7 decades that stop a deep network (EG201).
+    the same 2.7 decades that stop a deep network (EG201). Where sequences are packed or read in both directions a lag
+    is no single way, and the curve may be flat; a kernel that as a whole multiplies the gradient by more than that,
+    and by what a step adds to a step where none is lost, explodes all the same.
 
 What helps
     An orthogonal recurrent matrix, or one of spectral radius 1; gates; gradient clipping as a stopgap; a
@@ -41,10 +43,28 @@ ERROR = 2.7
 
 def examine(flow: Flow) -> Iterator[Outcome]:
     """The growth along time, where something recurs in the model."""
-    if flow.horizon is not None:
-        yield from judge(flow.horizon)
-    else:
-        yield unmeasured_in_time(flow)
+    told = list(judge(flow.horizon)) if flow.horizon is not None else [unmeasured_in_time(flow)]
+    yield from told if any(isinstance(o, Finding) for o in told) else _kernels(flow) or told
+
+
+def _kernels(flow: Flow) -> list[Outcome]:
+    """Fused kernels whose gain is more than a sum over their steps can make."""
+    found: list[Outcome] = []
+    for site, decades in zip(flow.sites, flow.column("decades").tolist(), strict=True):
+        limit = ERROR + 0.5 * math.log10(max(site.shape, default=1))
+        if site.kind == "recurrent" and "cell" not in site.operation and decades > limit:
+            found.append(
+                Finding(
+                    CODE,
+                    NAME,
+                    Severity.ERROR,
+                    f"{site.name} as a whole multiplies the gradient by {decades:+.1f} decades (an error from {limit:+.1f})",
+                    sites=(site.place,),
+                    evidence={"decades": decades, "threshold": limit},
+                    remedies=("orthogonal-recurrence", "clip-gradients"),
+                )
+            )
+    return found
 
 
 def judge(found: Horizon) -> Iterator[Outcome]:

@@ -8,16 +8,17 @@ What it means
 
 Why it happens
     An initialiser that treats every parameter alike, as N(0, 0.02), and draws the gains too; weight decay on the
-    gains.
+    gains. Or batch normalisation in eval mode, whose running statistics are not those of what it is given.
 
 Evidence
     Root mean square of the output of each normalisation over that of what is normalised, whatever its gain is
     called: 1 at the usual start. An error where it is below 0.03 in more than half of them. A gain of exactly zero
     at the end of a residual branch is meant so, and is not counted; nor are LayerScale, ReZero and other factors
-    that are no normalisation.
+    that are no normalisation. Where running statistics divide, the same of the scale that they alone make of the
+    input.
 
 What helps
-    Gains of 1 and shifts of 0; no weight decay on them.
+    Gains of 1 and shifts of 0; no weight decay on them. Batch normalisation in training mode, or statistics that fit.
 
 References
     van Laarhoven 2017, L2 Regularization versus Batch and Weight Normalization; Goyal et al. 2017, Accurate, Large
@@ -29,7 +30,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from isograd.diagnosis import Finding, Severity
-from isograd.flow import Flow
+from isograd.flow import Flow, Normalisation
 from isograd.symptoms import Healthy, Outcome
 
 CODE = "VG106"
@@ -46,12 +47,39 @@ def examine(flow: Flow) -> Iterator[Outcome]:
     if len(seen) < 2:
         yield Healthy("fewer than two normalisations")
         return
+    yield _unfitting(seen) or _gains(seen)
+
+
+def _unfitting(seen: list[Normalisation]) -> Finding | None:
+    """Running statistics of something else."""
+    sick = [n for n in seen if 0 < n.fits < ERROR]
+    if len(sick) <= len(seen) / 2:
+        return None
+    worst = min(sick, key=lambda n: n.fits)
+    return Finding(
+        CODE,
+        NAME,
+        Severity.ERROR,
+        f"{len(sick)} of {len(seen)} normalisations run on statistics of the past that make less than {ERROR} of unit "
+        f"scale of their input: {worst.site.name} has a running variance of {worst.variance:.2g} for {worst.given:.2g}",
+        cause="the running statistics of batch normalisation in eval mode",
+        sites=tuple(n.site.place for n in sorted(sick, key=lambda n: n.fits)[:3]),
+        evidence={
+            "scale": worst.fits,
+            "threshold": ERROR,
+            "normalisations": len(sick),
+            "cause": "norm-statistics",
+        },
+        remedies=("batch-statistics",),
+    )
+
+
+def _gains(seen: list[Normalisation]) -> Outcome:
     sick = [n for n in seen if 0 < n.gain < ERROR]
     middle = sorted(n.gain for n in seen)[len(seen) // 2]
     if len(sick) <= len(seen) / 2:
-        yield Healthy(f"the median of {len(seen)} normalisations passes on a scale of {middle:.2g}")
-        return
-    yield Finding(
+        return Healthy(f"the median of {len(seen)} normalisations passes on a scale of {middle:.2g}")
+    return Finding(
         CODE,
         NAME,
         Severity.ERROR,

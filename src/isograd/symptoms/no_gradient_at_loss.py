@@ -62,6 +62,8 @@ OF_LOGITS = {
 """Losses that apply the softmax or sigmoid themselves."""
 LOGARITHMS = {"log", "log2", "log10", "log1p", "xlogy", "binary_cross_entropy"}
 NORMALISED_LOG = {"log_softmax", "logsigmoid", "log_sigmoid"}
+OUTPUTS = {"softmax", "sigmoid", "tanh"}
+"""Functions that end a model, whoever applies them."""
 VIEWS = {"view", "reshape", "squeeze", "unsqueeze", "flatten", "transpose", "permute", "float", "to", "clone"}
 SLACK = 0.05
 """Share of the target's own range by which it may overstep: noise on a target in [0, 1] is no fault."""
@@ -230,10 +232,26 @@ def _at_output(flow: Flow) -> Outcome:
             evidence={"output": site.operation, "width": (site.shape or (1,))[-1], "cause": "head"},
             remedies=("one unit per class, or a sigmoid for one unit" if one else "pass logits to the loss",),
         )
+    if layers and _shut(flow, head):
+        site = flow.sites[head]
+        return Finding(
+            CODE,
+            NAME,
+            Severity.ERROR,
+            f"no gradient passes {site.place}: its weights are zero and frozen",
+            cause="a head of zeros that does not learn",
+            sites=(site.place,),
+            evidence={"output": site.operation, "cause": "head"},
+            remedies=("train the head, requires_grad_(True), or draw its weights",),
+        )
+    levels = flow.column("grad_norm_log10").tolist()
+    for i in range(top + 1, len(flow.sites)):  # an output function that stands in the loss
+        if flow.sites[i].operation in OUTPUTS:
+            costs[i] = levels[i - 1] - levels[i]
     for i, cost in costs.items():
         site = flow.sites[i]
         if (
-            site.kind in ("softmax", "activation")
+            (site.kind in ("softmax", "activation") or site.operation in OUTPUTS)
             and cost < SATURATED
             and _with_logarithm(flow, i, cost) < SATURATED
         ):
@@ -248,6 +266,13 @@ def _at_output(flow: Flow) -> Outcome:
                 remedies=("pass logits to a loss that is safe in log space", "critical-initialisation"),
             )
     return Healthy(f"the gradient at the model's output is not zero (log10 norm {log:.1f})")
+
+
+def _shut(flow: Flow, head: int) -> bool:
+    """Weights of zero pass no gradient before their first step; frozen ones never do."""
+    weights = [p for p in flow.parameters if p.name in flow.sites[head].parameters and len(p.shape) > 1]
+    shut = bool(weights) and all(p.weight_norm == 0 and p.state == "frozen" for p in weights)
+    return shut and float(flow.column("decades")[head]) == -math.inf
 
 
 def _with_logarithm(flow: Flow, index: int, cost: float) -> float:

@@ -5,19 +5,22 @@ What it means
 
 Why it happens
     It is not used in this forward pass, its part was detached or run under `no_grad`, an expert of a
-    mixture got no token, or everything above it is dead. Exactly zero is by design behind a branch whose
+    mixture got no token, or everything above it is dead. Or all that the loss knows of it was rounded, or reduced to
+    a sign: a step function has no derivative but zero. Otherwise exactly zero is by design behind a branch whose
     last layer starts at zero (ReZero, Fixup, LayerScale 0): there it is only noted.
 
 Evidence
     `None` (the loss does not depend on it) told from exact zeros, from a rescaled backward that does not
     underflow. Frozen parameters are not counted. It is an error where modules ran, none of their gradient
-    comes back, and the model's input has no gradient path at all; otherwise a part was left out on purpose.
+    comes back, and the model's input has no gradient path at all, and where weights are known to the loss through a
+    step function alone; otherwise a part was left out on purpose.
 
 What helps
-    Use the module, remove it, or freeze it with `requires_grad_(False)`.
+    Use the module, remove it, or freeze it with `requires_grad_(False)`. A step is trained by the gradient of what it
+    steps through: x + (x.round() - x).detach().
 
 References
-    PyTorch, DistributedDataParallel: `find_unused_parameters`.
+    PyTorch, DistributedDataParallel: `find_unused_parameters`; Bengio et al. 2013 (arXiv:1308.3432) on steps.
 """
 
 from __future__ import annotations
@@ -39,10 +42,11 @@ def examine(flow: Flow) -> Iterator[Outcome]:
         yield Unexamined("the backward failed")
         return
     trainable = [p for p in flow.parameters if p.state != "frozen"]
-    unused = [p for p in trainable if p.state in ("unused", "detached")]
+    unused = [p for p in trainable if p.state in ("unused", "no-grad", "detached")]
     detached = [p for p in unused if p.state == "detached"]
-    zero = [p for p in trainable if p.grad_norm_log10 == -math.inf]
-    if not unused and not zero:
+    stepped = [p for p in trainable if p.state == "stepped"]
+    zero = [p for p in trainable if p.grad_norm_log10 == -math.inf and p not in stepped]
+    if not unused and not zero and not stepped:
         yield Healthy(f"all {len(trainable)} trainable parameters receive a gradient")
         return
     if unused:
@@ -55,10 +59,25 @@ def examine(flow: Flow) -> Iterator[Outcome]:
             + ("; no gradient path leads to the model's input" if detached and flow.cut else ""),
             cause="detached: .detach(), .data, numpy or an argmax between them and the loss"
             if detached
+            else "their modules ran under no_grad"
+            if any(p.state == "no-grad" for p in unused)
             else "their modules did not run in this forward pass",
             sites=tuple(p.name for p in unused[:5]),
             evidence={"unused": len(unused), "detached": len(detached), "trainable": len(trainable)},
             remedies=("use-or-freeze",),
+        )
+    if stepped:
+        weights = any(len(p.shape) > 1 for p in stepped)
+        yield Finding(
+            CODE,
+            NAME,
+            Severity.ERROR if weights else Severity.WARNING,
+            f"{len(stepped)} of {len(trainable)} trainable parameters are known to the loss through a step alone: their "
+            "gradient is exactly zero, for good",
+            cause="round, sign or another step function, whose derivative is zero everywhere",
+            sites=tuple(p.name for p in stepped[:5]),
+            evidence={"stepped": len(stepped), "trainable": len(trainable), "cause": "step-function"},
+            remedies=("straight-through",),
         )
     if zero:
         yield Finding(

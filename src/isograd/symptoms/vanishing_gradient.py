@@ -32,6 +32,7 @@ from collections.abc import Iterator
 
 from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow, per_layer
+from isograd.graph.operations import STEPS
 from isograd.symptoms import Healthy, Outcome, Unexamined
 
 CODE = "VG101"
@@ -41,6 +42,8 @@ ERROR = 3.0
 """Decades lost from which SGD trained at no learning rate and AdamW worse (gallery.border)."""
 ERROR_DEEP = 2.0
 """The same at 30 layers and more: 0.85 per layer over 30 layers left SGD at 24%, 0.85 over 20 at 70%."""
+WEIGHTED = ("linear", "convolution", "recurrent", "attention")
+"""Kinds of the layers that learn."""
 WARNING = 2.0
 """Decades lost from which SGD slows down in shallow nets while AdamW still trains."""
 
@@ -67,7 +70,7 @@ def examine(flow: Flow) -> Iterator[Outcome]:
 def _along(flow: Flow) -> Iterator[Outcome]:
     lost, limit = flow.lost, max(threshold(flow.layers), LUCK * flow.spread)
     if math.isnan(lost) and flow.decades == -math.inf:
-        zero = any(p.fan_in and p.weight_norm == 0 for p in flow.parameters)
+        zero = any(p.fan_in and p.weight_norm == 0 and p.state != "frozen" for p in flow.parameters)
         yield Unexamined(
             "the head passes no gradient yet, its weights being zero: check again after one step"
             if zero
@@ -83,11 +86,13 @@ def _along(flow: Flow) -> Iterator[Outcome]:
         yield Healthy(f"{said} (an error from {-limit:.1f})")
         return
     worst = sorted(range(len(flow.sites)), key=lambda i: _or_zero(float(flow.column("decades")[i])))[:3]
+    step = next((flow.sites[i] for i in worst if flow.sites[i].operation in STEPS), None)
     yield Finding(
         CODE,
         NAME,
         Severity.ERROR if lost <= -limit and _starved(flow, limit) else Severity.WARNING,
         f"{said}; {_received(flow, lost)}",
+        cause=f"the derivative of {step.operation} is zero everywhere" if step and lost == -math.inf else "",
         sites=tuple(flow.sites[i].place for i in worst if _or_zero(float(flow.column("decades")[i])) < 0),
         evidence={
             "decades": lost,
@@ -99,7 +104,9 @@ def _along(flow: Flow) -> Iterator[Outcome]:
             **expected(flow),
             "from_to": where,
         },
-        remedies=(
+        remedies=("straight-through",)
+        if step and lost == -math.inf
+        else (
             "critical-initialisation",
             "exchange-activation",
             "insert-normalisation",
@@ -119,15 +126,20 @@ def expected(flow: Flow) -> dict[str, float]:
 def _starved(flow: Flow, limit: float) -> bool:
     """Does more than the first layer receive too little, or any layer nothing at all, for good?
 
-    A first layer that is all but frozen still feeds the others, which learn from what it makes.
+    A first layer that is all but frozen still feeds the others, which learn from what it makes. A part without a
+    backbone, as a U-Net between its input and its head, counts layer by layer.
     """
     if flow.lost == -math.inf:
         return True
-    reaching = flow.column("decades").nan_to_num(0.0, neginf=-math.inf).flip(0).cumsum(0).flip(0)
+    reaching = flow.column("decades").nan_to_num(0.0, neginf=-math.inf).flip(0).cumsum(0).flip(0).tolist()
     layers = [i for i, flag in enumerate(flow.column("weighted").tolist()) if flag == 1]
-    head = float(reaching[layers[-1]]) if layers else 0.0
-    below = [float(reaching[i + 1]) - head for i in layers[:-1]]
-    return len(layers) < 3 or sum(not share > -limit for share in below) > 1
+    reached: list[float] = []
+    for i in layers:
+        above = reaching[i + 1] if i + 1 < len(reaching) else 0.0
+        inside = [s.level for s in flow.ledgers.get(i, ()) if s.site.kind in WEIGHTED and not s.branch]
+        reached += [above + level for level in inside if not math.isnan(level)] or [above]
+    head = reaching[layers[-1]] if layers else 0.0
+    return len(reached) < 3 or sum(not share - head > -limit for share in reached) > 1
 
 
 def _received(flow: Flow, lost: float) -> str:
