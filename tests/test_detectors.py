@@ -235,6 +235,12 @@ def test_values_that_are_not_finite_are_told_once_with_their_place() -> None:
     assert finding.evidence["cause"] == "sudden"
 
 
+def test_a_training_that_never_was_well_is_not_said_to_have_been() -> None:
+    (_, found), *_ = told([broken(0, loss=math.inf)])
+    assert found.evidence["cause"] == "from-the-start"
+    assert found.message == "the loss is not finite"
+
+
 def test_they_never_enter_a_baseline() -> None:
     detectors, clean = Detectors(), Detectors()
     for i, step in enumerate(falling(300)):
@@ -310,19 +316,20 @@ def rated(steps: Sequence[Step], rate: Callable[[int], float]) -> list[Reading]:
 SPIKED = [*falling(200), *[replace(LOW, loss=3.0, grad=1.0)] * 8]
 
 
-@pytest.mark.parametrize(
-    ("rate", "named"),
-    [
-        (lambda i: 1e-3 if i < 190 else 0.1, True),
-        (lambda i: 1e-3 * 1.03 ** max(i - 140, 0), True),
-        (lambda i: 1e-3, False),
-        (lambda i: 1e-3 * 10 ** -(i % 95 / 30), False),  # restarts
-        (lambda i: 1e-3 * min(1.0, (i + 1) / 300), False),  # a warm-up
-    ],
-)
-def test_a_learning_rate_that_rose_is_named(rate: Callable[[int], float], named: bool) -> None:
+RATES: dict[str, tuple[bool, Callable[[int], float]]] = {
+    "a jump": (True, lambda i: 1e-3 if i < 190 else 0.1),
+    "a climb": (True, lambda i: 1e-3 * 1.03 ** max(i - 140, 0)),
+    "none": (False, lambda _: 1e-3),
+    "restarts": (False, lambda i: 1e-3 / 10 ** (i % 95 / 30)),
+    "a warm-up": (False, lambda i: 1e-3 * min(1.0, (i + 1) / 300)),
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_a_learning_rate_that_rose_is_named(name: str) -> None:
+    rose, rate = RATES[name]
     found = next(f for _, f in told(rated(SPIKED, rate)) if f.code == "TR702")
-    assert ("the learning rate has gone from" in str(found.cause)) == named
+    assert ("the learning rate has gone from" in str(found.cause)) == rose
 
 
 def test_inputs_are_judged_at_the_first_layer_only() -> None:
@@ -406,6 +413,20 @@ def test_readings_with_missing_columns_are_read() -> None:
     healthy, unexamined = detectors.outcomes()
     assert "UP506" in healthy
     assert not set(healthy) & set(unexamined)
+
+
+def test_parameters_that_no_gradient_reaches_are_named() -> None:
+    detectors = Detectors()
+    never, late = SITES.index("2.weight"), SITES.index("3.bias")
+    for i, step in enumerate(falling(20)):
+        reading = made(i, step)
+        for column in reading.columns.values():
+            column[[never, late] if i < 10 else [never]] = NAN
+        detectors.observe(reading)
+        detectors.restore(json.loads(json.dumps(detectors.state())))
+    said = detectors.outcomes()[1]["gradients"]
+    assert said.startswith("1 of 12 parameters")
+    assert said.endswith("2.weight")
 
 
 def test_what_was_not_logged_is_unexamined_and_not_well() -> None:

@@ -37,6 +37,9 @@ class History:
         self.count = 0
         """Finite readings so far."""
         self.step = -1
+        self.sites: list[str] = []
+        self.unreached: list[str] = []
+        """Parameters that have had no gradient in any reading."""
         self.names: list[str] = []
         self.losses: list[float] = []
         """The last 4 x WINDOW."""
@@ -93,6 +96,8 @@ class History:
             self.grads, self.updates, self.weights, self.scales = [], [], [], []
             self.weighed = []
             self.early_grads, self.late_grads, self.early_updates, self.late_updates = [], [], [], []
+        if seen.missing != len(self.unreached) or len(seen.sites) != len(self.sites):
+            self._reach(seen)
         # Across a step that was not read, nothing is known.
         follows = self.last and seen.step == self.step + 1
         self.count, self.step, self.now = self.count + 1, seen.step, seen
@@ -152,6 +157,16 @@ class History:
         if self.jump and self.jump[-1] and seen.loss < self.jump[1] + JUMP * self.first_loss:
             self.jump = []
 
+    def _reach(self, seen: Seen) -> None:
+        """Remember which parameters got a gradient."""
+        waiting = {*self.unreached} | {*seen.sites} - {*self.sites}
+        self.sites = list(seen.sites)
+        self.unreached = [
+            name
+            for name, none in zip(seen.sites, seen.absent.tolist(), strict=True)
+            if none and name in waiting
+        ]
+
     def _follow(self, seen: Seen) -> None:
         """Remember the learning rates."""
         rates = list(seen.rates)
@@ -167,6 +182,7 @@ class History:
         rate = max(seen.rates, default=math.nan)
         if math.isfinite(seen.update_norm):
             self.length = [seen.step, seen.update_norm, seen.grad_norm, rate]
+            return seen.update_norm
         if not self.length or seen.step - self.length[0] > WINDOW:
             return math.nan
         _, length, norm, before = self.length

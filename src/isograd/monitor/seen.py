@@ -49,6 +49,10 @@ class Seen:
     """log10 of the gradients of the parameters that are no matrix."""
     rates: tuple[float, ...]
     """Learning rates, one an optimizer."""
+    absent: Tensor
+    """Parameters that got no gradient in this step, shape (site,); and"""
+    missing: int
+    """how many they are."""
 
     @property
     def silent(self) -> bool:
@@ -75,12 +79,24 @@ def seen(readings: Sequence[Reading]) -> list[Seen]:
     stacked = torch.stack([torch.stack(column) for column in columns]).double()  # (norm, reading, site)
     # What has no gradient does not move; what was not measured leaves the whole unknown.
     lengths = stacked[2].square().masked_fill_(stacked[0].isnan(), 0.0).sum(1).tolist()
+    absent = stacked[0].isnan()
+    counts = absent.sum(1).tolist()
     norms = stacked.log10_()
     grad, (by_matrix, weight, update) = norms[0], norms[:, :, plan.matrices]
     rates = [name for name in first.scalars if RATE.fullmatch(name)]
     totals = [reading.scalars.get("grad_norm", math.nan) for reading in readings]
     rows = zip(
-        readings, totals, lengths, grad, by_matrix, weight, update - weight, plan.scale(grad), strict=True
+        readings,
+        totals,
+        lengths,
+        grad,
+        by_matrix,
+        weight,
+        update - weight,
+        plan.scale(grad),
+        absent,
+        counts,
+        strict=True,
     )
     return [
         Seen(
@@ -97,8 +113,10 @@ def seen(readings: Sequence[Reading]) -> list[Seen]:
             *_dead(reading, plan),
             all_grads[plan.rest],
             tuple(reading.scalars[name] for name in rates),
+            none,
+            count,
         )
-        for reading, total, length, all_grads, grads, weights, updates, scales in rows
+        for reading, total, length, all_grads, grads, weights, updates, scales, none, count in rows
     ]
 
 
