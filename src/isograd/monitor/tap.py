@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -85,8 +86,10 @@ class Tap:
             scaling.add(optimizer, self)
 
     def remove(self) -> None:
-        """Leave the optimizer and its parameters as they were."""
-        self.provenance.remove()
+        """Leave the optimizer and its parameters as they were, and hold on to the watcher no longer: a model that
+        is let go is freed at once."""
+        self.provenance.close()
+        self._watcher = self.owner = weakref.proxy(self._watcher)
         for handle in self._handles:
             handle.remove()
         if self.optimizer is not None:
