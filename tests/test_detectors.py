@@ -321,6 +321,7 @@ RATES: dict[str, tuple[bool, Callable[[int], float]]] = {
     "a climb": (True, lambda i: 1e-3 * 1.03 ** max(i - 140, 0)),
     "none": (False, lambda _: 1e-3),
     "restarts": (False, lambda i: 1e-3 / 10 ** (i % 95 / 30)),
+    "a warm-up that has ended": (False, lambda i: 1e-3 * min(1.0, max(i - 130, 1) / 30)),
     "a warm-up": (False, lambda i: 1e-3 * min(1.0, (i + 1) / 300)),
 }
 

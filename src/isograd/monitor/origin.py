@@ -25,6 +25,8 @@ FASTER = 0.3
 """Decades by which the updates have grown within RECENT steps."""
 RAISED = 3.0
 """Times the highest learning rate that a run had before the window: a warm-up that goes on is no such rise, nor a restart."""
+RISING = 1.5
+"""Times what it was half a window ago: what has been trained at since is not the cause."""
 FAST = -1.0
 """log10 update over weight: a tenth a step doubles weights within ten, and is the cause of their growth."""
 
@@ -83,7 +85,7 @@ def given(history: History) -> Cause | None:
         _, before, after, explained, once = history.jump
         words = (
             f"the loss went from {before:.2g} to {after:.2g} in one step, which explains {explained:.1g} of it at most: "
-            f"{'one batch was unlike the others' if once else 'what the network was given has changed'}"
+            f"{'one batch was unlike the others' if once else 'what the network was given has changed, or the loss itself'}"
         )
         return Cause(words, "data", ("shuffle the data", "look at the batch", "clip-gradients"))
     return None
@@ -91,12 +93,12 @@ def given(history: History) -> Cause | None:
 
 def _raised(history: History) -> tuple[float, float]:
     """A learning rate before and after it rose beyond all that it had been; nan: none did."""
-    highest = history.highest or (history.rates[0] if history.rates else [])
-    for before, now in zip(
-        highest, map(max, *history.rates[-2:]) if len(history.rates) > 1 else [], strict=False
-    ):
-        if before > 0 and now >= RAISED * before:
-            return before, now
+    rates = history.rates
+    if len(rates) > 1:
+        then = rates[-WINDOW // 2 :][0]
+        for before, since, *now in zip(history.highest or rates[0], then, *rates[-2:], strict=True):
+            if before > 0 and max(now) >= max(RAISED * before, RISING * since):
+                return before, max(now)
     return math.nan, math.nan
 
 
