@@ -96,12 +96,19 @@ def ramp(count: int, of: Callable[[int], Step]) -> list[Step]:
 
 LOW = falling(200)[-1]
 CASES: dict[str, tuple[list[Step], str]] = {
-    "the gradient fades along depth": ([replace(step, slope=-1.0) for step in falling(40)], "VG103"),
+    "the gradient fades along depth": (
+        [replace(step, slope=-1.0, early_update=-5.0) for step in falling(40)],
+        "VG103",
+    ),
+    "the gradient fades, Adam moves the layers, and nothing is learned": (
+        [Step(2.3, slope=-1.0)] * 80,
+        "VG103",
+    ),
     "layers die": (falling(100) + [replace(LOW, zero=True)] * 20, "SA303"),
     "most units of a layer die": (falling(100) + [replace(LOW, loss=1.5, dead=0.9)] * 50, "SA303"),
     "early layers stay": ([replace(step, early_update=-7.0) for step in falling(60)], "UP505"),
     "steps too large from the start": (
-        [Step(2.3, update=0.0), Step(20.0, update=0.3), Step(40.0, update=0.0)],
+        [Step(2.3, update=0.0), Step(20.0, update=0.3), Step(40.0, update=0.0), Step(40.0, update=0.0)],
         "UP506",
     ),
     "steps too small": ([Step(2.3 - 0.001 * i, update=-5.0) for i in range(300)], "UP507"),
@@ -157,6 +164,13 @@ WELL: dict[str, list[Step]] = {
     "two tasks in turn": [
         replace(s, loss=s.loss * (1.0 if i % 2 else 10.0)) for i, s in enumerate(falling(500, grad=-3.0))
     ],
+    "the first steps of RMSprop, ten times as long": [
+        replace(s, loss=3.0 if i == 1 else s.loss, update=-0.1 if i < 3 else -2.5)
+        for i, s in enumerate(falling(200))
+    ],
+    "an encoder that waits for its decoder, under Adam": [
+        replace(s, slope=-1.0 if i < 40 else -0.3) for i, s in enumerate(falling(200))
+    ],
     "half of the units off": [replace(step, dead=0.5) for step in falling(200)],
     "no loss": [replace(step, loss=NAN) for step in falling(300)],
     "losses around zero": [Step(loss=math.sin(5.3 * i)) for i in range(400)],
@@ -166,6 +180,27 @@ WELL: dict[str, list[Step]] = {
 @pytest.mark.parametrize("name", WELL)
 def test_what_is_well_is_left_alone(name: str) -> None:
     assert told(WELL[name]) == []
+
+
+def rarely(steps: Sequence[Step]) -> list[Reading]:
+    """As a run of short steps is read: weights and updates in the first ten and then in each 32nd."""
+    return [
+        reading
+        if i < 10 or i % 32 == 0
+        else replace(reading, columns={name: reading.columns[name] for name in ("grad_norm", "nonfinite")})
+        for i, reading in enumerate(map(made, range(len(steps)), steps))
+    ]
+
+
+def test_what_takes_weights_and_zeros_is_told_where_few_steps_are_measured() -> None:
+    grow = falling(150) + ramp(250, lambda i: replace(LOW, weight=1 + 0.008 * i))
+    (step, found) = next((s, f) for s, f in told(rarely(grow)) if f.code == "UP508")
+    assert step <= 352
+    assert found.evidence["steps"] == 128
+    assert "UP508" not in codes(rarely(WELL["weights that grow ever more slowly"]))
+    die = falling(100) + [replace(LOW, loss=1.5, dead=0.5)] * 250
+    assert "SA303" in codes(rarely(die))
+    assert not codes(rarely(falling(100) + [replace(LOW, dead=0.5)] * 250))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -200,6 +235,12 @@ def test_values_that_are_not_finite_are_told_once_with_their_place() -> None:
     assert finding.evidence["cause"] == "sudden"
 
 
+def test_a_training_that_never_was_well_is_not_said_to_have_been() -> None:
+    (_, found), *_ = told([broken(0, loss=math.inf)])
+    assert found.evidence["cause"] == "from-the-start"
+    assert found.message == "the loss is not finite"
+
+
 def test_they_never_enter_a_baseline() -> None:
     detectors, clean = Detectors(), Detectors()
     for i, step in enumerate(falling(300)):
@@ -229,7 +270,7 @@ def test_a_loss_that_is_not_finite_counts_without_gradients() -> None:
     [(2.0, 0.0, "unnormalised-input"), (0.0, 0.9, "initialisation"), (0.0, 0.0, "learning-rate")],
 )
 def test_the_cause_is_the_most_upstream(scale: float, slope: float, cause: str) -> None:
-    steps = [Step(2.3 * 4**i, update=0.0, scale=scale, slope=slope) for i in range(3)]
+    steps = [Step(2.3 * 4**i, update=0.0, scale=scale, slope=slope) for i in range(4)]
     found = next(f for _, f in told(steps) if f.code == "UP506")
     assert found.evidence["cause"] == cause
 
@@ -247,6 +288,76 @@ def test_across_steps_that_were_not_read_nothing_is_said_of_the_data() -> None:
     steps, _ = CASES["data in blocks"]
     sparse = [replace(made(i, step), step=2 * i) for i, step in enumerate(steps)]
     assert "TR704" not in codes(sparse)
+
+
+def test_data_is_blamed_although_few_steps_are_measured() -> None:
+    quiet, spike = falling(199, grad=-4.0), [replace(LOW, loss=3.0, grad=-3.0)] * 8
+    found = next(f for _, f in told(rarely([*quiet, *spike])) if f.code == "TR702")
+    assert found.evidence["cause"] == "data"
+
+
+def test_one_batch_that_throws_the_network_is_the_cause() -> None:
+    quiet, thrown = falling(199, grad=-4.0), [replace(LOW, loss=2.0, grad=-3.0)] * 20
+    found = next(
+        f for _, f in told([*quiet, replace(LOW, loss=90.0, grad=-1.0), *thrown]) if f.code == "TR702"
+    )
+    assert found.evidence["cause"] == "data"
+    assert "one batch" in str(found.cause)
+
+
+def rated(steps: Sequence[Step], rate: Callable[[int], float]) -> list[Reading]:
+    """The same, with the learning rate of each step, which a second optimizer does not share."""
+    return [
+        replace(reading, scalars=reading.scalars | {"lr": 0.1, "lr_1": rate(i)})
+        for i, reading in enumerate(rarely(steps))
+    ]
+
+
+SPIKED = [*falling(200), *[replace(LOW, loss=3.0, grad=1.0)] * 8]
+
+
+RATES: dict[str, tuple[bool, Callable[[int], float]]] = {
+    "a jump": (True, lambda i: 1e-3 if i < 190 else 0.1),
+    "a climb": (True, lambda i: 1e-3 * 1.03 ** max(i - 140, 0)),
+    "none": (False, lambda _: 1e-3),
+    "restarts": (False, lambda i: 1e-3 / 10 ** (i % 95 / 30)),
+    "a warm-up that has ended": (False, lambda i: 1e-3 * min(1.0, max(i - 130, 1) / 30)),
+    "a warm-up": (False, lambda i: 1e-3 * min(1.0, (i + 1) / 300)),
+}
+
+
+@pytest.mark.parametrize("name", RATES)
+def test_a_learning_rate_that_rose_is_named(name: str) -> None:
+    rose, rate = RATES[name]
+    found = next(f for _, f in told(rated(SPIKED, rate)) if f.code == "TR702")
+    assert ("the learning rate has gone from" in str(found.cause)) == rose
+
+
+def test_inputs_are_judged_at_the_first_layer_only() -> None:
+    """Behind an embedding it is the network's own signal that grows, and that is no change of the data."""
+    steps = [*falling(200), *[replace(LOW, loss=3.0, grad=1.0, scale=1.5)] * 8]
+    causes: list[object] = []
+    for dropped in ("", "0.bias"):
+        kept = [
+            Reading(
+                i,
+                tuple(name for name in SITES if name != dropped),
+                {name: values[[site != dropped for site in SITES]] for name, values in one.columns.items()},
+                one.scalars,
+                shapes=tuple(shape for name, shape in zip(SITES, SHAPES, strict=True) if name != dropped),
+            )
+            for i, one in enumerate(map(made, range(len(steps)), steps))
+        ]
+        causes.append(next(f for _, f in told(kept) if f.code == "TR702").evidence["cause"])
+    assert causes[0] == "input-change"
+    assert causes[1] != "input-change"
+
+
+def test_inputs_that_changed_long_ago_are_not_the_cause() -> None:
+    steps = [replace(s, scale=min(i / 100, 1.0)) for i, s in enumerate(falling(300))]
+    steps += [replace(steps[-1], loss=3.0, grad=1.0)] * 8
+    found = next(f for _, f in told(steps) if f.code == "TR702")
+    assert found.evidence["cause"] != "input-change"
 
 
 def test_the_scale_of_the_inputs_is_read_off_the_gradients() -> None:
@@ -303,6 +414,20 @@ def test_readings_with_missing_columns_are_read() -> None:
     healthy, unexamined = detectors.outcomes()
     assert "UP506" in healthy
     assert not set(healthy) & set(unexamined)
+
+
+def test_parameters_that_no_gradient_reaches_are_named() -> None:
+    detectors = Detectors()
+    never, late = SITES.index("2.weight"), SITES.index("3.bias")
+    for i, step in enumerate(falling(20)):
+        reading = made(i, step)
+        for column in reading.columns.values():
+            column[[never, late] if i < 10 else [never]] = NAN
+        detectors.observe(reading)
+        detectors.restore(json.loads(json.dumps(detectors.state())))
+    said = detectors.outcomes()[1]["gradients"]
+    assert said.startswith("1 of 12 parameters")
+    assert said.endswith("2.weight")
 
 
 def test_what_was_not_logged_is_unexamined_and_not_well() -> None:

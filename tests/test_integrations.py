@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import isograd
+from isograd.integrations.loss import AccumulatedLoss
 from isograd.record import Run
 
 os.environ.setdefault("KERAS_BACKEND", "torch")
@@ -227,6 +229,28 @@ def test_keras(tmp_path: Path) -> None:
     with Run.open(tmp_path / "run") as run:
         norms = [reading.scalars["grad_norm"] for reading in run.readings()]
     assert norms == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_loss_of_a_closure_is_that_of_its_first_evaluation() -> None:
+    model = net()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=4)
+    with isograd.watch(model, optimizer) as monitor:
+        accumulated = AccumulatedLoss(monitor, model)
+        for x, y in batches():
+            evaluated: list[float] = []
+
+            def closure(x: Tensor = x, y: Tensor = y, evaluated: list[float] = evaluated) -> Tensor:
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(x), y)
+                accumulated.before_backward()
+                loss.backward()
+                accumulated.add(loss)
+                evaluated.append(loss.item())
+                return loss
+
+            optimizer.step(closure)
+            assert len(evaluated) > 1
+            assert monitor.latest().scalars["loss"] == pytest.approx(evaluated[0])
 
 
 @pytest.mark.parametrize("name", ["lightning", "huggingface", "accelerate", "fabric", "keras"])

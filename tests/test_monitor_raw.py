@@ -562,6 +562,26 @@ def test_nothing_of_a_watched_model_is_kept_alive_and_its_last_step_is_kept(tmp_
         assert run.progress().ended
 
 
+def test_a_model_that_was_watched_is_freed_without_a_garbage_collection() -> None:
+    def trained() -> weakref.ref[nn.Module]:
+        model = net()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        with isograd.watch(model, optimizer) as monitor:
+            for batch in batches(5):
+                loss_of(model, batch).backward()
+                optimizer.step()
+        assert monitor.diagnosis().healthy
+        return weakref.ref(model)
+
+    trained()  # what torch keeps of the first of all is not ours
+    gc.collect()
+    gc.disable()
+    try:
+        assert trained()() is None
+    finally:
+        gc.enable()
+
+
 def test_an_error_inside_is_one_warning_and_the_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

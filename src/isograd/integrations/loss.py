@@ -37,12 +37,16 @@ class AccumulatedLoss:
         return self._gradients() != self._before
 
     def add(self, loss: Tensor) -> None:
-        """Log the sum with this loss in it; nothing waits for the device."""
+        """Log the sum with this loss in it; nothing waits for the device.
+
+        A closure may be evaluated many times in a step: its first gradient is read, and its first loss.
+        """
+        monitor = self._monitor()
+        if monitor is None or monitor.taken:
+            return
         loss = loss.detach().reshape(())
         self.value = loss if self.value is None else self.value + loss
-        monitor = self._monitor()
-        if monitor is not None:
-            monitor.log(loss=self.value)
+        monitor.log(loss=self.value)
 
     def _gradients(self) -> tuple[tuple[int, int], ...]:
         """Identity and version of some gradients: a backward changes them."""

@@ -19,6 +19,8 @@ START = 5
 """Readings whose median is the level that the training started from."""
 JUMP = 1 / 3
 """Share of the first loss: a smaller rise from one batch to the next is noise."""
+MOMENTUM = 1.0
+"""Decades: of 0.9, it adds up to ten gradients."""
 AGAIN = 64
 """Readings of quiet after which the same is told again: an episode is told once."""
 MOST = 20
@@ -35,6 +37,9 @@ class History:
         self.count = 0
         """Finite readings so far."""
         self.step = -1
+        self.sites: list[str] = []
+        self.unreached: list[str] = []
+        """Parameters that have had no gradient in any reading."""
         self.names: list[str] = []
         self.losses: list[float] = []
         """The last 4 x WINDOW."""
@@ -43,9 +48,11 @@ class History:
         self.grads: list[list[float]] = []
         """By matrix, the last 2 x WINDOW."""
         self.updates: list[list[float]] = []
-        """Update over weight by matrix, the last RECENT."""
+        """Update over weight by matrix, the last RECENT that were measured: few steps may be."""
         self.weights: list[list[float]] = []
-        """By matrix, the last WINDOW + 1."""
+        """By matrix, the last WINDOW + 1 that were measured, and"""
+        self.weighed: list[int] = []
+        """the steps they are of."""
         self.early_grads: list[float] = []
         """Median over the first quarter of the matrices, the last RECENT; the others likewise."""
         self.late_grads: list[float] = []
@@ -53,14 +60,23 @@ class History:
         self.early_updates: list[float] = []
         self.late_updates: list[float] = []
         self.typical_updates: list[float] = []
-        """Update over weight of the median matrix."""
+        """Update over weight of the median matrix, the last RECENT that were measured, and"""
+        self.measured: list[int] = []
+        """the steps they are of."""
+        self.rates: list[list[float]] = []
+        """The learning rates of the optimizers, the last WINDOW + 1; and"""
+        self.highest: list[float] = []
+        """the highest that each had before those."""
         self.scales: list[list[float]] = []
-        """Scale of the layers' inputs, the last RECENT."""
+        """Scale of the layers' inputs, the last WINDOW + 1."""
         self.last: list[float] = []
         """Loss, log10 of the gradient norm and log10 of the length of the step, of the newest reading."""
+        self.length: list[float] = []
+        """The step, log10 of its length and of the gradient norm, and the learning rate where the length was last measured."""
         self.jump: list[float] = []
         """Count of readings, loss before and after, and the most that the step can explain, where the loss last rose
-        by more than that, and far: other data came. Forgotten once the loss fell back in the same way."""
+        by more than that, and far: other data came; 1, where it then fell back in the same way: it was one batch.
+        Forgotten once the loss is back where it was: then that batch did no harm."""
         self.first_losses: list[float] = []
         """The first START."""
         self.first: dict[str, list[float]] = {}
@@ -78,13 +94,17 @@ class History:
         if names != self.names:  # parameters came or went: what was known by matrix is void
             self.names = names
             self.grads, self.updates, self.weights, self.scales = [], [], [], []
+            self.weighed = []
             self.early_grads, self.late_grads, self.early_updates, self.late_updates = [], [], [], []
+        if seen.missing != len(self.unreached) or len(seen.sites) != len(self.sites):
+            self._reach(seen)
         # Across a step that was not read, nothing is known.
         follows = self.last and seen.step == self.step + 1
         self.count, self.step, self.now = self.count + 1, seen.step, seen
         if follows:
             self._compare(seen)
-        self.last = [seen.loss, seen.grad_norm, seen.update_norm]
+        self._follow(seen)
+        self.last = [seen.loss, seen.grad_norm, self._length(seen)]
         if not self.first:
             self.first = {
                 "elasticity": seen.elasticity.tolist(),
@@ -103,10 +123,12 @@ class History:
             _push(self.early_updates, early(update), RECENT)
             _push(self.late_updates, late(update), RECENT)
             _push(self.typical_updates, median(known), RECENT)
+            _push(self.measured, seen.step, RECENT)
         weights = seen.weight.tolist()
         if finite(weights):
             _push(self.weights, weights, WINDOW + 1)
-        _push(self.scales, seen.scale.tolist(), RECENT)
+            _push(self.weighed, seen.step, WINDOW + 1)
+        _push(self.scales, seen.scale.tolist(), WINDOW + 1)
         if not math.isnan(seen.grad_norm):
             _push(self.norms, seen.grad_norm, 4 * WINDOW)
         if not math.isnan(seen.loss):
@@ -129,9 +151,43 @@ class History:
         explained = 10**length * (10**norm + 10**seen.grad_norm) / 2
         rise = seen.loss - before
         if rise > max(explained, JUMP * self.first_loss) > 0:
-            self.jump = [self.count, before, seen.loss, explained]
+            self.jump = [self.count, before, seen.loss, explained, 0.0]
         elif self.jump and -rise > explained and 2 * seen.loss < self.jump[1] + self.jump[2]:
+            self.jump[-1] = 1.0
+        if self.jump and self.jump[-1] and seen.loss < self.jump[1] + JUMP * self.first_loss:
             self.jump = []
+
+    def _reach(self, seen: Seen) -> None:
+        """Remember which parameters got a gradient."""
+        waiting = {*self.unreached} | {*seen.sites} - {*self.sites}
+        self.sites = list(seen.sites)
+        self.unreached = [
+            name
+            for name, none in zip(seen.sites, seen.absent.tolist(), strict=True)
+            if none and name in waiting
+        ]
+
+    def _follow(self, seen: Seen) -> None:
+        """Remember the learning rates."""
+        rates = list(seen.rates)
+        if self.rates and len(rates) != len(self.rates[-1]):  # an optimizer came or went
+            self.rates, self.highest = [], []
+        if len(self.rates) > WINDOW:
+            self.highest = list(map(max, self.rates[0], self.highest or self.rates[0]))
+        _push(self.rates, rates, WINDOW + 1)
+
+    def _length(self, seen: Seen) -> float:
+        """log10 of the length of this step. Where it was not measured, more than can have become of the last that was,
+        within WINDOW steps: a step grows with the learning rate, with the gradient or slower, and by momentum."""
+        rate = max(seen.rates, default=math.nan)
+        if math.isfinite(seen.update_norm):
+            self.length = [seen.step, seen.update_norm, seen.grad_norm, rate]
+            return seen.update_norm
+        if not self.length or seen.step - self.length[0] > WINDOW:
+            return math.nan
+        _, length, norm, before = self.length
+        faster = math.log10(rate / before) if rate > 0 and before > 0 else 0.0
+        return length + faster + max(seen.grad_norm - norm, 0.0) + MOMENTUM
 
     def state(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "now"}
@@ -143,6 +199,12 @@ class History:
     def first_loss(self) -> float:
         """The level that the training started from; nan: no loss was logged."""
         return median(self.first_losses) if self.first_losses else math.nan
+
+    @property
+    def kept(self) -> float:
+        """Share of what the loss has ever gained that it still has; nan: no loss was logged, or it gained nothing."""
+        gained = self.first_loss - self.best
+        return (self.first_loss - median(self.losses[-WINDOW:])) / gained if gained > 0 else math.nan
 
     @property
     def typical_update(self) -> float:

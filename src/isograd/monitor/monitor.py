@@ -248,6 +248,11 @@ class Monitor:
     ) -> None:
         self.close()
 
+    @property
+    def taken(self) -> bool:
+        """The gradients of a step that has not ended were read: a backward that comes now is its closure's again."""
+        return any(tap.taken for tap in self._taps)
+
     # What the taps call, on the training thread.
 
     def full(self) -> bool:

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from isograd.monitor.history import WINDOW, History, early, late
+from isograd.monitor.history import RECENT, WINDOW, History, early, late
 from isograd.monitor.seen import finite
 
 INPUT = 1.0
 """Decades: inputs of rms 10 and more at the first layer are not normalised."""
 INPUT_GROWTH = 0.7
-"""Decades by which the inputs have grown since the start: other data than the training began with."""
+"""Decades by which the inputs have grown since the start, and within the window: other data than the training began with."""
 SPAN = 1.5
 """Decades between the signals, or the sensitivities, of the layers at the first step: a factor of 30 that the
 initialisation has put there."""
@@ -22,7 +22,11 @@ WEIGHT_GROWTH = 0.3
 LARGE = -1.5
 """log10 update over weight: three percent a step, where healthy trainings settle at a tenth of that."""
 FASTER = 0.3
-"""Decades by which the updates have grown within 16 steps."""
+"""Decades by which the updates have grown within RECENT steps."""
+RAISED = 3.0
+"""Times the highest learning rate that a run had before the window: a warm-up that goes on is no such rise, nor a restart."""
+RISING = 1.5
+"""Times what it was half a window ago: what has been trained at since is not the cause."""
 FAST = -1.0
 """log10 update over weight: a tenth a step doubles weights within ten, and is the cause of their growth."""
 
@@ -48,40 +52,54 @@ def origin(history: History) -> Cause:
             f"{backward:.1f}: the weights were drawn too large"
         )
         return Cause(words, "initialisation", ("critical-initialisation", "insert-normalisation"))
-    grown, name = _growth(history)
-    if grown >= WEIGHT_GROWTH and max(history.typical_updates, default=FAST) < FAST:
-        words = f"{name} has grown {10**grown:.3g} times within {len(history.weights) - 1} steps"
+    before, now = _raised(history)
+    if now > before:
+        words = f"the learning rate has gone from {before:.2g} to {now:.2g}"
+        return Cause(words, "learning-rate", ("lower-learning-rate", "warm-up", "clip-gradients"))
+    recent = [i for i, step in enumerate(history.measured) if step > history.step - RECENT]
+    updates = finite(history.typical_updates[i] for i in recent)
+    grown, name, steps = _growth(history)
+    if grown >= WEIGHT_GROWTH and max(updates, default=-math.inf) < FAST:
+        words = f"{name} has grown {10**grown:.3g} times within {steps} steps"
         return Cause(words, "weight-growth", ("lower-learning-rate", "reduce weight growth: weight decay"))
-    updates = finite(history.typical_updates)
-    if updates and (max(updates) >= LARGE or updates[-1] - updates[0] >= FASTER):
+    faster = len(updates) > 1 and updates[-1] - updates[0] >= FASTER and not _steady(history)
+    if faster or max(updates, default=-math.inf) >= LARGE:
         words = f"the steps are too large for the curvature, {10 ** max(updates):.2g} of the weights: the learning rate"
         return Cause(words, "learning-rate", ("lower-learning-rate", "warm-up", "clip-gradients"))
-    words = "not told by the run: inputs, weights and the size of the steps were as before; look at the batch"
+    what = "inputs, weights and the size of the steps" if updates else "inputs and learning rate"
+    words = f"not told by the run: {what} were as before; look at the batch"
     return Cause(words, "unclear", ("clip-gradients", "lower-learning-rate"))
 
 
 def given(history: History) -> Cause | None:
     """What is out of order with the data; None: nothing."""
-    start = _first(history.first.get("scale", []))
-    now = _first([_median(column) for column in zip(*history.scales[-3:], strict=True)])
-    if now - start >= INPUT_GROWTH:
+    start = next(iter(history.first.get("scale", [])), math.nan)
+    now, before = _median(history.scales[-3:]), _median(history.scales[:3])
+    if now - max(start, before) >= INPUT_GROWTH:
         words = f"the first layer now gets inputs of rms {10**now:.3g}, at the start {10**start:.3g}"
         return Cause(words, "input-change", ("standardise-input", "clip-gradients"))
     if start >= INPUT:
         words = f"the first layer gets inputs of rms {10**start:.3g}: they are not normalised"
         return Cause(words, "unnormalised-input", ("standardise-input",))
-    if history.jump and history.count - history.jump[0] <= WINDOW:
-        _, before, after, explained = history.jump
+    if history.jump and history.count - history.jump[0] <= WINDOW and math.isnan(_raised(history)[0]):
+        _, before, after, explained, once = history.jump
         words = (
             f"the loss went from {before:.2g} to {after:.2g} in one step, which explains {explained:.1g} of it at most: "
-            "what the network was given has changed"
+            f"{'one batch was unlike the others' if once else 'what the network was given has changed, or the loss itself'}"
         )
         return Cause(words, "data", ("shuffle the data", "look at the batch", "clip-gradients"))
     return None
 
 
-def _first(values: Sequence[float]) -> float:
-    return next(iter(finite(values)), math.nan)
+def _raised(history: History) -> tuple[float, float]:
+    """A learning rate before and after it rose beyond all that it had been; nan: none did."""
+    rates = history.rates
+    if len(rates) > 1:
+        then = rates[-WINDOW // 2 :][0]
+        for before, since, *now in zip(history.highest or rates[0], then, *rates[-2:], strict=True):
+            if before > 0 and max(now) >= max(RAISED * before, RISING * since):
+                return before, max(now)
+    return math.nan, math.nan
 
 
 def _along(values: Sequence[float]) -> float:
@@ -90,15 +108,25 @@ def _along(values: Sequence[float]) -> float:
     return difference if math.isfinite(difference) else 0.0
 
 
-def _growth(history: History) -> tuple[float, str]:
+def _steady(history: History) -> bool:
+    """Was no learning rate higher in the whole window than at its start?"""
+    rates = history.rates
+    return len(rates) > WINDOW and bool(rates[0]) and list(map(max, *rates)) == rates[0]
+
+
+def _growth(history: History) -> tuple[float, str, int]:
+    """Decades by which a weight has grown over the window, the weight, and the steps in it."""
     if len(history.weights) < 2:
-        return 0.0, ""
-    pairs = zip(history.weights[-1], history.weights[0], history.names, strict=True)
-    return max(
+        return 0.0, "", 0
+    since = next(i for i, step in enumerate(history.weighed) if step >= history.weighed[-1] - WINDOW)
+    pairs = zip(history.weights[-1], history.weights[since], history.names, strict=True)
+    grown, name = max(
         ((now - then, name) for now, then, name in pairs if math.isfinite(now - then)), default=(0.0, "")
     )
+    return grown, name, history.weighed[-1] - history.weighed[since]
 
 
-def _median(values: Sequence[float]) -> float:
-    known = finite(values)
+def _median(rows: Sequence[Sequence[float]]) -> float:
+    """Of the first layer; nan: not known."""
+    known = finite(row[0] for row in rows if row)
     return median(known) if known else math.nan

@@ -71,6 +71,11 @@ class Provenance:
             hook.remove()
         self._hooks, self._listened = [], []
 
+    def close(self) -> None:
+        """Hear of nothing any more."""
+        self.remove()
+        self._ended = _nothing
+
     @property
     def learning(self) -> bool:
         return self._steps < LEARNING
@@ -137,6 +142,9 @@ class Provenance:
         self.backwards += 1
         self._versions = self._now()
         self._ended()
+
+
+def _nothing() -> None: ...
 
 
 def _version(parameter: Tensor) -> tuple[int, int]:

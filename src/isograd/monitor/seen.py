@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -46,6 +47,12 @@ class Seen:
     """Where that was counted by a look from inside, over all samples and positions; None: nowhere."""
     rest: Tensor
     """log10 of the gradients of the parameters that are no matrix."""
+    rates: tuple[float, ...]
+    """Learning rates, one an optimizer."""
+    absent: Tensor
+    """Parameters that got no gradient in this step, shape (site,); and"""
+    missing: int
+    """how many they are."""
 
     @property
     def silent(self) -> bool:
@@ -72,11 +79,24 @@ def seen(readings: Sequence[Reading]) -> list[Seen]:
     stacked = torch.stack([torch.stack(column) for column in columns]).double()  # (norm, reading, site)
     # What has no gradient does not move; what was not measured leaves the whole unknown.
     lengths = stacked[2].square().masked_fill_(stacked[0].isnan(), 0.0).sum(1).tolist()
+    absent = stacked[0].isnan()
+    counts = absent.sum(1).tolist()
     norms = stacked.log10_()
     grad, (by_matrix, weight, update) = norms[0], norms[:, :, plan.matrices]
+    rates = [name for name in first.scalars if RATE.fullmatch(name)]
     totals = [reading.scalars.get("grad_norm", math.nan) for reading in readings]
     rows = zip(
-        readings, totals, lengths, grad, by_matrix, weight, update - weight, plan.scale(grad), strict=True
+        readings,
+        totals,
+        lengths,
+        grad,
+        by_matrix,
+        weight,
+        update - weight,
+        plan.scale(grad),
+        absent,
+        counts,
+        strict=True,
     )
     return [
         Seen(
@@ -92,17 +112,24 @@ def seen(readings: Sequence[Reading]) -> list[Seen]:
             reading.sites,
             *_dead(reading, plan),
             all_grads[plan.rest],
+            tuple(reading.scalars[name] for name in rates),
+            none,
+            count,
         )
-        for reading, total, length, all_grads, grads, weights, updates, scales in rows
+        for reading, total, length, all_grads, grads, weights, updates, scales, none, count in rows
     ]
 
 
 def alike(readings: Iterable[Reading]) -> Iterator[list[Reading]]:
-    """Runs of readings with the same columns of the same parameters."""
-    for _, run in groupby(readings, lambda reading: (reading.sites, reading.shapes, *reading.columns)):
+    """Runs of readings with the same columns of the same parameters, and the same scalars."""
+    for _, run in groupby(
+        readings, lambda reading: (reading.sites, reading.shapes, *reading.columns, *reading.scalars)
+    ):
         yield list(run)
 
 
+RATE = re.compile(r"lr(_\d+)?")
+"""Name of a learning rate among the scalars."""
 NORMS = ("grad_norm", "weight_norm", "update_norm")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -66,7 +67,8 @@ class Tap:
         self._part: Part | None = None
         self._read_at = 0
         self.scale: Tensor | None = None
-        self._taken = False
+        self.taken = False
+        """The gradients of this step were read."""
         self._in_scaler = False
         self._stepped = False
         self.captured = False
@@ -84,8 +86,10 @@ class Tap:
             scaling.add(optimizer, self)
 
     def remove(self) -> None:
-        """Leave the optimizer and its parameters as they were."""
-        self.provenance.remove()
+        """Leave the optimizer and its parameters as they were, and hold on to the watcher no longer: a model that
+        is let go is freed at once."""
+        self.provenance.close()
+        self._watcher = self.owner = weakref.proxy(self._watcher)
         for handle in self._handles:
             handle.remove()
         if self.optimizer is not None:
@@ -104,7 +108,7 @@ class Tap:
 
     def _after_backward(self) -> None:
         self._watcher.began(self)
-        if self.provenance.early and not self._taken:  # a closure may run its backward many times
+        if self.provenance.early and not self.taken:  # a closure may run its backward many times
             self._read()
 
     def clipped_to(self, norm: Tensor) -> None:
@@ -169,7 +173,7 @@ class Tap:
 
     def take(self) -> Part:
         """The raw gradients of this step: read now, or kept from the end of the backward."""
-        part = self._part if self._taken and self._part is not None else self._take()
+        part = self._part if self.taken and self._part is not None else self._take()
         fused = getattr(self.optimizer, "grad_scale", None)  # a fused optimizer unscales as it steps
         if fused is not None and part.scale is None:
             part.scale = self.scale = fused.clone()
@@ -197,7 +201,7 @@ class Tap:
             if part.full and self.clipped is None:
                 self.clipped = _norm(part)
         provenance.taken()
-        self._taken = True
+        self.taken = True
         return part
 
     def _read(self) -> Part:
@@ -221,7 +225,7 @@ class Tap:
                         moved = self._moved.norms if self._moved.known else self._sampled.norms
                         bucket.rows["update_norm"] = moved(bucket.parameters)
         self._watcher.ended(self, part)
-        self._part, self.scale, self.clipped, self._taken = None, None, None, False
+        self._part, self.scale, self.clipped, self.taken = None, None, None, False
         self.provenance.stepped()
 
 

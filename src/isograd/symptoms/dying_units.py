@@ -12,7 +12,8 @@ Why it happens
 Evidence
     Gradients of exactly zero: of the first weight matrix and at least half of all, while other parameters still
     get some, in 10 readings in a row; or of at least 75% of a layer's biases in 32 in a row, where it was below
-    half at the start, hardly changes from batch to batch, and the loss is worse than it has been. Experts that saw no token and rows of an embedding that were not looked up do not count.
+    half at the start, or of 40% more than at the start; it hardly changes from batch to batch, and the loss is worse
+    than it has been. Experts that saw no token and rows of an embedding that were not looked up do not count.
 
 What helps
     A lower learning rate or warm-up, biases at zero, leaky ReLU, ELU or GELU.
@@ -39,6 +40,8 @@ NAME = "dying-units"
 
 LAYER = 0.75
 """Share of a layer's units. In healthy trainings it stays near the half that is off by symmetry."""
+MORE = 0.4
+"""Share of a layer's units that have gone since the start: it need not be nearly all of them, where the loss suffers."""
 START = 0.5
 """A layer that was half dead from the start did not die: in deep ReLU networks half is off by symmetry."""
 DEAD_FOR = 10
@@ -46,11 +49,11 @@ DEAD_FOR = 10
 DYING_FOR = 32
 """Readings: small batches, or batches of one class, leave units without gradient by chance."""
 JITTER = 0.02
-"""Mean change of the share from batch to batch: a dead unit is dead whatever the batch."""
+"""Mean change of the share from batch to batch, up and down: a dead unit is dead whatever the batch."""
 WORSE = 0.25
 """Share of what had been gained that is lost again: a layer that is merely sparse trains as well as before."""
 LOOK = 8
-"""Readings that one look from inside (`deep_every`) is worth: it is far from the one before it."""
+"""Readings that one is worth which is so many steps from the one before it, as looks from inside (`deep_every`) are."""
 
 
 class Dying(Detector):
@@ -60,9 +63,11 @@ class Dying(Detector):
         super().__init__()
         self.sites: tuple[str, ...] = ()
         self.by_site = torch.empty(4, 0)
-        """Share at first, share at the last reading, readings that it has been dying for, and the sum of its changes
-        since then; (4, site)."""
+        """Share at first, share at the last reading, readings that it has been dying for, and the sum of its changes up
+        and down since then; (4, site)."""
         self.largest = math.nan
+        self.counted = -1
+        """Step at which units were last counted."""
         self.calm = False
         """No site is dying, and of each that has biases the first share is known."""
 
@@ -90,15 +95,19 @@ class Dying(Detector):
         if largest < 0:  # nothing was counted
             return []
         self.largest = largest
-        if self.calm and seen.inside is None and largest < LAYER:
+        far, self.counted = seen.step - self.counted >= LOOK, seen.step
+        if self.calm and seen.inside is None and largest < MORE:
             self.by_site[1] = seen.dead
             return []
         first, last, since, jitter = self.by_site
         known = ~seen.dead.isnan()
         first.copy_(torch.where(first.isnan(), seen.dead, first))
-        dying = (seen.dead >= LAYER) & (seen.dead < 1) & (first < START)
-        worth = 1.0 if seen.inside is None else torch.where(seen.inside, float(LOOK), 1.0)
-        change = torch.where(since > 0, (seen.dead - last).abs() * worth, 0.0)
+        dying = (seen.dead >= LAYER) | (seen.dead - first >= MORE)
+        dying &= (seen.dead < 1) & (first < START)
+        one = float(LOOK) if far else 1.0
+        worth = one if seen.inside is None else torch.where(seen.inside, float(LOOK), one)
+        back = 2 * (last - seen.dead).clamp(min=0.0)  # those that come back: more that die are no jitter
+        change = torch.where(since > 0, back * worth, 0.0)
         since.copy_(torch.where(dying, since + worth, torch.where(known, 0.0, since)))
         jitter.copy_(torch.where(dying, jitter + change, torch.where(known, 0.0, jitter)))
         last.copy_(torch.where(known, seen.dead, last))

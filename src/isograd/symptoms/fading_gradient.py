@@ -12,8 +12,10 @@ Evidence
     The gradient norm of each weight matrix, in the order of the model's parameters, median of 10 readings: the
     first quarter against the global norm. So that one large layer does not decide, either the second half of the
     layers must get far more than the first quarter, or the signal itself must fade on its way forward: then all
-    hidden layers get equally little. The rms of what a layer is fed with is read off its gradients. Only ratios count; the scale of the loss falls out. What happens between the layers,
-    operation by operation, says `isograd check` on the model.
+    hidden layers get equally little. The rms of what a layer is fed with is read off its gradients. Only ratios count; the
+    scale of the loss falls out. An optimizer that divides the gradient by its size may move the early layers all the same: then
+    it is told where the loss gains nothing in 64 readings, or loses it again. What happens between the layers, operation by
+    operation, says `isograd check` on the model.
 
 What helps
     The critical initialisation of the activation, ReLU or GELU for sigmoid, normalisation, residual connections.
@@ -28,7 +30,7 @@ import math
 from statistics import median
 
 from isograd.diagnosis import Finding, Severity
-from isograd.monitor.history import Detector, History, early, late
+from isograd.monitor.history import WINDOW, Detector, History, early, late
 
 CODE = "VG103"
 NAME = "fading-gradient"
@@ -42,6 +44,14 @@ LAYERS = 4
 """Matrices from which on one may speak of depth."""
 READINGS = 10
 """A zero-initialised branch or head lets nothing through at the first step, and gradient at the next."""
+MOVING = -3.7
+"""log10 of the relative change a step: layers that move so fast do learn, if the loss falls (see UP507)."""
+ALONE = 32
+"""Readings in which the head learns what it can without the layers below it, such as how frequent the classes are."""
+GAINED = 0.1
+"""Share of the loss that is gained after that."""
+KEPT = 0.75
+"""Share of what was gained."""
 
 
 class Fading(Detector):
@@ -49,17 +59,23 @@ class Fading(Detector):
 
     def __init__(self) -> None:
         super().__init__()
-        self.share = math.nan
+        self.share = self.moved = math.nan
+        self.level = math.nan
+        """The loss after ALONE readings."""
 
     unexamined = f"needs {LAYERS} weight matrices and {READINGS} steps"
 
     def examine(self, history: History) -> Finding | None:
+        if history.count == ALONE and history.losses:
+            self.level = median(history.losses[-ALONE // 2 :])
         if len(history.early_grads) < READINGS or len(history.names) < LAYERS:
             return None
         first = median(history.early_grads[-READINGS:])
         self.share = first - median(history.norms[-READINGS:])
         between = first - median(history.late_grads[-READINGS:])
         if not (math.isfinite(self.share) and self.share <= LOST):
+            return None
+        if self._learns(history):
             return None
         signal = median(late(row) - early(row) for row in history.scales[-READINGS:])
         if between > SPREAD and not signal <= SPREAD:
@@ -87,7 +103,19 @@ class Fading(Detector):
             ),
         )
 
+    def _learns(self, history: History) -> bool:
+        """Do the early layers move, and does the loss not deny that they learn?"""
+        moved = history.early_updates
+        self.moved = median(moved) if moved else math.nan
+        if not self.moved >= MOVING:
+            return False
+        if history.count < WINDOW:
+            return True
+        gained = 1 - history.best / self.level if self.level > 0 else math.nan
+        return bool(history.losses) and not (gained < GAINED or history.kept < KEPT)
+
     def outcome(self, history: History) -> str | None:
         if math.isnan(self.share):
             return None
-        return f"the first layers get 10^{self.share:.1f} of the gradient norm (an error from 10^{LOST:.0f})"
+        moved = f", and change by {10**self.moved:.1g} of themselves a step" if self.share <= LOST else ""
+        return f"the first layers get 10^{self.share:.1f} of the gradient norm (an error from 10^{LOST:.0f}){moved}"

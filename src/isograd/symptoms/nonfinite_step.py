@@ -36,6 +36,7 @@ NAME = "non-finite-step"
 
 OVERFLOWS = 10
 """Skipped steps in a row: a loss scaler halves its scale each time, ten are three decades."""
+FIND = "name the operation: isograd.find_nonfinite(model, loss), with the batch of this step"
 EXPLODED = 1.0
 """Decades by which gradient or loss had risen before: then it exploded."""
 
@@ -63,7 +64,7 @@ class NonFinite(Detector):
             CODE,
             NAME,
             Severity.ERROR,
-            f"{what} is not finite ({int(counts.sum())} elements)",
+            f"{what} is not finite" + (f" ({int(counts.sum())} elements)" if sick else ""),
             cause=words,
             sites=tuple(sick[:3]),
             evidence={"elements": int(counts.sum()), "parameters": len(sick), "loss": loss, "cause": slug},
@@ -71,6 +72,12 @@ class NonFinite(Detector):
         )
 
     def _cause(self, history: History) -> tuple[str, str, tuple[str, ...]]:
+        if not history.count:
+            return (
+                "no step before it was finite: look at the initial weights, the inputs and the loss",
+                "from-the-start",
+                ("critical-initialisation", "standardise-input", FIND),
+            )
         norms, losses = history.norms, history.losses
         rise = max(norms[-3:]) - norms[max(0, len(norms) - 24)] if norms else 0.0
         risen = len(losses) > 1 and max(losses[-3:]) > 10 * abs(losses[max(0, len(losses) - 24)])
@@ -82,7 +89,7 @@ class NonFinite(Detector):
             "it came at once, from a training that was well: look at the batch, and at operations whose derivative is "
             "infinite",
             "sudden",
-            ("safe-derivative", "check the data of this step for values that are not finite"),
+            ("safe-derivative", "check the data of this step for values that are not finite", FIND),
         )
 
     def examine(self, history: History) -> Finding | None:

@@ -81,14 +81,14 @@ class Ordered(Detector):
     def _count(self, history: History, loss: float, first: float) -> None:
         if self.pending:
             self.jumps += 1
-            self.lasting += bool(history.jump)
+            self.lasting += bool(history.jump) and not history.jump[-1]
             self.pending = False
             self.chance = self._tail()
         if self.low:
             self.high += loss >= LOW * first
         self.low += loss < LOW * first
         if history.jump and history.jump[0] == history.count:
-            _, before, after, _ = history.jump
+            _, before, after, *_ = history.jump
             self.pending = bool(self.low) and before < LOW * first and after >= first
 
     def _tail(self) -> float:

@@ -80,7 +80,7 @@ def rising(history: History) -> bool:
     if not history.losses:
         return True
     now, before = median(history.losses[-3:]), history.losses[:-3][-16:]
-    if len(history.losses) < 6:
-        now, before = history.losses[-1], history.losses[:1]
+    if not before:
+        return False
     level = median(before)
     return now - level > (RISE - 1) * abs(level)
