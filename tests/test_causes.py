@@ -17,6 +17,7 @@ from isograd import check
 from isograd.diagnosis import Diagnosis, Effect, Finding
 from isograd.prescription import Patient
 from isograd.remedies import lsuv, standardise_input
+from isograd.repair import repair
 from tests.models import HE, Built, Loss, classified, mlp, relu_he, relu_large, sigmoid_xavier
 
 Norm = Callable[[int], nn.Module]
@@ -281,6 +282,15 @@ def test_a_loss_that_differentiates_the_model_can_be_repaired() -> None:
 
     patient = Patient(model, check(model, far), far)
     assert [rx.applicable for rx in standardise_input.prescribe(patient)] == [True]
+
+
+def test_a_model_that_is_run_several_times_is_repaired_as_one() -> None:
+    """Three runs of one network, two of them beside the way that the gradient takes: no call of it is a gate."""
+    torch.manual_seed(0)
+    cured = repair(Equation(nn.ReLU), residual)
+    assert cured.before.flow.calls == 3
+    assert cured.cured
+    assert isinstance(cured.model.get_submodule("net.1"), nn.ELU)
 
 
 def test_a_model_that_keeps_what_it_computed_can_be_copied() -> None:

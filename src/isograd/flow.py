@@ -288,7 +288,9 @@ class Flow:
     cut: bool = False
     """The model was given data, and no gradient path leads from the loss to any of it."""
     outputs: tuple[Site, ...] = ()
-    """The model's own results, where the model was called as a whole."""
+    """The model's own results, where the model was called as a whole, and"""
+    calls: int = 1
+    """how often it was: once for each network of a pair, or for each kind of points of a differential equation."""
     towers: tuple[Flow, ...] = ()
     """The same for the model's other inputs (a decoder's tokens, a second tower): sites and columns."""
     inputs: dict[str, InputStatistics] = field(default_factory=dict[str, InputStatistics])

@@ -12,7 +12,7 @@ causes that it is for, and `prescribe(patient)` yields a prescription for every 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum
 from importlib import import_module
@@ -189,7 +189,7 @@ def prescribe(diagnosis: Diagnosis, model: nn.Module, loss: Loss | None = None) 
 
 
 def prescriptions(
-    patient: Patient, wanted: set[str] | None = None, among: set[str] | None = None
+    patient: Patient, wanted: Set[str] | None = None, among: Set[str] | None = None
 ) -> Iterator[Prescription]:
     """What every remedy says (or those `among` them) that treats one of these codes and causes.
 

@@ -27,7 +27,7 @@ from isograd.prescription import Patient, Prescription, Reach, Safety, apply, co
 from isograd.remedies import critical_initialisation, exchange_activation, orthogonal_initialisation, slugs
 from isograd.symptoms.vanishing_gradient import threshold
 
-ORDER = (
+ORDER: tuple[str, ...] = (
     "batch-statistics", "standardise-input", "reset-norm-epsilon", "reset-norm-gain", "scale-embeddings", "zero-biases",
     "recurrent-initialisation", "chrono-initialisation", "forget-bias", "scale-residual-branches",
     "rescale-weights", "orthogonal-initialisation", "delta-orthogonal", "critical-initialisation", "classic-initialisation", "lsuv",

@@ -91,6 +91,7 @@ class Assembly:
                 self._loss(call, values) for call, values in zip(trace.losses, read.losses, strict=True)
             ),
             cut=bool(trace.given) and not any(m.call.user_input for m in trace.made.values()),
+            calls=max(trace.calls, 1),
             outputs=tuple(step_site(trace.made[n]) for n in dict.fromkeys(trace.results) if n in trace.made),
             towers=tuple(
                 Flow(sites=_sites(other), columns=self._columns(other), layers=_layers(other))

@@ -99,6 +99,8 @@ class Trace(TorchFunctionMode):
     closed: set[str] = field(default_factory=set[str])
     """Paths of the modules that were called without."""
     entered: int = 0
+    calls: int = 0
+    """Of the model as a whole."""
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -161,7 +163,7 @@ class Trace(TorchFunctionMode):
 
     def _receive(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Let the gradient reach the model's float inputs, and remember what data it was given."""
-
+        self.calls += 1
         named = _argument_names(module, args)
 
         def open_input(path: Any, value: Any) -> Any:

@@ -127,8 +127,11 @@ def exchanges(
     by_hand: list[str] = []
     calls: dict[tuple[str, str], list[str]] = {}
     hidden = _hidden(patient.flow)
-    elsewhere = {
-        (a.site.module, a.function, a.site.source) for a in patient.flow.activations if a not in hidden
+    called = Counter((a.site.module, a.function) for a in patient.flow.activations)
+    elsewhere = {  # a call that each run of the model makes once stands where it stands in all of them
+        (a.site.module, a.function, a.site.source)
+        for a in patient.flow.activations
+        if a not in hidden and called[a.site.module, a.function] > patient.flow.calls
     }
     gating = {(path, function) for path, function, _ in elsewhere}
     for a in hidden:
