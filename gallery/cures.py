@@ -210,6 +210,15 @@ def normalised(layers: int) -> Built:
     return batch(nn.Sequential(*body, nn.Linear(64, 10)))
 
 
+def outdated(layers: int) -> Built:
+    """Batch normalisations in eval mode, whose running variances are those of a signal ten times as large."""
+    model, loss = normalised(layers)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d) and module.running_var is not None:
+            module.running_var.fill_(100.0)
+    return model.eval(), loss
+
+
 def images(activation: Callable[[], nn.Module], layers: int) -> Built:
     """3x3 convolutions as torch draws them."""
     x, y = digits(32, image=True).batch(torch.Generator().manual_seed(0))
@@ -423,6 +432,7 @@ def cures() -> tuple[Cure, ...]:
         Cure("zero_biases", "4 ReLU layers, biases -10", lambda: shifted(-10.0), late, loss, 0.0, 1.0),
         Cure("leaky_activation", "4 ReLU layers, biases -10", lambda: shifted(-10.0), dead,
              "share of dead units", 0.0, 0.01),
+        deep("batch_statistics", "10 batch norms in eval mode, running variances 100", lambda: outdated(10)),
         deep("reset_norm_gain", "12 post-norm blocks, gains 0.02", language(shape(12), gains(0.02))),
         deep("reset_norm_epsilon", "12 post-norm blocks, epsilon 1e4", language(shape(12, eps=1e4))),
         deep("scale_residual_branches", "40 residual blocks without norms, He", lambda: loud(40), "1/sqrt", 2.0),
@@ -435,7 +445,7 @@ def cures() -> tuple[Cure, ...]:
             trained("AdamW", 1e-3), 0.15),
         deep("rescale_weights", "20 ReLU layers, orthogonal of gain 0.4", chain(nn.ReLU, 20, orthogonal(0.4))),
         far("recurrent_initialisation", "tanh RNN as torch draws it", sequence(rnn), "inputs small"),
-        far("recurrent_initialisation", "tanh RNN, weights x 6", sequence(rnn, 6.0), "orthogonal state", GROWTH),
+        far("recurrent_initialisation", "tanh RNN, weights x 6", sequence(rnn, 6.0), "scale of an orthogonal", GROWTH),
         far("recurrent_initialisation", "tanh RNN as torch draws it", sequence(rnn), "IRNN"),
         far("forget_bias", "LSTM as torch draws it", sequence(lstm, inputs=short), x=short),
         far("chrono_initialisation", "LSTM as torch draws it", sequence(lstm)),
