@@ -336,6 +336,24 @@ def test_a_training_that_raises_loses_nothing() -> None:
     assert math.isnan(found.score_before)
 
 
+def test_a_change_that_the_training_cannot_take_is_passed_over() -> None:
+    torch.manual_seed(0)
+    model, loss = relu_large()
+    trained: list[nn.Module] = []
+
+    def first_change_raises(changed: nn.Module, _seed: int) -> float:
+        trained.append(changed)
+        if len(trained) == 2:
+            raise KeyError("0.weight")
+        return 1.0
+
+    found = repair(model, loss, train=first_change_raises)
+    assert found.cured
+    assert found.failure is None
+    assert found.score_after == 1.0
+    assert any(tried.why.endswith("its training raised KeyError: '0.weight'") for tried in found.tried)
+
+
 def test_an_interrupted_training_keeps_the_candidate() -> None:
     torch.manual_seed(0)
     model, loss = relu_large()

@@ -21,32 +21,30 @@ BETTER = 0.05
 
 
 class Judge:
-    """Scores of copies of models after the user's training, from one seed. A training that raises judges nothing."""
+    """Scores of copies of models after the user's training, from one seed."""
 
     def __init__(self, model: nn.Module, train: Train, trainings: int = TRAININGS) -> None:
         self.model, self.train = model, train
         self.left = trainings
         """Trainings that may still be made, that of the model as it is not counted."""
         self.failure: Exception | None = None
-        """What the training raised: nothing is judged any more."""
+        """What the training of the model as it is raised: nothing is judged."""
 
     @cached_property
     def before(self) -> float:
-        """Score of the model as it is; NaN: it could not be trained."""
+        """Score of the model as it is; NaN: its training raised, and nothing is judged."""
         self.left += 1
-        return self.score(self.model)
-
-    def score(self, model: nn.Module) -> float:
-        """Of a copy; minus infinity for a training that ended in NaN, NaN where none could be had."""
-        if self.failure is not None:
-            return math.nan
-        self.left -= 1
         try:
-            with torch.random.fork_rng():
-                value = float(self.train(copied(model), 0))
-        except Exception as error:  # the user's code: what the search has found is kept
+            return self.score(self.model)
+        except Exception as error:  # the user's code: what the search finds without it is kept
             self.failure = error
             return math.nan
+
+    def score(self, model: nn.Module) -> float:
+        """Of a copy; minus infinity for a training that ended in NaN. Raises what the training raises."""
+        self.left -= 1
+        with torch.random.fork_rng():
+            value = float(self.train(copied(model), 0))
         return value if math.isfinite(value) else -math.inf
 
     def prefers(self, score: float, best: float) -> bool:

@@ -134,7 +134,8 @@ class Search:
         for candidate in self._candidates():
             best = self.best
             if best.prescription is not None and self.cured:
-                if spare == 0 or candidate.reach > best.prescription.reach:
+                trained = self.judge is not None and self.judge.left == 0
+                if spare == 0 or trained or candidate.reach > best.prescription.reach:
                     return
                 spare -= 1
             if self._try(candidate) and self.judge is None:
@@ -156,10 +157,9 @@ class Search:
             began, changed = time.perf_counter(), self._applied(rx)
             if changed is None:
                 continue
-            score = self._score(changed, rx)
-            why, seen = f"the score goes from {judge.before:.4g} to {score:.4g}", None
-            if judge.prefers(score, self.best.score):
-                seen = self._examined(changed)
+            score, why = self._score(changed, rx)
+            seen = None
+            if judge.prefers(score, self.best.score) and (seen := self._seen_in(changed, rx)) is not None:
                 why = f"{_seen(seen)}, and {why}"
                 if not seen.errors:
                     self.best = Outcome(changed, rx, seen, score)
@@ -275,19 +275,17 @@ class Search:
         began, changed = time.perf_counter(), self._applied(rx)
         if changed is None:
             return False
-        try:
-            outcome = Outcome(changed, rx, self._examined(changed))
-        except Exception as error:  # a shape that no longer fits: said
-            self._note(rx, f"could not be tried: {_first_line(error)}")
+        seen = self._seen_in(changed, rx)
+        if seen is None:
             return False
+        outcome = Outcome(changed, rx, seen)
         why, healthy = _seen(outcome.diagnosis), not outcome.diagnosis.errors
         if healthy and self.judge is not None:
             best = self.best
             self._keep(outcome)  # whatever becomes of its training
-            outcome = replace(outcome, score=self._score(changed, rx))
-            self.best = best
-            if not math.isnan(outcome.score):
-                why += f", and the score goes from {self.judge.before:.4g} to {outcome.score:.4g}"
+            score, told = self._score(changed, rx)
+            outcome, self.best = replace(outcome, score=score), best
+            why += f", and {told}" if told else ""
         self._note(rx, why, outcome.diagnosis, began)
         self._keep(outcome)
         return healthy and not _warned(outcome.diagnosis) and not self._worse(outcome)
@@ -310,12 +308,28 @@ class Search:
             self._note(rx, f"could not be tried: {_first_line(error)}")
             return None
 
-    def _score(self, changed: nn.Module, rx: Prescription) -> float:
+    def _seen_in(self, changed: nn.Module, rx: Prescription) -> Diagnosis | None:
+        """Its flow; None where that could not be measured, which is noted."""
+        try:
+            return self._examined(changed)
+        except Exception as error:  # a shape that no longer fits: said
+            self._note(rx, f"could not be tried: {_first_line(error)}")
+            return None
+
+    def _score(self, changed: nn.Module, rx: Prescription) -> tuple[float, str]:
+        """Score of a training and what to say of it; NaN where none judges, minus infinity where this one raised."""
         assert self.judge is not None
         if self.judge.left == 0:
             raise _Spent("the trainings are used up")
         self.say(f"training with: {rx.title}")
-        return math.nan if math.isnan(self.judge.before) else self.judge.score(changed)
+        before = self.judge.before
+        if math.isnan(before):
+            return math.nan, ""
+        try:
+            score = self.judge.score(changed)
+        except Exception as error:  # what was changed does not fit the user's training: said
+            return -math.inf, f"its training raised {_first_line(error)}"
+        return score, f"the score goes from {before:.4g} to {score:.4g}"
 
     def _note(
         self, rx: Prescription, why: str, seen: Diagnosis | None = None, began: float = math.nan
