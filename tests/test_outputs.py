@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gallery.handmade import Equilibrium
 from isograd import diagnose, measure
 from tests.models import Loss, log10, mlp, plain_gradients, projected
 
@@ -282,24 +283,9 @@ def test_a_spectrum_of_complex_numbers_is_read() -> None:
     assert [p.grad_norm_log10 for p in flow.parameters] == pytest.approx(plain, abs=1e-4)
 
 
-class Balanced(nn.Module):
-    """z = tanh(W z + x), again and again from zero: its data come in at every step."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.enter, self.again, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        entered = self.enter(x)
-        z = torch.zeros_like(entered)
-        for _ in range(60):
-            z = torch.tanh(self.again(z) + entered)
-        return self.head(z)
-
-
 def test_zeros_to_start_from_are_no_input() -> None:
     flow = measure(
-        Balanced(), lambda m: functional.cross_entropy(m(torch.randn(32, 16)), torch.arange(32) % 3)
+        Equilibrium(), lambda m: functional.cross_entropy(m(torch.randn(32, 64)), torch.arange(32) % 3)
     )
     assert not flow.towers
     assert flow.sites[0].kind == "input"

@@ -12,8 +12,8 @@ from torch import nn
 from isograd.graph.preserve import copied
 from isograd.graph.traced import Loss
 
-Train = Callable[[nn.Module, int], float]
-"""train(model, seed) -> score, higher is better; as `isograd.prove` takes it."""
+Train = Callable[..., float]
+"""train(model, seed) -> score, higher is better; `isograd.prove` passes what else it takes, such as lr_scale."""
 TRAININGS = 8
 """Changed models that a search trains at most."""
 BETTER = 0.05
@@ -56,9 +56,9 @@ class Judge:
 def short_training(loss: Loss, *, steps: int = 40, lr: float = 1e-3) -> Train:
     """A training to judge by where there is no other: Adam on the loss's own batch; minus the loss it ends at."""
 
-    def train(model: nn.Module, seed: int) -> float:
+    def train(model: nn.Module, seed: int, lr_scale: float = 1.0) -> float:
         torch.manual_seed(seed)
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr)
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr * lr_scale)
         last: list[float] = []
         for _ in range(steps):
             optimizer.zero_grad()

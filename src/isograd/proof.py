@@ -23,6 +23,7 @@ from isograd import trials
 from isograd.controls import random_edit
 from isograd.graph.preserve import preserved
 from isograd.graph.traced import Loss
+from isograd.judge import Train
 from isograd.measure import measure
 from isograd.paired import Difference, paired
 from isograd.prescription import Prescription, Value, apply, combined
@@ -30,8 +31,6 @@ from isograd.prescription import Prescription, Value, apply, combined
 if TYPE_CHECKING:
     from rich.text import Text
 
-Train = Callable[..., float]
-"""`train(model, seed) -> score`, higher is better. See `prove`."""
 
 RATES = (0.03, 0.1, 0.3, 3.0, 10.0)
 """What the learning rate is multiplied by in the search for the best."""

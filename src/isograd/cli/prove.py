@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,11 +15,11 @@ from isograd.cli.errors import TargetError, users_code
 from isograd.cli.inputs import InputSpec
 from isograd.cli.target import load, resolve
 from isograd.graph.traced import Loss
+from isograd.judge import Train, short_training
 from isograd.prescription import Prescription
-from isograd.proof import Proof, Train, prove
+from isograd.proof import Proof, prove
 
 STEPS = 60
-LR = 1e-3
 
 
 def proof(
@@ -41,7 +41,7 @@ def proof(
     Raises:
         TargetError: `train` names no function of a model and a seed, or raises from every seed.
     """
-    trained = fitting(loss) if train is None else named(train)
+    trained = short_training(loss, steps=STEPS) if train is None else named(train)
 
     def build(seed: int) -> nn.Module:
         torch.manual_seed(seed)
@@ -90,21 +90,3 @@ def judging(text: str, train: Train) -> Train:
             ) from None
 
     return judge
-
-
-def fitting(loss: Loss) -> Callable[..., float]:
-    """Adam on the batch of the loss; the score is minus the loss that it ends at, mean of the last tenth."""
-
-    def train(model: nn.Module, seed: int, lr_scale: float = 1.0) -> float:
-        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], LR * lr_scale)
-        seen: list[float] = []
-        for _ in range(STEPS):
-            optimizer.zero_grad()
-            value = loss(model)
-            value.backward()
-            optimizer.step()
-            seen.append(value.item())
-        last = seen[-(STEPS // 10) :]
-        return -sum(last) / len(last)
-
-    return train
