@@ -123,12 +123,12 @@ class Prescription:
 
         Found on a copy. Load an old checkpoint with `{key_map.get(k, k): v for k, v in checkpoint.items()}`.
         """
-        copied = _copied(unwrapped(model)[0])
-        names = _names(copied)
-        with surgery.drawing(copied, 0):
+        twin = _copied(unwrapped(model)[0])
+        names = _names(twin)
+        with surgery.drawing(twin, 0):
             for edit in self.edits:
-                copied = perform(copied, edit)
-        return _renamed(names, copied)
+                twin = perform(twin, edit)
+        return _renamed(names, twin)
 
     def to_code(self) -> str:
         """Python that makes the same edits in the user's script: a function `repair(model)` that needs torch only."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 import math
@@ -21,7 +20,7 @@ from torch import nn
 
 from isograd import trials
 from isograd.controls import random_edit
-from isograd.graph.preserve import preserved
+from isograd.graph.preserve import copied, preserved
 from isograd.graph.traced import Loss
 from isograd.judge import Train
 from isograd.measure import measure
@@ -259,9 +258,7 @@ def _trial(
             model = build(seed)
             treated = {AFTER: rx, RANDOM: random_edit(rx, model, seed)}.get(arm)
             patient = (
-                apply(model, treated, seed=seed)
-                if treated is not None and treated.edits
-                else copy.deepcopy(model)
+                apply(model, treated, seed=seed) if treated is not None and treated.edits else copied(model)
             )
             keywords: dict[str, Any] = dict(given) if arm == AFTER else {}
             if arm == RATE:

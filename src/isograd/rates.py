@@ -7,7 +7,6 @@ this direction. 2 / eta is the critical sharpness (arXiv:2601.16979): no Hessian
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from isograd.graph.preserve import preserved
+from isograd.graph.preserve import copied, preserved
 
 Loss = Callable[[nn.Module], Tensor]
 Direction = Callable[[Tensor], Tensor]
@@ -65,7 +64,7 @@ def critical_rate(model: nn.Module, loss: Loss, direction: Direction = gradient_
         ValueError: the loss or its gradient is not finite, or the gradient is exactly zero.
     """
     with preserved(model):
-        stepped = copy.deepcopy(model)
+        stepped = copied(model)
         start = [p.detach().clone() for p in stepped.parameters() if p.requires_grad]
         moving = [p for p in stepped.parameters() if p.requires_grad]
         torch.manual_seed(0)

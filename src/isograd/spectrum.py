@@ -7,7 +7,6 @@ and RMS agree; training aligns the gradient with the large directions, and their
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -23,6 +22,7 @@ from torch.utils import _pytree as pytree
 
 from isograd.flow import Site
 from isograd.graph.backbone import Graph
+from isograd.graph.preserve import copied
 from isograd.graph.readings import log10
 from isograd.graph.traced import Loss, Traced, traced, unwrapped
 from isograd.spectra.distribution import Distribution
@@ -234,7 +234,7 @@ def _differentiable_twice(model: nn.Module) -> Iterator[None]:
 
 def _upcast(model: nn.Module, loss: Loss, stack: ExitStack) -> Traced | None:
     """The same loss of a float32 copy; None where it does not run in that or does not use what it is given."""
-    precise = copy.deepcopy(model)._apply(_single)
+    precise = copied(model)._apply(_single)
     own = {id(p) for p in precise.parameters()}
     precise.register_forward_pre_hook(lambda _, args, kwargs: _cast((args, kwargs)), with_kwargs=True)
     attempt = ExitStack()

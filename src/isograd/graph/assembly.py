@@ -301,10 +301,10 @@ def _answering(run: Traced) -> set[Node]:
     found = set[Node]()
     if not results or on & set(results):
         return found
+    reached = [run.graph.below(result) for result in results]
     for sink in run.sinks:
         above = run.graph.above(sink)
-        for result in results:
-            below = run.graph.below(result)
+        for below in reached:
             if sink in below:
                 found.update(run.graph.dominators([node for node in above if node in below]))
     return found

@@ -16,7 +16,7 @@ ROOTS = ("rsqrt", "sqrt")
 MASKED = -1e9
 """A logit below it takes no part: masks are written as the lowest number of a format, or as -inf."""
 LARGEST = 500_000
-"""Elements that a variance is taken over: beyond, samples are left out."""
+"""Elements that statistics are taken over, here and in the trace: beyond, whole samples are left out."""
 
 
 def distinct(tensor: Tensor) -> Tensor | None:
@@ -54,14 +54,19 @@ def denominator(
         case "rms_norm":
             spread = x.square().mean(tuple(range(-len(given["normalized_shape"]), 0)))
         case _ if fixed and given["running_var"] is not None:
-            spread, own = given["running_var"].detach(), x.transpose(0, 1).flatten(1).var(1, correction=0)
+            spread, own = given["running_var"].detach(), _by_channel(x)
         case "batch_norm":
-            spread = x.transpose(0, 1).flatten(1).var(1, correction=0)
+            spread = _by_channel(x)
         case "group_norm":
             spread = x.reshape(len(x), given["num_groups"], -1).var(-1, correction=0)
         case _:
             spread = x.flatten(2).var(-1, correction=0)
     return float(epsilon), spread.double().mean(), own.double().mean() if own is not None else None
+
+
+def _by_channel(x: Tensor) -> Tensor:
+    """Variance of each channel over the batch: (sample, channel, ...) -> (channel,)."""
+    return x.transpose(0, 1).flatten(1).var(1, correction=0)
 
 
 def _sampled(tensor: Tensor) -> Tensor:

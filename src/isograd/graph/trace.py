@@ -36,8 +36,6 @@ from isograd.graph.operations import ACTIVATIONS, LOSSES, kind_of_call, operatio
 
 _SET_REQUIRES_GRAD = vars(torch._C.TensorBase)["requires_grad"].__set__
 TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
-LARGEST_SAMPLE = 500_000
-"""Elements of an activation or a loss input that statistics are taken over: beyond, whole rows are left out."""
 OWN_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 IN_MODELS = tuple(OWN_FOLDER + name for name in ("modules.py", "surgery.py", "calls.py"))
 """Our files that run inside a repaired model."""
@@ -386,7 +384,7 @@ class Trace(TorchFunctionMode):
         rows = given.detach().flatten(1) if given.ndim > 1 else given.detach()[:, None]
         if given.ndim > 2 and name in ("cross_entropy", "nll_loss"):
             rows = given.detach().movedim(1, -1).flatten(0, -2)
-        rows = rows[: max(2, LARGEST_SAMPLE // max(rows.shape[1], 1))].float()
+        rows = rows[: max(2, signal.LARGEST // max(rows.shape[1], 1))].float()
         sums = rows.sum(1).sub(1).abs().amax()
         spread = rows.std(0, correction=0).amax() if rows.shape[0] > 1 else torch.zeros_like(sums)
         seen = target.detach().float() if target.numel() else torch.zeros(1)
@@ -416,8 +414,8 @@ def _derivative(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
     # Own identity hooks: inside a checkpointed block its packing must not see our saved tensors.
     with torch._C.DisableTorchFunction(), torch.enable_grad(), saved_tensors_hooks(_same, _same):
         x = args[0].detach()
-        if x.numel() > LARGEST_SAMPLE and x.ndim > 1:  # enough samples to know a unit by
-            x = x[: max(1, LARGEST_SAMPLE * x.shape[0] // x.numel())]
+        if x.numel() > signal.LARGEST and x.ndim > 1:  # enough samples to know a unit by
+            x = x[: max(1, signal.LARGEST * x.shape[0] // x.numel())]
         x = x.clone().requires_grad_()
         rest = {key: False if key == "inplace" else value for key, value in kwargs.items()}
         plain = getattr(torch, func.__name__[:-1], func) if func.__name__.endswith("_") else func
