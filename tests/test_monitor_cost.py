@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import isograd
 from isograd.diagnosis import Finding
-from isograd.monitor import Reading, host
+from isograd.monitor import Reading, host, statistics
 from isograd.monitor import monitor as monitor_module
 from isograd.monitor.cost import ALERT, YOUNG, Cost, Pace
 from isograd.monitor.detectors import Detectors
@@ -35,12 +36,17 @@ class Count(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: Counter[str] = Counter()
+        self.largest = 0
+        """Bytes of the largest result."""
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         self.calls[str(function).rpartition(".")[0]] += 1
-        return function(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        self.largest = max(self.largest, sum(t.numel() * t.element_size() for t in made))
+        return result
 
     @property
     def waits(self) -> int:
@@ -105,6 +111,23 @@ def test_all_statistics_of_148_parameters_in_12_operations_and_no_wait(
     operations, waits = extra(RULES[rule], 14)
     assert max(operations) <= 12
     assert waits == [0] * 14
+
+
+def test_temporaries_are_below_a_hundredth_of_what_training_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of weights, gradients and two moments; all columns, from gradients and updates."""
+    monkeypatch.setattr(statistics, "LEAST", 1)
+    monkeypatch.setattr(Cost, "interval", lambda self, budget: 1)
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(32, 32) for _ in range(100)))
+    held = 4 * sum(p.numel() * p.element_size() for p in model.parameters())
+    optimizer = torch.optim.AdamW(model.parameters())
+    with isograd.watch(model, optimizer), Count() as count:
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(2, 32)).sum().backward()
+            optimizer.step()
+    assert count.calls["aten._foreach_abs"] > 3
+    assert count.largest < held / 100
 
 
 def test_the_norms_alone_are_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:

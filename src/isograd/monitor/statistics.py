@@ -9,10 +9,17 @@ Half precision is accumulated in float32; the tensors themselves are never widen
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+
+from isograd.monitor.sharding import local
+
+LEAST = 262_144
+"""Elements that are worked on at once of any model."""
+SHARE = 128
+"""Of a larger one, one in so many: with weights, gradients and moments a temporary is below .2% of what is held."""
 
 
 def norms(tensors: Sequence[Tensor], order: float = 2.0) -> list[Tensor]:
@@ -26,9 +33,25 @@ def largest(tensors: Sequence[Tensor]) -> list[Tensor]:
     if tensors[0].device.type != "cpu":
         return norms(tensors, math.inf)
     # The CPU kernel of the infinity norm is fifteen times slower than that of the maximum.
-    return list(torch._foreach_max(torch._foreach_abs(list(tensors))))
+    return [top for some in chunks(tensors) for top in torch._foreach_max(torch._foreach_abs(some))]
 
 
 def nonfinite(tensor: Tensor) -> Tensor:
     """Number of elements that are NaN or Inf, as a scalar tensor."""
     return tensor.numel() - tensor.isfinite().sum()
+
+
+def chunks(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Runs of tensors whose temporaries are small beside them all: of at most so many elements, or of one tensor."""
+    sizes = [local(tensor).numel() for tensor in tensors]
+    most = max(LEAST, sum(sizes) // SHARE)
+    held: list[Tensor] = []
+    room = most
+    for tensor, size in zip(tensors, sizes, strict=True):
+        if held and size > room:
+            yield held
+            held, room = [], most
+        held.append(tensor)
+        room -= size
+    if held:
+        yield held

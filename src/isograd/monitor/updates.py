@@ -10,7 +10,7 @@ rule: before p' was rounded to the parameter's dtype. With c = 1 nothing is left
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from isograd.monitor.sharding import local
-from isograd.monitor.statistics import norms
+from isograd.monitor.statistics import chunks, norms
 
-CHUNK = 4_194_304
-"""Elements that are worked on at once: the temporaries of larger models stay below 64 MB."""
+WINDOW = 4_194_304
+"""Elements that are copied at once of a model whose optimizer's rule is not known, or an eighth of them if that is more."""
 
 Group = dict[str, Any]
 
@@ -157,7 +157,7 @@ if hasattr(torch.optim, "Muon"):  # torch 2.9
 class Sampled:
     """Norms of the update of any optimizer: some weights are copied for the length of one step.
 
-    Each time it is asked the next window of parameters is taken, of `CHUNK` elements or an eighth of the
+    Each time it is asked the next window of parameters is taken, of `WINDOW` elements or an eighth of the
     model, whichever is larger.
     """
 
@@ -168,7 +168,7 @@ class Sampled:
     def before(self, parameters: Sequence[Tensor]) -> None:
         """Copy the next window of these parameters."""
         weights = [local(p) for p in parameters]
-        room = max(CHUNK, sum(w.numel() for w in weights) // 8)
+        room = max(WINDOW, sum(w.numel() for w in weights) // 8)
         self._copies.clear()
         for offset in range(len(parameters)):
             i = (self._next + offset) % len(parameters)
@@ -189,21 +189,6 @@ class Sampled:
                 lengths[i] = length
         self._copies.clear()
         return lengths
-
-
-def chunks(parameters: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Runs of parameters of at most `CHUNK` elements, or of one."""
-    held: list[Tensor] = []
-    room = CHUNK
-    for parameter in parameters:
-        size = local(parameter).numel()
-        if held and size > room:
-            yield held
-            held, room = [], CHUNK
-        held.append(parameter)
-        room -= size
-    if held:
-        yield held
 
 
 def left(decay: float) -> float:
