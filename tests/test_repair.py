@@ -322,6 +322,24 @@ def test_a_training_is_asked_about_what_no_gradient_shows() -> None:
     assert len(scored) == 2  # as it is, and one change
 
 
+def test_what_is_left_behind_a_cure_is_asked_of_a_training() -> None:
+    torch.manual_seed(0)
+    model, loss = relu_large()
+    first = repair(model, loss).prescription
+    assert first is not None
+
+    def normed(changed: nn.Module, _seed: int) -> float:
+        return float(any("Norm" in type(module).__name__ for module in changed.modules()))
+
+    found = repair(model, loss, train=normed)
+    assert found.cured
+    assert (found.score_before, found.score_after) == (0, 1)
+    assert found.prescription is not None
+    assert all(edit in found.prescription.edits for edit in first.edits)
+    assert len(found.prescription.edits) > len(first.edits)
+    assert not any(isinstance(module, nn.LayerNorm | nn.RMSNorm) for module in model.modules())
+
+
 def test_a_training_that_raises_loses_nothing() -> None:
     torch.manual_seed(0)
     model, loss = relu_large()

@@ -17,7 +17,7 @@ Train = Callable[..., float]
 TRAININGS = 8
 """Changed models that a search trains at most."""
 BETTER = 0.05
-"""Share of the score's distance that training has to gain before a change is said to help."""
+"""Share of the score, and of what was gained so far, that a training has to gain before a change is said to help."""
 
 
 class Judge:
@@ -49,8 +49,9 @@ class Judge:
 
     def prefers(self, score: float, best: float) -> bool:
         """Is this score better than the best so far, by more than the noise of one training?"""
-        margin = BETTER * abs(self.before) if math.isfinite(self.before) else 0.0
-        return score > best + margin
+        if not math.isfinite(self.before):
+            return score > best
+        return score > best + BETTER * max(abs(self.before), best - self.before)
 
 
 def short_training(loss: Loss, *, steps: int = 40, lr: float = 1e-3) -> Train:

@@ -110,13 +110,13 @@ class Search:
         return not self.best.diagnosis.errors and not self._worse(self.best)
 
     def run(self) -> None:
-        """Try candidates until one is healthy; where the flow is healthy from the start, those that a training may prefer."""
+        """Try candidates until one is healthy; with a healthy flow, what a training may prefer, on top of it."""
         try:
             if self.before.errors:
                 self._cure()
-            elif self.judge is not None:
-                self._train()
-            else:
+            if self.judge is not None and self.cured:
+                self._train(self.judge)
+            elif not self.before.errors:
                 self.note = (
                     "the flow is healthy: nothing to repair; a training may tell more (train=, --steps 50)"
                 )
@@ -145,12 +145,14 @@ class Search:
         elif not self.cured:
             self.note = "the flow is healthy, but the model trains worse"
 
-    def _train(self) -> None:
-        """The flow is healthy: what a training prefers is measured, and the best of it kept."""
-        judge = self.judge
-        assert judge is not None
-        self.say("training the model as it is")
-        self.best = replace(self.best, score=judge.before)
+    def _train(self, judge: Judge) -> None:
+        """The flow is healthy, from the start or by now: what a training prefers is measured, and the best of it kept.
+
+        A fault that no gradient shows may hide behind the one that was cured.
+        """
+        if self.best.prescription is None:
+            self.say("training the model as it is")
+            self.best = replace(self.best, score=judge.before)
         for rx in self._for_training():
             if judge.failure is not None or judge.left == 0:
                 break
@@ -240,27 +242,36 @@ class Search:
 
     def _further(self) -> Iterator[Prescription]:
         """What is prescribed for the best so far, on top of it."""
-        rx = self.best.prescription
-        if rx is None or rx.key_map(self.model):  # names have changed: edits of both cannot be told together
-            return
-        for more in self.prescribed(Patient(self.best.model, self.best.diagnosis, self.loss), set(slugs())):
-            try:
-                yield replace(combined([rx, more]), decades=math.nan)
-            except ValueError:
-                continue
+        yield from self._on_top(self.best, self.prescribed(self._patient_now(), set(slugs())))
 
     def _for_training(self) -> Iterator[Prescription]:
         """What may change how a healthy flow trains: what is said against a warning, what mends one property, the rest.
 
-        One variant of each remedy, the first.
+        One variant of each remedy, the first; on top of what has made the flow healthy.
         """
-        asked: set[str] = set()
+        healthy, patient = self.best, self._patient_now()
+        asked = set[str]() if healthy.prescription is None else {healthy.prescription.remedy}
         for wanted in (None, MENDING, *({cause} for cause in TRAINED)):
-            found = [rx for rx in prescriptions(self.patient, wanted) if rx.applicable]
-            for rx in self._ordered(found):
-                if rx.remedy not in asked:
-                    asked.add(rx.remedy)
-                    yield rx
+            found = [rx for rx in prescriptions(patient, wanted) if rx.applicable]
+            new = [rx for rx in self._ordered(found) if rx.remedy not in asked]
+            first = {rx.remedy: rx for rx in reversed(new)}
+            asked |= first.keys()
+            yield from self._on_top(healthy, [rx for rx in new if first[rx.remedy] is rx])
+
+    def _patient_now(self) -> Patient:
+        return Patient(self.best.model, self.best.diagnosis, self.loss)
+
+    def _on_top(self, base: Outcome, found: Iterable[Prescription]) -> Iterator[Prescription]:
+        """What was prescribed for a changed model, together with what had changed it."""
+        rx = base.prescription
+        if rx is None:
+            yield from found
+        elif not rx.key_map(self.model):  # else names have changed: edits of both cannot be told together
+            for more in found:
+                try:
+                    yield replace(combined([rx, more]), decades=math.nan)
+                except ValueError:
+                    continue
 
     # -- one candidate -----------------------------------------------------------------------------
 
