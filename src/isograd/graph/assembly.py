@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -24,9 +26,9 @@ from isograd.flow import (
     Split,
     Step,
 )
-from isograd.graph.backbone import Backbone, Segment, step_site
+from isograd.graph.backbone import Backbone, Graph, Segment, closed, step_site
 from isograd.graph.backward import Backward
-from isograd.graph.operations import STEPS, operation_of
+from isograd.graph.operations import STEPS, is_trivial, operation_of
 from isograd.graph.origin import first_nonfinite
 from isograd.graph.readings import Readings, log10
 from isograd.graph.traced import Traced
@@ -183,7 +185,22 @@ class Assembly:
         site = step_site(self.trace.made[seen.node])
         spine = any(seen.node in s.spine for s in self.main.segments) or seen.node in self._answering
         spine = spine or any(seen.node in s.nodes for other in self.towers for s in other.segments)
-        return Activation(site, seen.function, spine, mean, saturated, dead, seen.units, seen.samples)
+        beside = not spine and seen.node in self._abreast
+        return Activation(site, seen.function, spine, mean, saturated, dead, seen.units, seen.samples, beside)
+
+    @cached_property
+    def _abreast(self) -> set[Node]:
+        """Activations that together close every way through a segment or a residual branch, function by function."""
+        functions = {a.node: a.function for a in self.trace.activations}
+        found = set[Node]()
+        for segment, following in pairwise(self.main.segments[self.main.exit :]):
+            gates = _gates(self.run.graph, [*segment.nodes, *segment.inside])
+            inside = {n: functions[n] for n in segment.inside if n in functions and n not in gates}
+            for name in set(inside.values()):
+                same = {node for node, function in inside.items() if function == name}
+                if closed(self.run.graph, segment, following, same):
+                    found |= same
+        return found
 
     def _normalisations(self) -> tuple[Normalisation, ...]:
         """In the order in which they ran."""
@@ -307,6 +324,20 @@ def _answering(run: Traced) -> set[Node]:
         for below in reached:
             if sink in below:
                 found.update(run.graph.dominators([node for node in above if node in below]))
+    return found
+
+
+def _gates(graph: Graph, nodes: Sequence[Node]) -> set[Node]:
+    """What is multiplied with another part of the signal, as in a GLU or a squeeze-and-excitation."""
+    found = set[Node]()
+    for node in nodes:
+        factors = [child for child in graph.children[node] if not hasattr(child, "variable")]
+        if operation_of(node) != "mul" or len(factors) < 2:
+            continue
+        for factor in factors:
+            while is_trivial(operation_of(factor)) and len(graph.children[factor]) == 1:
+                factor = graph.children[factor][0]
+            found.add(factor)
     return found
 
 
