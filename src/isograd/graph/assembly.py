@@ -190,15 +190,20 @@ class Assembly:
 
     @cached_property
     def _abreast(self) -> set[Node]:
-        """Activations that together close every way through a segment or a residual branch, function by function."""
+        """Activations that together close every way of the signal through a segment or a residual branch.
+
+        Function by function. A gate only weighs the signal: the way through it is none.
+        """
         functions = {a.node: a.function for a in self.trace.activations}
-        found = set[Node]()
+        graph, found = self.run.graph, set[Node]()
         for segment, following in pairwise(self.main.segments[self.main.exit :]):
-            gates = _gates(self.run.graph, [*segment.nodes, *segment.inside])
-            inside = {n: functions[n] for n in segment.inside if n in functions and n not in gates}
-            for name in set(inside.values()):
-                same = {node for node, function in inside.items() if function == name}
-                if closed(self.run.graph, segment, following, same):
+            inside = functions.keys() & segment.inside
+            gates = inside & _factors(graph, [*segment.nodes, *segment.inside])
+            if not inside or closed(graph, segment, following, gates):
+                continue
+            for name in {functions[node] for node in inside - gates}:
+                same = {node for node in inside - gates if functions[node] == name}
+                if closed(graph, segment, following, gates | same):
                     found |= same
         return found
 
@@ -327,18 +332,31 @@ def _answering(run: Traced) -> set[Node]:
     return found
 
 
-def _gates(graph: Graph, nodes: Sequence[Node]) -> set[Node]:
-    """What is multiplied with another part of the signal, as in a GLU or a squeeze-and-excitation."""
+def _factors(graph: Graph, nodes: Sequence[Node]) -> set[Node]:
+    """What is multiplied with another part of the signal, as the gate of a GLU or of a squeeze-and-excitation.
+
+    Views and arithmetic with constants may stand between: h * (1 - gate).
+    """
+
+    def parts(node: Node) -> list[Node]:
+        return [child for child in graph.children[node] if not hasattr(child, "variable")]
+
     found = set[Node]()
     for node in nodes:
-        factors = [child for child in graph.children[node] if not hasattr(child, "variable")]
+        factors = parts(node)
         if operation_of(node) != "mul" or len(factors) < 2:
             continue
         for factor in factors:
-            while is_trivial(operation_of(factor)) and len(graph.children[factor]) == 1:
-                factor = graph.children[factor][0]
+            while (is_trivial(operation_of(factor)) or operation_of(factor) in PLAIN) and len(
+                parts(factor)
+            ) == 1:
+                (factor,) = parts(factor)
             found.add(factor)
     return found
+
+
+PLAIN = {"add", "sub", "rsub", "mul", "div", "neg"}
+"""Arithmetic: with one part of the signal in it, the rest are constants."""
 
 
 def _steps(run: Traced) -> set[Node]:

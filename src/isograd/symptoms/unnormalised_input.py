@@ -46,11 +46,21 @@ def examine(flow: Flow) -> Iterator[Outcome]:
     if not flow.inputs:
         yield Unexamined("the model as a whole was given no float input")
         return
-    if any(site.kind == "normalisation" for site in flow.sites[1:4]):
+    if _normalised(flow):
         yield Healthy("a normalisation follows the input")
         return
     for name, seen in flow.inputs.items():
         yield _one(name, seen)
+
+
+def _normalised(flow: Flow) -> bool:
+    """Does a normalisation follow the input, with one layer at most before it?"""
+    layers = 0
+    for site, weighted in zip(flow.sites, flow.column("weighted").tolist(), strict=True):
+        layers += weighted == 1
+        if site.kind == "normalisation" and layers < 2:
+            return True
+    return False
 
 
 def _one(name: str, seen: InputStatistics) -> Outcome:
