@@ -826,6 +826,34 @@ def test_they_are_found_in_any_unit_format_and_batch(name: str, batch: int, dtyp
     assert not error_codes(wells.get(name, lambda: normalised(batch=batch))(), dtype)
 
 
+@pytest.mark.parametrize(
+    ("scale", "mean", "shift", "factor", "codes"),
+    [
+        (100.0, 0.0, 0.0, 0.01, []),
+        (1.0, 1e3, -1e3, 0.5, []),
+        (1.0, 1e3, 0.0, 1e-3, ["UP504"]),  # of the right size, and all alike
+        (100.0, 0.0, 0.0, 0.5, ["UP504"]),
+    ],
+)
+def test_what_the_model_itself_makes_of_its_input_counts(
+    scale: float, mean: float, shift: float, factor: float, codes: list[str]
+) -> None:
+    x, y = scale * torch.randn(32, 64) + mean, torch.randint(10, (32,))
+    shifted = [Apply(lambda x: x + shift)] if shift else []
+    model = nn.Sequential(*shifted, Apply(lambda x: factor * x), *mlp(nn.ReLU, 3, HE))
+    found = diagnosed((model, lambda m: functional.cross_entropy(m(x), y)))
+    assert [f.code for f in found.findings if f.code == "UP504"] == codes
+
+
+def test_inputs_that_are_all_alike_are_cured_by_their_standardisation_alone() -> None:
+    x, y = torch.randn(32, 64) / 2 + 1e3, torch.randint(10, (32,))
+    model = mlp(nn.ReLU, 3, HE)
+    found = repair(model, lambda m: functional.cross_entropy(m(x), y))
+    assert found.cured
+    assert found.prescription is not None
+    assert [edit.of for edit in found.prescription.edits] == ["modules.Standardised"]
+
+
 def test_a_normalisation_behind_a_whole_block_comes_too_late_for_a_raw_input() -> None:
     x, y = 1e4 * torch.randn(32, 64), torch.randint(10, (32,))
     first, block = nn.Linear(64, 64), Residual(nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)))

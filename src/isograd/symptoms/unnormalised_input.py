@@ -11,8 +11,8 @@ Why it happens
 
 Evidence
     Mean, scale and largest magnitude of every float input of the model as a whole, and how much of it
-    differs between the samples. A normalisation among the first three sites takes scale and offset away
-    again, and then this is no finding.
+    differs between the samples. A normalisation behind one layer at most takes scale and offset away again, and
+    so does arithmetic of the model's own, as x / 255 or (x - mean) / std: then what reaches the first layer counts.
 
 What helps
     Standardise with the training set's mean and standard deviation, or put a normalisation first.
@@ -23,6 +23,7 @@ References
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from isograd.diagnosis import Finding, Severity
@@ -49,8 +50,32 @@ def examine(flow: Flow) -> Iterator[Outcome]:
     if _normalised(flow):
         yield Healthy("a normalisation follows the input")
         return
+    size, shifted = _arriving(flow)
     for name, seen in flow.inputs.items():
-        yield _one(name, seen)
+        if (
+            ("name", name) in flow.sites[0].settings
+            and TINY < size < WARNING
+            and (shifted or not _alike(seen))
+        ):
+            yield Healthy(f"input {name} has root mean square {size:.3g} where the first layer reads it")
+        else:
+            yield _one(name, seen)
+
+
+def _arriving(flow: Flow) -> tuple[float, bool]:
+    """Root mean square of what arithmetic makes of the input, and whether it shifts it; NaN: a layer reads it as it is."""
+    before = [i for i, flag in enumerate(flow.column("weighted").tolist()) if flag == 1][:1] or [0]
+    between = flow.sites[1 : before[0]]
+    computed = [site for site in between if site.kind == "elementwise"]
+    if not computed or any(site.kind not in ("elementwise", "reshape") for site in between):
+        return math.nan, False
+    known = flow.column("activation_rms")[1 : before[0]]
+    known = known[~known.isnan()]
+    return float(known[-1]), any(site.operation in ("sub", "rsub", "add") for site in computed)
+
+
+def _alike(seen: InputStatistics) -> bool:
+    return seen.varying < ALIKE * seen.rms and seen.rms > WARNING
 
 
 def _normalised(flow: Flow) -> bool:
@@ -65,7 +90,7 @@ def _normalised(flow: Flow) -> bool:
 
 def _one(name: str, seen: InputStatistics) -> Outcome:
     said = f"input {name} has mean {seen.mean:.3g}, root mean square {seen.rms:.3g} and largest {seen.largest:.3g}"
-    alike = seen.varying < ALIKE * seen.rms and seen.rms > WARNING
+    alike = _alike(seen)
     tiny = 0 < seen.rms < TINY
     if seen.rms < WARNING and not tiny:
         return Healthy(said)
