@@ -845,6 +845,16 @@ def test_what_the_model_itself_makes_of_its_input_counts(
     assert [f.code for f in found.findings if f.code == "UP504"] == codes
 
 
+def test_a_raw_input_is_an_error_where_it_saturates_the_first_activation() -> None:
+    x, y = 1e3 * torch.randn(32, 64), torch.randint(10, (32,))
+    for activation, severity in ((nn.ReLU, Severity.WARNING), (nn.Tanh, Severity.ERROR)):
+        model, loss = mlp(activation, 3, 1.0), lambda m: functional.cross_entropy(m(x), y)
+        found = [f.severity for f in diagnosed((model, loss)).findings if f.code == "UP504"]
+        assert found == [severity]
+        rx = repair(model, loss).prescription
+        assert (rx is not None and rx.remedy == "standardise-input") is (severity is Severity.ERROR)
+
+
 def test_inputs_that_are_all_alike_are_cured_by_their_standardisation_alone() -> None:
     x, y = torch.randn(32, 64) / 2 + 1e3, torch.randint(10, (32,))
     model = mlp(nn.ReLU, 3, HE)

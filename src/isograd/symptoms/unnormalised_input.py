@@ -13,6 +13,7 @@ Evidence
     Mean, scale and largest magnitude of every float input of the model as a whole, and how much of it
     differs between the samples. A normalisation behind one layer at most takes scale and offset away again, and
     so does arithmetic of the model's own, as x / 255 or (x - mean) / std: then what reaches the first layer counts.
+    Large inputs alone are a warning; they are an error where they saturate most of the first activation.
 
 What helps
     Standardise with the training set's mean and standard deviation, or put a normalisation first.
@@ -28,6 +29,7 @@ from collections.abc import Iterator
 
 from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow, InputStatistics
+from isograd.graph.operations import ACTIVATIONS
 from isograd.symptoms import Healthy, Outcome, Unexamined
 
 CODE = "UP504"
@@ -40,6 +42,9 @@ TINY = 1e-3
 """Root mean square below which the biases of a default first layer are a hundred times its signal."""
 ALIKE = 0.01
 """Share of the input's size that differs between samples: below, 99% of what is passed on is the same."""
+
+SATURATED = 0.5
+"""Share of the first activation: it passes on little but signs, and no gradient back to change that."""
 
 
 def examine(flow: Flow) -> Iterator[Outcome]:
@@ -59,7 +64,13 @@ def examine(flow: Flow) -> Iterator[Outcome]:
         ):
             yield Healthy(f"input {name} has root mean square {size:.3g} where the first layer reads it")
         else:
-            yield _one(name, seen)
+            yield _one(name, seen, _saturated(flow))
+
+
+def _saturated(flow: Flow) -> float:
+    """Saturated share of the first activation, which is given what the first layer makes of the input."""
+    first = next((a for a in flow.activations if a.carries), None)
+    return first.saturated if first is not None and ACTIVATIONS[first.function].bounded else 0.0
 
 
 def _arriving(flow: Flow) -> tuple[float, bool]:
@@ -88,7 +99,7 @@ def _normalised(flow: Flow) -> bool:
     return False
 
 
-def _one(name: str, seen: InputStatistics) -> Outcome:
+def _one(name: str, seen: InputStatistics, saturated: float) -> Outcome:
     said = f"input {name} has mean {seen.mean:.3g}, root mean square {seen.rms:.3g} and largest {seen.largest:.3g}"
     alike = _alike(seen)
     tiny = 0 < seen.rms < TINY
@@ -96,10 +107,12 @@ def _one(name: str, seen: InputStatistics) -> Outcome:
         return Healthy(said)
     if alike:
         said += f"; only {seen.varying / seen.rms:.1g} of it differs between samples"
+    if saturated > SATURATED:
+        said += f"; {saturated:.0%} of the first activation is saturated"
     return Finding(
         CODE,
         NAME,
-        Severity.ERROR if alike or tiny else Severity.WARNING,
+        Severity.ERROR if alike or tiny or saturated > SATURATED else Severity.WARNING,
         said,
         cause="the data are not standardised",
         sites=(name,),
@@ -110,6 +123,8 @@ def _one(name: str, seen: InputStatistics) -> Outcome:
             "varying": seen.varying,
             "threshold": TINY if tiny else WARNING,
             "alike_threshold": ALIKE,
+            "saturated": saturated,
+            "saturated_threshold": SATURATED,
             "cause": "unnormalised-input",
         },
         remedies=("standardise-input", "insert-normalisation"),
