@@ -8,6 +8,7 @@ import math
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -284,6 +285,35 @@ def test_a_gate_and_the_output_keep_their_sigmoid() -> None:
     assert [a.function for a in found.activations] == ["tanh"] * 6 + ["sigmoid"] * 2
 
 
+class Abreast(nn.Module):
+    """An Inception block: two branches of layers with an activation, side by side, and a gate on what they give."""
+
+    def __init__(self, width: int, gated: bool) -> None:
+        super().__init__()
+        self.wide = nn.Sequential(nn.Linear(width, width // 2), nn.Sigmoid())
+        self.deep = nn.Sequential(
+            nn.Linear(width, width), nn.Sigmoid(), nn.Linear(width, width // 2), nn.Sigmoid()
+        )
+        self.attention, self.gate = (nn.Linear(width, width), nn.Sigmoid()) if gated else (None, None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.cat([self.wide(x), self.deep(x)], -1)
+        return y * (2 * self.gate(self.attention(x))) if self.attention and self.gate else y
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_activations_side_by_side_are_exchanged_together_and_gates_are_not(gated: bool) -> None:
+    torch.manual_seed(0)
+    model, loss = classified(nn.Sequential(*(Abreast(64, gated) for _ in range(6)), nn.Linear(64, 10)))
+    found = check(model, loss)
+    if not gated:
+        (finding,) = [f for f in found.findings if f.code == "VG101"]
+        assert finding.evidence["cause"] == "activation"
+    rx = next(iter(exchange_activation.prescribe(Patient(model, found, loss))))
+    branches = ("wide.1", "deep.1", "deep.3")
+    assert {edit.place for edit in rx.edits} == {f"{i}.{branch}" for i in range(6) for branch in branches}
+
+
 def test_an_exchanged_forward_is_copied_pickled_and_read_like_the_original() -> None:
     known, rx = first(exchange_activation, functional_net)
     changed = apply(known.model, rx)
@@ -371,6 +401,24 @@ def test_every_gate_of_a_loud_recurrence_is_drawn_for_itself() -> None:
         assert torch.allclose(gate @ gate.T, torch.eye(16), atol=1e-5)
 
 
+def test_a_recurrence_of_zeros_is_drawn_with_what_goes_in() -> None:
+    def zeros() -> Built:
+        model, loss = fused(partial(nn.GRU, num_layers=2))
+        with torch.no_grad():
+            for parameter in model.get_submodule("core").parameters():
+                parameter.zero_()
+        return model, loss
+
+    known, rx = first(recurrent_initialisation, zeros)
+    assert known.loss is not None
+    assert check(known.model, known.loss).verdict == "vanishing"
+    changed = apply(known.model, rx)
+    assert check(changed, known.loss).verdict == "healthy"
+    core = changed.get_submodule("core")
+    assert isinstance(core, nn.GRU)
+    assert all(gate.any() for gate in core.weight_ih_l1.chunk(3))
+
+
 def test_only_the_layer_that_is_off_is_scaled_and_its_directions_are_kept() -> None:
     def faint() -> Built:
         model = mlp(nn.ReLU, 10, HE)
@@ -410,6 +458,30 @@ def test_embeddings_of_a_sane_size_are_left_alone() -> None:
     assert changed.head.weight is changed.token.weight
     healthy = Patient(changed, Diagnosis(known.flow))
     assert not next(iter(scale_embeddings.prescribe(healthy))).applicable
+
+
+class Bags(nn.Module):
+    """Two loud tables that are three modules: a bag of words, and one table with two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bag, self.one, self.other = (nn.EmbeddingBag(20, 16), nn.Embedding(20, 16), nn.Embedding(20, 16))
+        self.other.weight = self.one.weight
+        nn.init.normal_(self.bag.weight, std=50.0)
+        nn.init.normal_(self.one.weight, std=50.0)
+        self.body = nn.Sequential(
+            nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 48), nn.Tanh(), nn.Linear(48, 10)
+        )
+
+    def forward(self, words: Tensor) -> Tensor:
+        parts = (self.bag(words), self.one(words[:, 0]), self.other(words[:, 1]))
+        return self.body(torch.cat(parts, -1))
+
+
+def test_a_bag_of_embeddings_is_a_table_and_a_shared_one_is_drawn_once() -> None:
+    words, y = torch.randint(20, (32, 5)), torch.randint(10, (32,))
+    _, rx = first(scale_embeddings, lambda: (Bags(), lambda m: functional.cross_entropy(m(words), y)))
+    assert [edit.place for edit in rx.edits] == ["bag.weight", "one.weight"]
 
 
 def test_a_frozen_bias_keeps_its_numbers() -> None:

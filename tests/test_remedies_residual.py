@@ -136,6 +136,20 @@ def test_one_branch_is_not_scaled_by_1() -> None:
     ]
 
 
+@pytest.mark.parametrize("name", ["scale_residual_branches", "identity_blocks", "complete_p"])
+@pytest.mark.parametrize("skip", [0.0, 0.3])
+def test_branches_are_not_made_smaller_where_the_skips_pass_too_little(name: str, skip: float) -> None:
+    class Damped(Residual):
+        def forward(self, x: Tensor) -> Tensor:
+            return skip * x + self.branch(x)
+
+    torch.manual_seed(0)
+    body = (Damped(nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Linear(32, 32))) for _ in range(4))
+    built = classified(nn.Sequential(nn.Linear(64, 32), *body, nn.Linear(32, 10)))
+    (rx,) = offered(name, built)
+    assert f"let only {skip:.2g} of the signal by" in rx.why_not
+
+
 # -- factors that stay in the model ----------------------------------------------------------------
 
 

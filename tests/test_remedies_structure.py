@@ -355,6 +355,34 @@ def test_inputs_are_standardised_feature_by_feature_from_the_batch() -> None:
     )
 
 
+class TwoInputs(nn.Module):
+    """Both inputs meet before the first layer; the dense one comes in raw."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other, self.head = nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(32, 10)
+
+    def forward(self, dense: Tensor, token: Tensor | None = None) -> Tensor:
+        assert token is not None
+        x = torch.cat([dense, token], -1)
+        return self.head(torch.cat([self.one(x).tanh(), self.other(x).tanh()], -1))
+
+
+def test_of_several_inputs_the_one_that_is_off_is_standardised_as_the_argument_that_it_is() -> None:
+    torch.manual_seed(0)
+    dense, token, y = torch.randn(32, 4) * 1e4 + 3e4, torch.randn(32, 4), torch.randint(10, (32,))
+    model, loss = TwoInputs(), lambda m: functional.cross_entropy(m(dense, token=token), y)
+    rx = first("standardise_input", (model, loss))
+    (edit,) = rx.edits
+    assert (edit.place, edit.arguments["name"]) == ("", "dense")
+    seen = measure(apply(model, rx), loss)
+    assert seen.sites[0].kind == "input"
+    assert torch.allclose(
+        apply(model, rx)(dense, token), model((dense - dense.mean(0)) / dense.std(0), token), atol=1e-3
+    )
+    prints_what_is_applied(model, rx)
+
+
 class First(nn.Module):
     """The first of several results."""
 

@@ -613,6 +613,53 @@ def test_a_frozen_head_of_zeros_never_passes_a_gradient() -> None:
     assert [f.code for f in diagnose(measure(model, loss)).errors] == ["VG102"]
 
 
+class Adapted(nn.Module):
+    """A frozen layer with a low-rank adapter, whose second matrix starts at zero."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.down, self.up = nn.Linear(64, 4, bias=False), nn.Linear(4, layer.out_features, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) + self.up(self.down(x))
+
+
+def test_the_adapter_behind_the_data_opens_with_the_first_step_unless_both_its_matrices_are_zero() -> None:
+    """The data take no gradient here, as tokens do not: the first adapter is the input side."""
+    torch.manual_seed(0)
+    model = mlp(nn.Tanh, 3, 1.0)
+    for i in (0, 2, 4):
+        layer = model[i]
+        assert isinstance(layer, nn.Linear)
+        model[i] = Adapted(layer)
+    x, y = torch.randn(32, 64), torch.randint(10, (32,))
+
+    def loss(m: nn.Module) -> Tensor:
+        h = x
+        for part in m.children():  # the closure hands the data to the first part itself
+            h = part(h)
+        return functional.cross_entropy(h, y)
+
+    found = diagnose(measure(model, loss))
+    assert not found.errors
+    assert "starts at zero" in found.unexamined["VG101"]
+    for part in model.children():
+        if isinstance(part, Adapted):
+            nn.init.zeros_(part.down.weight)
+    model[-1].requires_grad_(False)
+    assert [f.code for f in diagnose(measure(model, loss)).errors] == ["VG101"]
+
+
+def test_layers_of_zeros_one_behind_the_other_are_found_and_drawn() -> None:
+    model, loss = classified(mlp(nn.Tanh, 4, 0.0))
+    nn.init.zeros_(list(model.children())[-1].weight)  # pyright: ignore[reportArgumentType]
+    found = check(model, loss)
+    assert [(f.code, f.evidence["cause"]) for f in found.errors] == [("VG101", "initialisation")]
+    assert repair(model, loss).cured
+
+
 class Concatenating(nn.Module):
     """Convolutions down and up again, each level's result carried over: nothing between input and head dominates."""
 
@@ -777,6 +824,54 @@ def test_they_are_found_in_any_unit_format_and_batch(name: str, batch: int, dtyp
         "saturated_attention": lambda: attending(1.0, batch),
     }
     assert not error_codes(wells.get(name, lambda: normalised(batch=batch))(), dtype)
+
+
+@pytest.mark.parametrize(
+    ("scale", "mean", "shift", "factor", "codes"),
+    [
+        (100.0, 0.0, 0.0, 0.01, []),
+        (1.0, 1e3, -1e3, 0.5, []),
+        (1.0, 1e3, 0.0, 1e-3, ["UP504"]),  # of the right size, and all alike
+        (100.0, 0.0, 0.0, 0.5, ["UP504"]),
+    ],
+)
+def test_what_the_model_itself_makes_of_its_input_counts(
+    scale: float, mean: float, shift: float, factor: float, codes: list[str]
+) -> None:
+    x, y = scale * torch.randn(32, 64) + mean, torch.randint(10, (32,))
+    shifted = [Apply(lambda x: x + shift)] if shift else []
+    model = nn.Sequential(*shifted, Apply(lambda x: factor * x), *mlp(nn.ReLU, 3, HE))
+    found = diagnosed((model, lambda m: functional.cross_entropy(m(x), y)))
+    assert [f.code for f in found.findings if f.code == "UP504"] == codes
+
+
+def test_a_raw_input_is_an_error_where_it_saturates_the_first_activation() -> None:
+    x, y = 1e3 * torch.randn(32, 64), torch.randint(10, (32,))
+    for activation, severity in ((nn.ReLU, Severity.WARNING), (nn.Tanh, Severity.ERROR)):
+        model, loss = mlp(activation, 3, 1.0), lambda m: functional.cross_entropy(m(x), y)
+        found = [f.severity for f in diagnosed((model, loss)).findings if f.code == "UP504"]
+        assert found == [severity]
+        rx = repair(model, loss).prescription
+        assert (rx is not None and rx.remedy == "standardise-input") is (severity is Severity.ERROR)
+
+
+def test_inputs_that_are_all_alike_are_cured_by_their_standardisation_alone() -> None:
+    x, y = torch.randn(32, 64) / 2 + 1e3, torch.randint(10, (32,))
+    model = mlp(nn.ReLU, 3, HE)
+    found = repair(model, lambda m: functional.cross_entropy(m(x), y))
+    assert found.cured
+    assert found.prescription is not None
+    assert [edit.of for edit in found.prescription.edits] == ["modules.Standardised"]
+
+
+def test_a_normalisation_behind_a_whole_block_comes_too_late_for_a_raw_input() -> None:
+    x, y = 1e4 * torch.randn(32, 64), torch.randint(10, (32,))
+    first, block = nn.Linear(64, 64), Residual(nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)))
+    for norm_first in (True, False):
+        between = [nn.LayerNorm(64), block] if norm_first else [block, nn.LayerNorm(64)]
+        model = nn.Sequential(first, *between, nn.Linear(64, 10))
+        codes = [f.code for f in diagnosed((model, lambda m: functional.cross_entropy(m(x), y))).findings]
+        assert ("UP504" in codes) is not norm_first
 
 
 def test_a_single_sample_has_nothing_to_be_compared_with() -> None:

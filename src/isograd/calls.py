@@ -6,6 +6,7 @@ these names in full: everything here depends on torch and on other names of this
 
 from __future__ import annotations
 
+import inspect
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -28,6 +29,43 @@ class Under:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         with self.mode(*self.options):
             return self.__wrapped__(*args, **kwargs)
+
+
+# -- standardised data ---------------------------------------------------------------------------------
+
+
+def standardise_argument(
+    module: nn.Module,
+    name: str,
+    mean: float | tuple[float, ...],
+    std: float | tuple[float, ...],
+    dim: int = -1,
+) -> None:
+    """Give `module.forward` the argument `name` as (x - mean) / std, of all features or of each along `dim`."""
+    module.forward = Standardising(module.forward, name, mean, std, dim)
+
+
+class Standardising:
+    """A forward that standardises one of its arguments; it has the signature of the forward that it holds."""
+
+    def __init__(
+        self,
+        forward: Callable[..., Any],
+        name: str,
+        mean: float | tuple[float, ...],
+        std: float | tuple[float, ...],
+        dim: int,
+    ) -> None:
+        self.__wrapped__, self.name, self.mean, self.std, self.dim = forward, name, mean, std, dim
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = inspect.signature(self.__wrapped__).bind(*args, **kwargs)
+        x = given.arguments[self.name]
+        mean, std = x.new_tensor(self.mean), x.new_tensor(self.std)
+        shape = [1] * x.ndim
+        shape[self.dim] = mean.numel()
+        given.arguments[self.name] = (x - mean.view(shape)) / std.view(shape)
+        return self.__wrapped__(*given.args, **given.kwargs)
 
 
 # -- another activation ----------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from isograd.graph.preserve import copied
 from isograd.graph.traced import Loss
 from isograd.interventions import Intervention, both, candidates
 from isograd.measure import measure
+from isograd.symptoms.vanishing_gradient import stuck
 
 FAR = 400.0
 """Decades that stand for a gradient that is exactly zero or not finite: beyond any that is measured."""
@@ -55,7 +56,7 @@ def explained(diagnosis: Diagnosis, model: nn.Module, loss: Loss) -> Diagnosis:
 
 def distance(flow: Flow) -> float:
     """Decades that the signal loses or gains over the hidden sites, in the worse of both directions."""
-    if flow.failure is not None or flow.nonfinite is not None:
+    if flow.failure is not None or flow.nonfinite is not None or stuck(flow):
         return FAR
     lost = [abs(line.lost) for line in (flow, *flow.towers) if not math.isnan(line.lost)]
     return min(max([0.0 if math.isnan(flow.growth) else flow.growth, *lost]), FAR)

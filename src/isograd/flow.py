@@ -100,6 +100,14 @@ class Activation:
     units: int
     samples: int
     """Samples and positions each unit was seen on."""
+    abreast: bool = False
+    """It stands beside others of its function, as in an Inception block, and all gradient of the segment or branch
+    passes through one of them."""
+
+    @property
+    def carries(self) -> bool:
+        """Can the signal get round it by no way but through the same function?"""
+        return self.bottleneck or self.abreast
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ def _functions(flow: Flow) -> Counter[str]:
     """Activation functions that the hidden signal cannot get round, with their number."""
     hidden = set(flow.sites[flow.hidden])
     return Counter(
-        a.function for a in flow.activations if a.bottleneck and (a.site.depth < 0 or a.site in hidden)
+        a.function for a in flow.activations if a.carries and (a.site.depth < 0 or a.site in hidden)
     )
 
 

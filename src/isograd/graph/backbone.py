@@ -363,10 +363,16 @@ def _exit(graph: Graph, segments: list[Segment], trace: Trace) -> int:
 
 def _outlets(graph: Graph, segment: Segment, following: Segment, results: set[Node]) -> list[Node]:
     """The results inside of a segment, where no way from its top to the next segment leads past them."""
-    inside, end = set(segment.inside), following.nodes[0]
-    outlets = [n for n in segment.inside if n in results]
-    past, _ = _walk(graph, segment.nodes[-1:], inside - results, end)
-    return [] if past else outlets
+    return [n for n in segment.inside if n in results] if closed(graph, segment, following, results) else []
+
+
+def closed(graph: Graph, segment: Segment, following: Segment, nodes: Collection[Node]) -> bool:
+    """Does no way through a segment, or through its residual branch, lead past these nodes?"""
+    starts = [segment.branch] if segment.branch is not None else segment.nodes[-1:]
+    if segment.branch in nodes:
+        return True
+    past, _ = _walk(graph, starts, set(segment.inside).difference(nodes), following.nodes[0])
+    return not past
 
 
 def _name(segments: list[Segment]) -> None:

@@ -27,7 +27,7 @@ from collections.abc import Iterator
 
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
 from isograd.remedies.adam_epsilon import DEFAULT
-from isograd.remedies.scale_residual_branches import NONE, blocks, multiplied
+from isograd.remedies.scale_residual_branches import blocks, multiplied, without_skips
 
 SLUG = "complete-p"
 TREATS = ("residual-branch-growth", "EG201", "EG202", "UP502")
@@ -35,8 +35,8 @@ TREATS = ("residual-branch-growth", "EG201", "EG202", "UP502")
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
     """One factor, and an epsilon."""
-    if not patient.flow.splits:
-        yield not_applicable(SLUG, NONE)
+    if why := without_skips(patient.flow):
+        yield not_applicable(SLUG, why)
         return
     depth = blocks(patient.flow)
     if depth < 2:

@@ -191,7 +191,7 @@ def _lecun(layer: Layer) -> Layer:
 
 def _hidden(flow: Flow) -> list[Activation]:
     inside = set(flow.sites[flow.hidden])
-    return [a for a in flow.activations if a.bottleneck and (a.site.depth < 0 or a.site in inside)]
+    return [a for a in flow.activations if a.carries and (a.site.depth < 0 or a.site in inside)]
 
 
 def _is_activation(module: nn.Module) -> bool:

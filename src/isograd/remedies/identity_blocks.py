@@ -33,7 +33,7 @@ from isograd.graph.operations import WEIGHTED
 from isograd.layers import Layer, layers
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
 from isograd.remedies.critical_initialisation import biases, weight
-from isograd.remedies.scale_residual_branches import NONE, blocks, ends, multiplied
+from isograd.remedies.scale_residual_branches import blocks, ends, multiplied, without_skips
 
 SLUG = "identity-blocks"
 TREATS = ("residual-branch-growth", "EG201", "EG202")
@@ -44,8 +44,8 @@ DEEPER = 1e-6
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
     """ReZero, LayerScale, Fixup."""
-    if not patient.flow.splits:
-        yield not_applicable(SLUG, NONE)
+    if why := without_skips(patient.flow):
+        yield not_applicable(SLUG, why)
         return
     depth = blocks(patient.flow)
     start = next((value for most, value in LAYER_SCALE if depth <= most), DEEPER)

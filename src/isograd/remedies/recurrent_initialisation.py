@@ -69,17 +69,17 @@ def _written_alone(states: list[Layer], weights: dict[str, nn.Parameter]) -> Ite
 
 
 def _gates_alone(model: nn.Module) -> Iterator[Edit]:
-    """Every gate has a matrix of its own; torch keeps them one below the other."""
+    """Every gate has a matrix of its own; torch keeps them one below the other. Inputs are drawn where they are zero."""
     for path, module in model.named_modules():
         if not isinstance(module, nn.RNNBase | nn.RNNCellBase):
             continue
-        for name, parameter in _weights(module, "weight_hh"):
+        for name, parameter in _weights(module, "weight_"):
             width = module.hidden_size
             place = f"{path}.{name}".lstrip(".")
             for first in range(0, len(parameter), width):
                 gate = parameter[first : first + width]
                 sigma_w = rms(gate) * math.sqrt(parameter.shape[1])
-                if _off(sigma_w):
+                if _off(sigma_w) if name.startswith("weight_hh") else sigma_w == 0:
                     rows = (first, first + width) if width < len(parameter) else None
                     yield _to_scale(place, gate, sigma_w, rows)
 

@@ -44,6 +44,14 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     off = {name: (module, size) for name, module, size in _gains(patient.model) if not _fine(size, meant)}
     lengths = {name: size for name, size in _lengths(patient.model) if not _fine(size, meant)}
     if not off and not lengths:
+        frozen = [n for n, _, size in _gains(patient.model, trainable=False) if not _fine(size, meant)]
+        if frozen:
+            yield not_applicable(
+                SLUG,
+                f"the gains that are far from 1 are frozen, {len(frozen)} of them",
+                f"nn.init.ones_(model.get_submodule({frozen[0]!r}).weight), or thaw them: weight.requires_grad_(True)",
+            )
+            return
         yield not_applicable(SLUG, "no normalisation layer has a gain far from 1")
         return
     edits = [
@@ -79,10 +87,10 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     )
 
 
-def _gains(model: nn.Module) -> Iterator[tuple[str, nn.Module, float]]:
+def _gains(model: nn.Module, *, trainable: bool = True) -> Iterator[tuple[str, nn.Module, float]]:
     for name, module in norms(model):
         gain = getattr(module, "weight", None)
-        if isinstance(gain, Tensor) and gain.ndim == 1 and gain.requires_grad:
+        if isinstance(gain, Tensor) and gain.ndim == 1 and gain.requires_grad is trainable:
             yield name, module, rms(gain)
 
 

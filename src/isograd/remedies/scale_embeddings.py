@@ -30,7 +30,7 @@ from isograd.layers import rms
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
 
 SLUG = "scale-embeddings"
-TREATS = ("embedding", "EG201", "EG202")
+TREATS = ("embedding", "VG101", "EG201", "EG202")
 FAR = (1e-3, 3.0)
 """Published models start between 0.006 and 1."""
 
@@ -38,9 +38,13 @@ FAR = (1e-3, 3.0)
 def prescribe(patient: Patient) -> Iterator[Prescription]:
     """Tables whose root mean square is far off."""
     edits: list[Edit] = []
+    seen = set[int]()
     for name, module in patient.model.named_modules():
-        if not isinstance(module, nn.Embedding) or not module.weight.requires_grad:
+        if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or not module.weight.requires_grad:
             continue
+        if id(module.weight) in seen:  # encoder and decoder share one table
+            continue
+        seen.add(id(module.weight))
         size = rms(module.weight)
         if not FAR[0] < size < FAR[1]:
             std = float(f"{module.embedding_dim**-0.5:.6g}")

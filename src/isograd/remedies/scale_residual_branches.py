@@ -24,6 +24,7 @@ References
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import median
 
 from torch import nn
 
@@ -32,6 +33,7 @@ from isograd.flow import Flow
 from isograd.graph.operations import WEIGHTED
 from isograd.layers import rms
 from isograd.prescription import Edit, Patient, Prescription, Reach, Value, not_applicable
+from isograd.symptoms.rank_collapse import DAMPED
 
 SLUG = "scale-residual-branches"
 TREATS = ("residual-branch-growth", "EG201", "EG202", "UP502")
@@ -40,10 +42,10 @@ NONE = "no residual connection was seen on the way of the signal"
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
     """GPT-2's factor, then zero."""
-    found = ends(patient.flow, patient.model)
-    if not patient.flow.splits:
-        yield not_applicable(SLUG, NONE)
+    if why := without_skips(patient.flow):
+        yield not_applicable(SLUG, why)
         return
+    found = ends(patient.flow, patient.model)
     if not found:
         yield not_applicable(SLUG, "no residual branch ends with trainable weights of a module")
         return
@@ -69,6 +71,18 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         expected="every block starts as the identity; the branches' first layers get their first gradient after one step",
         decades=0.0,
         references=("Goyal et al. 2017, arXiv:1706.02677",),
+    )
+
+
+def without_skips(flow: Flow) -> str:
+    """Why a smaller branch would help nothing here: what it leaves is passed on by a whole skip alone; '' if it is."""
+    if not flow.splits:
+        return NONE
+    skip = median(split.skip for split in flow.splits.values())
+    return (
+        f"the skip connections let only {skip:.2g} of the signal by: see insert-residual"
+        if skip < DAMPED
+        else ""
     )
 
 

@@ -1,7 +1,8 @@
 """standardise-input: (x - mean) / std in front of the first layer, with numbers from the data.
 
 What it does
-    Wraps the layer that reads the data. The numbers come from the batch that the loss uses: one for each feature of a
+    Wraps the layer that reads the data; where several read them, or something else does first, the model's forward is
+    given the standardised argument. The numbers come from the batch that the loss uses: one for each feature of a
     vector and each channel of an image as long as there are at most 64, else one for all.
 
 When it helps
@@ -20,7 +21,8 @@ References
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from inspect import signature
 from typing import Any
 
 from torch import Tensor, nn
@@ -30,7 +32,7 @@ from isograd.graph.preserve import preserved
 from isograd.prescription import Edit, Patient, Prescription, Reach, Value, not_applicable
 
 SLUG = "standardise-input"
-TREATS = ("unnormalised-input",)
+TREATS = ("unnormalised-input", "VG101", "EG201", "EG202")
 NEAR = (0.1, 3.0)
 """RMS between which an input is in the range that initialisations are made for."""
 MOST = 64
@@ -38,7 +40,7 @@ MOST = 64
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
-    """A standardisation in front of the layer that reads the data."""
+    """A standardisation in front of the layer that reads the data, or of the model's arguments themselves."""
     off = {name: seen for name, seen in patient.flow.inputs.items() if not NEAR[0] < seen.rms < NEAR[1]}
     if not patient.flow.inputs:
         yield not_applicable(SLUG, "the model was given no floating-point input")
@@ -46,34 +48,51 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     if not off:
         yield not_applicable(SLUG, "the inputs have an rms between 0.1 and 3 already")
         return
-    place = _reader(patient.flow, patient.model)
-    seen = next(iter(off.values()))
     by_hand = "standardise the data instead: x = (x - train.mean(0)) / train.std(0)"
-    if place is None or seen.std == 0:
-        why = "the input is constant" if seen.std == 0 else "no module reads the data first on the backbone"
+    if any(seen.std == 0 for seen in off.values()):
+        yield not_applicable(SLUG, "the input is constant", by_hand)
+        return
+    reader = _reader(patient.flow, patient.model, off)
+    found = signature(patient.model.forward).parameters
+    if reader is None and not off.keys() <= found.keys():
+        why = (
+            "no module reads the data first on the backbone, and they are no argument of the model's forward"
+        )
         yield not_applicable(SLUG, why, by_hand)
         return
-    mean, std, dim = _numbers(patient, place) or (seen.mean, seen.std, -1)
-    arguments: dict[str, Value] = {"mean": mean, "std": std, "dim": dim}
+    edits: list[Edit] = []
+    for name, seen in off.items():
+        numbers = _numbers(patient, reader or "", "" if reader else name)
+        mean, std, dim = numbers or (seen.mean, seen.std, -1)
+        arguments: dict[str, Value] = {"mean": mean, "std": std, "dim": dim}
+        if reader:
+            edits.append(Edit(reader, "wrap", "modules.Standardised", arguments))
+        else:
+            edits.append(Edit("", "alter", "calls.standardise_argument", {"name": name, **arguments}))
+    size = max(seen.rms for seen in off.values())
+    where = f"in front of {reader}" if reader else f"as the model's argument {', '.join(off)}"
     yield Prescription(
         SLUG,
-        f"input of rms {seen.rms:.3g} standardised in front of {place}",
-        (Edit(place, "wrap", "modules.Standardised", arguments),),
+        f"input of rms {size:.3g} standardised {where}",
+        tuple(edits),
         reach=Reach.TRAINING,
         treats=TREATS,
-        expected=f"the first layer is given rms 1; its gradient changes by a factor of {1 / seen.rms:.2g}",
+        expected=f"the first layer is given rms 1; its gradient changes by a factor of {1 / size:.2g}",
         references=("LeCun et al. 1998, Efficient BackProp",),
         advice=(f"the numbers come from one batch; {by_hand}",),
     )
 
 
-def _reader(flow: Flow, model: nn.Module) -> str | None:
-    """The module of the first weights on the backbone, where only views lie between it and the data."""
+def _reader(flow: Flow, model: nn.Module, off: Collection[str]) -> str | None:
+    """The module of the first weights on the backbone, where only views lie between it and the one input that is off."""
+    read = {value for key, value in flow.sites[0].settings if key == "name"}
+    if len(off) > 1 or (read and not read <= set(off)):
+        return None
     for site in flow.sites:
         if site.kind in ("linear", "convolution", "recurrent"):
             named = site.module and next(model.get_submodule(site.module).children(), None) is None
             return site.module if named else None
-        if site.kind not in ("input", "reshape"):
+        if site.kind not in ("input", "reshape") or site.depth in flow.ledgers:
             return None
     return None
 
@@ -81,17 +100,22 @@ def _reader(flow: Flow, model: nn.Module) -> str | None:
 Number = float | tuple[float, ...]
 
 
-def _numbers(patient: Patient, place: str) -> tuple[Number, Number, int] | None:
-    """Mean and standard deviation of each feature of what the module at `place` is given; None: not to be had."""
+def _numbers(patient: Patient, place: str, argument: str) -> tuple[Number, Number, int] | None:
+    """Mean and standard deviation of each feature of what the module at `place` is given; None: not to be had.
+
+    `argument`: its name, '' for the first.
+    """
     taken: list[Tensor] = []
 
-    def keep(module: nn.Module, args: tuple[Any, ...]) -> None:
-        if args and isinstance(args[0], Tensor):
-            taken.append(args[0].detach().double())
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = signature(module.forward).bind(*args, **kwargs).arguments if argument else {}
+        value = given.get(argument) if argument else next(iter(args), None)
+        if isinstance(value, Tensor):
+            taken.append(value.detach().double())
 
     if patient.loss is None:
         return None
-    handle = patient.model.get_submodule(place).register_forward_pre_hook(keep)
+    handle = patient.model.get_submodule(place).register_forward_pre_hook(keep, with_kwargs=True)
     try:
         with preserved(patient.model):  # with gradients: a loss may differentiate the model itself
             patient.loss(patient.model)

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from isograd.diagnosis import Diagnosis
+from isograd.diagnosis import Diagnosis, Finding, Severity
 from isograd.flow import Flow
 from isograd.prescription import Edit, Prescription, Safety, printed
 from isograd.render import numbers
+from isograd.render.remedies import in_words
 
 if TYPE_CHECKING:
     from isograd.repair import Repair
@@ -155,9 +156,19 @@ def repair_document(found: Repair) -> Text:
     for title, said, count in _failures(rest):
         times = f" ({count} variants)" if count > 1 else ""
         text.append(f"\n  {label}  ", "dim").append(f"{title}{times}: {said}")
+    for left in _left(found):
+        text.append(f"\n  {left.severity.name.lower()} left  ", "dim").append(f"{left.code} {left.name}")
+        for remedy in left.remedies if found.prescription is None else ():
+            text.append("\n    try  ", "bold").append(in_words(remedy))
     if found.prescription is not None:
         text.append("\n\n").append(document(found.prescription))
     return text
+
+
+def _left(found: Repair) -> list[Finding]:
+    """What the change leaves, of which the search has nothing further to say."""
+    worst = Severity.ERROR if found.after.errors else Severity.WARNING
+    return [finding for finding in found.after.findings if finding.severity is worst]
 
 
 def _measured(flow: Flow) -> str:

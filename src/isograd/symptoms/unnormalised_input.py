@@ -11,8 +11,9 @@ Why it happens
 
 Evidence
     Mean, scale and largest magnitude of every float input of the model as a whole, and how much of it
-    differs between the samples. A normalisation among the first three sites takes scale and offset away
-    again, and then this is no finding.
+    differs between the samples. A normalisation behind one layer at most takes scale and offset away again, and
+    so does arithmetic of the model's own, as x / 255 or (x - mean) / std: then what reaches the first layer counts.
+    Large inputs alone are a warning; they are an error where they saturate most of the first activation.
 
 What helps
     Standardise with the training set's mean and standard deviation, or put a normalisation first.
@@ -23,10 +24,12 @@ References
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow, InputStatistics
+from isograd.graph.operations import ACTIVATIONS
 from isograd.symptoms import Healthy, Outcome, Unexamined
 
 CODE = "UP504"
@@ -40,31 +43,76 @@ TINY = 1e-3
 ALIKE = 0.01
 """Share of the input's size that differs between samples: below, 99% of what is passed on is the same."""
 
+SATURATED = 0.5
+"""Share of the first activation: it passes on little but signs, and no gradient back to change that."""
+
 
 def examine(flow: Flow) -> Iterator[Outcome]:
     """Scale of each float input, and how much of it differs between the samples."""
     if not flow.inputs:
         yield Unexamined("the model as a whole was given no float input")
         return
-    if any(site.kind == "normalisation" for site in flow.sites[1:4]):
+    if _normalised(flow):
         yield Healthy("a normalisation follows the input")
         return
+    size, shifted = _arriving(flow)
     for name, seen in flow.inputs.items():
-        yield _one(name, seen)
+        if (
+            ("name", name) in flow.sites[0].settings
+            and TINY < size < WARNING
+            and (shifted or not _alike(seen))
+        ):
+            yield Healthy(f"input {name} has root mean square {size:.3g} where the first layer reads it")
+        else:
+            yield _one(name, seen, _saturated(flow))
 
 
-def _one(name: str, seen: InputStatistics) -> Outcome:
+def _saturated(flow: Flow) -> float:
+    """Saturated share of the first activation, which is given what the first layer makes of the input."""
+    first = next((a for a in flow.activations if a.carries), None)
+    return first.saturated if first is not None and ACTIVATIONS[first.function].bounded else 0.0
+
+
+def _arriving(flow: Flow) -> tuple[float, bool]:
+    """Root mean square of what arithmetic makes of the input, and whether it shifts it; NaN: a layer reads it as it is."""
+    before = [i for i, flag in enumerate(flow.column("weighted").tolist()) if flag == 1][:1] or [0]
+    between = flow.sites[1 : before[0]]
+    computed = [site for site in between if site.kind == "elementwise"]
+    if not computed or any(site.kind not in ("elementwise", "reshape") for site in between):
+        return math.nan, False
+    known = flow.column("activation_rms")[1 : before[0]]
+    known = known[~known.isnan()]
+    return float(known[-1]), any(site.operation in ("sub", "rsub", "add") for site in computed)
+
+
+def _alike(seen: InputStatistics) -> bool:
+    return seen.varying < ALIKE * seen.rms and seen.rms > WARNING
+
+
+def _normalised(flow: Flow) -> bool:
+    """Does a normalisation follow the input, with one layer at most before it?"""
+    layers = 0
+    for site, weighted in zip(flow.sites, flow.column("weighted").tolist(), strict=True):
+        layers += weighted == 1
+        if site.kind == "normalisation" and layers < 2:
+            return True
+    return False
+
+
+def _one(name: str, seen: InputStatistics, saturated: float) -> Outcome:
     said = f"input {name} has mean {seen.mean:.3g}, root mean square {seen.rms:.3g} and largest {seen.largest:.3g}"
-    alike = seen.varying < ALIKE * seen.rms and seen.rms > WARNING
+    alike = _alike(seen)
     tiny = 0 < seen.rms < TINY
     if seen.rms < WARNING and not tiny:
         return Healthy(said)
     if alike:
         said += f"; only {seen.varying / seen.rms:.1g} of it differs between samples"
+    if saturated > SATURATED:
+        said += f"; {saturated:.0%} of the first activation is saturated"
     return Finding(
         CODE,
         NAME,
-        Severity.ERROR if alike or tiny else Severity.WARNING,
+        Severity.ERROR if alike or tiny or saturated > SATURATED else Severity.WARNING,
         said,
         cause="the data are not standardised",
         sites=(name,),
@@ -75,6 +123,8 @@ def _one(name: str, seen: InputStatistics) -> Outcome:
             "varying": seen.varying,
             "threshold": TINY if tiny else WARNING,
             "alike_threshold": ALIKE,
+            "saturated": saturated,
+            "saturated_threshold": SATURATED,
             "cause": "unnormalised-input",
         },
         remedies=("standardise-input", "insert-normalisation"),

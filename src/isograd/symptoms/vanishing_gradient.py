@@ -31,7 +31,7 @@ import math
 from collections.abc import Iterator
 
 from isograd.diagnosis import Finding, Severity
-from isograd.flow import Flow, per_layer
+from isograd.flow import Flow, Parameter, Site, per_layer
 from isograd.graph.operations import STEPS
 from isograd.symptoms import Healthy, Outcome, Unexamined
 
@@ -69,12 +69,21 @@ def examine(flow: Flow) -> Iterator[Outcome]:
 
 def _along(flow: Flow) -> Iterator[Outcome]:
     lost, limit = flow.lost, max(threshold(flow.layers), LUCK * flow.spread)
+    if zero := stuck(flow):
+        yield _all_zero(zero)
+        return
     if math.isnan(lost) and flow.decades == -math.inf:
         zero = any(p.fan_in and p.weight_norm == 0 and p.state != "frozen" for p in flow.parameters)
         yield Unexamined(
             "the head passes no gradient yet, its weights being zero: check again after one step"
             if zero
             else "no gradient leaves the head"
+        )
+        return
+    if opening := _opens(flow):
+        yield Unexamined(
+            f"{opening.name} starts at zero, as the second matrix of a low-rank adapter does, and only one layer lies "
+            "behind it: check again after one step"
         )
         return
     if math.isnan(lost):
@@ -113,6 +122,45 @@ def _along(flow: Flow) -> Iterator[Outcome]:
             "insert-residual",
         ),
     )
+
+
+def stuck(flow: Flow) -> list[Parameter]:
+    """Weights that start at zero, where for that no weight at all receives a gradient.
+
+    A single layer of zeros receives one and opens with the first step. Where a second lies before it, each is the
+    reason why the other receives nothing.
+    """
+    weights = [p for p in flow.parameters if p.state == "measured" and len(p.shape) > 1]
+    zero = [p for p in weights if p.weight_norm == 0]
+    return zero if len(zero) > 1 and all(p.grad_norm_log10 == -math.inf for p in weights) else []
+
+
+def _all_zero(zero: list[Parameter]) -> Finding:
+    return Finding(
+        CODE,
+        NAME,
+        Severity.ERROR,
+        f"{len(zero)} weights start at exactly zero, one behind the other: no weight receives any gradient",
+        cause="each of these weights is the reason why the others receive nothing: drawn at random they do",
+        sites=tuple(p.name for p in zero[:3]),
+        evidence={"decades": -math.inf, "zero_weights": len(zero), "cause": "initialisation"},
+        remedies=("critical-initialisation",),
+    )
+
+
+def _opens(flow: Flow) -> Site | None:
+    """A layer of zeros that alone holds back the gradient of the one behind it, and receives one itself."""
+    if flow.lost != -math.inf:
+        return None
+    decades, weighted = flow.column("decades").tolist(), flow.column("weighted").tolist()
+    last = max(i for i, lost in enumerate(decades) if lost == -math.inf)
+    waking = [p.name for p in flow.parameters if p.weight_norm == 0 and p.grad_norm_log10 > -math.inf]
+    site = flow.sites[last]
+    own = any(
+        name in site.parameters or (not site.parameters and name.rpartition(".")[0] == site.module)
+        for name in waking
+    )
+    return site if own and sum(weighted[:last]) <= 1 else None
 
 
 def expected(flow: Flow) -> dict[str, float]:
