@@ -21,8 +21,9 @@ from torch.nn import functional
 from isograd import check
 from isograd.cli import main
 from isograd.judge import short_training
-from isograd.prescription import Reach
+from isograd.prescription import Patient, Reach
 from isograd.repair import Repair, repair
+from isograd.search import depth_over_width
 from tests.models import HE, Built, Residual, classified, mlp, relu_he, relu_large
 from tests.test_causes import lengths, past
 from tests.test_remedies_init import dead, functional_net, loop, normed
@@ -331,13 +332,30 @@ def test_what_is_left_behind_a_cure_is_asked_of_a_training() -> None:
     def normed(changed: nn.Module, _seed: int) -> float:
         return float(any("Norm" in type(module).__name__ for module in changed.modules()))
 
-    found = repair(model, loss, train=normed)
+    found = repair(model, loss, train=normed, trainings=5)  # two draws of weights gain nothing
     assert found.cured
     assert (found.score_before, found.score_after) == (0, 1)
     assert found.prescription is not None
     assert all(edit in found.prescription.edits for edit in first.edits)
     assert len(found.prescription.edits) > len(first.edits)
     assert not any(isinstance(module, nn.LayerNorm | nn.RMSNorm) for module in model.modules())
+
+
+class Abreast(nn.Module):
+    """The same input through several narrow layers, and what they give side by side."""
+
+    def __init__(self, branches: int, width: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Linear(branches * width, width) for _ in range(branches))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([torch.relu(branch(x)) for branch in self.branches], 1)
+
+
+def test_layers_side_by_side_make_a_network_no_deeper() -> None:
+    torch.manual_seed(0)
+    model, loss = classified(nn.Sequential(*(Abreast(8, 8) for _ in range(4)), nn.Linear(64, 10)))
+    assert depth_over_width(Patient(model, check(model, loss), loss)) == pytest.approx(5 / 64)
 
 
 def test_a_training_that_raises_loses_nothing() -> None:

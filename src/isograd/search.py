@@ -54,6 +54,8 @@ TRAINED = (
 """Causes that a training is asked about where the flow is healthy: what a gradient at the start shows least comes first."""
 SPARE = 4
 """Further candidates of the same reach that are measured when one leaves a warning about depth, and no error."""
+IN_VAIN = 2
+"""Candidates of one reach that gain nothing in a training: then what is of another kind is asked."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Tried:
     verdict: str = ""
     """Of the flow after the change; '' when it was not measured."""
     seconds: float = 0.0
+    score: float = math.nan
+    """Of its training; NaN: it was not trained."""
 
 
 @dataclass(frozen=True)
@@ -134,8 +138,7 @@ class Search:
         for candidate in self._candidates():
             best = self.best
             if best.prescription is not None and self.cured:
-                trained = self.judge is not None and self.judge.left == 0
-                if spare == 0 or trained or candidate.reach > best.prescription.reach:
+                if spare == 0 or self._asked_enough() or candidate.reach > best.prescription.reach:
                     return
                 spare -= 1
             if self._try(candidate) and self.judge is None:
@@ -144,6 +147,14 @@ class Search:
             self.note = "no prescription makes the flow healthy"
         elif not self.cured:
             self.note = "the flow is healthy, but the model trains worse"
+
+    def _asked_enough(self) -> bool:
+        """Of the judge, about what is of the least reach: no training is left, or these gain nothing."""
+        judge = self.judge
+        if judge is None or judge.left == 0:
+            return judge is not None
+        scored = sum(not math.isnan(tried.score) for tried in self.tried)
+        return scored >= IN_VAIN and not judge.prefers(self.best.score, judge.before)
 
     def _train(self, judge: Judge) -> None:
         """The flow is healthy, from the start or by now: what a training prefers is measured, and the best of it kept.
@@ -165,7 +176,7 @@ class Search:
                 why = f"{_seen(seen)}, and {why}"
                 if not seen.errors:
                     self.best = Outcome(changed, rx, seen, score)
-            self._note(rx, why, seen, began)
+            self._note(rx, why, seen, began, score)
         if self.best.prescription is None:
             self.note = "the flow is healthy: nothing to repair, and no change trains better"
 
@@ -297,7 +308,7 @@ class Search:
             score, told = self._score(changed, rx)
             outcome, self.best = replace(outcome, score=score), best
             why += f", and {told}" if told else ""
-        self._note(rx, why, outcome.diagnosis, began)
+        self._note(rx, why, outcome.diagnosis, began, outcome.score)
         self._keep(outcome)
         return healthy and not _warned(outcome.diagnosis) and not self._worse(outcome)
 
@@ -343,13 +354,18 @@ class Search:
         return score, f"the score goes from {before:.4g} to {score:.4g}"
 
     def _note(
-        self, rx: Prescription, why: str, seen: Diagnosis | None = None, began: float = math.nan
+        self,
+        rx: Prescription,
+        why: str,
+        seen: Diagnosis | None = None,
+        began: float = math.nan,
+        score: float = math.nan,
     ) -> None:
         if seen is None:
-            self.tried.append(Tried(rx, why))
+            self.tried.append(Tried(rx, why, score=score))
         else:
             seconds = time.perf_counter() - began
-            self.tried.append(Tried(rx, why, distance(seen.flow), seen.verdict, seconds))
+            self.tried.append(Tried(rx, why, distance(seen.flow), seen.verdict, seconds, score))
 
     def _keep(self, outcome: Outcome) -> None:
         best, judge = self.best, self.judge
@@ -384,10 +400,19 @@ def _with_drawn(
 
 
 def depth_over_width(patient: Patient) -> float:
-    """Sum of 1 / fan-in over the layers of a chain; 0 where skips pass the signal by (Hanin and Nica 2018)."""
+    """Sum of 1 / fan-in over the layers of a chain; 0 where skips pass the signal by (Hanin and Nica 2018).
+
+    Layers side by side, as in an Inception block, count once: the narrowest.
+    """
     if patient.flow.splits:
         return 0.0
-    return sum(1 / layer.fan_in for layer in layers(patient.flow, patient.model, {}) if layer.fan_in)
+    depth = {parameter.name: parameter.depth for parameter in patient.flow.parameters}
+    along: dict[float, float] = {}
+    for layer in layers(patient.flow, patient.model, {}):
+        if layer.fan_in:
+            at = depth[layer.weight]
+            along[at] = max(along.get(at, 0.0), 1 / layer.fan_in)
+    return sum(along.values())
 
 
 def _treated(patient: Patient, treats: tuple[str, ...]) -> bool:
