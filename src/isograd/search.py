@@ -24,7 +24,14 @@ from isograd.judge import Judge
 from isograd.layers import layers
 from isograd.measure import measure
 from isograd.prescription import Patient, Prescription, Reach, Safety, apply, combined, prescriptions
-from isograd.remedies import critical_initialisation, exchange_activation, orthogonal_initialisation, slugs
+from isograd.remedies import (
+    critical_initialisation,
+    exchange_activation,
+    insert_residual,
+    orthogonal_initialisation,
+    slugs,
+)
+from isograd.remedies.scale_residual_branches import without_skips
 from isograd.symptoms.vanishing_gradient import threshold
 
 ORDER: tuple[str, ...] = (
@@ -185,6 +192,9 @@ class Search:
     def _candidates(self) -> Iterator[Prescription]:
         if self.unsafe and _treated(self.patient, NARROWED) and depth_over_width(self.patient) >= NARROW:
             yield from self._smooth()
+        if self.patient.flow.splits and without_skips(self.patient.flow):
+            # A skip that is there and damped is one property that is off; new weights would bridge it, not mend it.
+            yield from self.prescribed(self.patient, {insert_residual.SLUG})
         activations: list[Prescription] = []
         for slug in (
             *ORDER,
