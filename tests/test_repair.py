@@ -27,6 +27,7 @@ from isograd.search import depth_over_width
 from tests.models import HE, Built, Residual, classified, mlp, relu_he, relu_large
 from tests.test_causes import lengths, past
 from tests.test_remedies_init import dead, functional_net, loop, normed
+from tests.test_symptoms import skipping
 
 
 def batch_normed(layers: int = 60) -> Built:
@@ -339,6 +340,22 @@ def test_what_is_left_behind_a_cure_is_asked_of_a_training() -> None:
     assert all(edit in found.prescription.edits for edit in first.edits)
     assert len(found.prescription.edits) > len(first.edits)
     assert not any(isinstance(module, nn.LayerNorm | nn.RMSNorm) for module in model.modules())
+
+
+def test_a_damped_skip_is_mended_before_new_weights_bridge_it() -> None:
+    """And where gains near zero hide it, both are."""
+    torch.manual_seed(0)
+    model, loss = skipping(0.0)
+    found = repair(model, loss)
+    assert found.cured
+    assert found.prescription is not None
+    assert {(edit.verb, edit.of) for edit in found.prescription.edits} == {("wrap", "modules.Residual")}
+    for norm in (module for module in model.modules() if isinstance(module, nn.LayerNorm)):
+        nn.init.normal_(norm.weight, std=0.02)
+    both = repair(model, loss)
+    assert both.cured
+    assert both.prescription is not None
+    assert both.prescription.remedy == "reset-norm-gain + insert-residual"
 
 
 class Abreast(nn.Module):

@@ -229,6 +229,25 @@ def normalised(change: Callable[[nn.BatchNorm1d], object] = lambda norm: None, b
     return model, lambda m: functional.cross_entropy(m(x.to(next(m.parameters()).dtype)).float(), y)
 
 
+class Skipping(nn.Module):
+    """skip * x + branch(x)."""
+
+    def __init__(self, skip: float) -> None:
+        super().__init__()
+        self.skip, self.branch = skip, branch(16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.skip * x + self.branch(x)
+
+
+def skipping(skip: float, blocks: int = 20, batch: int = 32) -> Built:
+    """Residual blocks, and a norm behind them."""
+    body = [Skipping(skip) for _ in range(blocks)]
+    model = nn.Sequential(nn.Linear(16, 16), *body, nn.LayerNorm(16), nn.Linear(16, 10))
+    x, y = torch.randn(batch, 16), torch.randint(10, (batch,))
+    return model, lambda m: functional.cross_entropy(m(x.to(next(m.parameters()).dtype)).float(), y)
+
+
 def drawn_near_zero(norm: nn.BatchNorm1d) -> None:
     nn.init.normal_(norm.weight, std=0.02)
 
@@ -250,6 +269,7 @@ PAIRS: dict[str, Pair] = {
     "epsilon_above_variance": Pair(lambda: normalised(large_epsilon), normalised),
     "rank_collapse": Pair(lambda: tokens(0.0), lambda: tokens(1.0)),
     "muted_normalisation": Pair(lambda: normalised(drawn_near_zero), normalised),
+    "damped_skips": Pair(lambda: skipping(0.3), lambda: skipping(1.0)),
     "exploding_gradient": Pair(relu_large, relu_he),
     "exploding_activation": Pair(relu_large, relu_he),
     "gradient_underflow": Pair(half(1e-7), half(1.0)),
@@ -800,6 +820,7 @@ QUIET = {
     "epsilon_above_variance": lambda batch: normalised(large_epsilon, batch),
     "rank_collapse": lambda batch: tokens(0.0, batch),
     "muted_normalisation": lambda batch: normalised(drawn_near_zero, batch),
+    "damped_skips": lambda batch: skipping(0.3, batch=batch),
     "saturated_attention": lambda batch: attending(300.0, batch),
 }
 """Faults that cost no decades; in a batch of a given size."""
@@ -821,9 +842,16 @@ def test_they_are_found_in_any_unit_format_and_batch(name: str, batch: int, dtyp
     torch.manual_seed(0)
     wells = {
         "rank_collapse": lambda: tokens(1.0, batch),
+        "damped_skips": lambda: skipping(1.0, batch=batch),
         "saturated_attention": lambda: attending(1.0, batch),
     }
     assert not error_codes(wells.get(name, lambda: normalised(batch=batch))(), dtype)
+
+
+@pytest.mark.parametrize(("skip", "blocks"), [(0.3, 6), (0.0, 6), (0.9, 40), (2.0, 6)])
+def test_few_damped_skips_are_a_warning_and_lightly_damped_ones_nothing(skip: float, blocks: int) -> None:
+    found = [f for f in diagnosed(skipping(skip, blocks)).findings if f.code == "VG107"]
+    assert [f.severity for f in found] == ([Severity.WARNING] if skip < 0.7 else [])
 
 
 @pytest.mark.parametrize(

@@ -30,10 +30,10 @@ from isograd import theory
 from isograd.anatomy import Part, expected, in_words, parts, shared
 from isograd.graph.operations import ACTIVATIONS
 from isograd.prescription import Edit, Patient, Prescription, Reach, Value, not_applicable
-from isograd.symptoms.rank_collapse import DAMPED
+from isograd.symptoms.damped_skips import DAMPED
 
 SLUG = "insert-residual"
-TREATS = ("missing-residual", "batchnorm-without-skips", "VG101", "VG105", "EG201")
+TREATS = ("missing-residual", "batchnorm-without-skips", "VG101", "VG105", "VG107", "EG201")
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:

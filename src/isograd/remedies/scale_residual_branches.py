@@ -33,7 +33,7 @@ from isograd.flow import Flow
 from isograd.graph.operations import WEIGHTED
 from isograd.layers import rms
 from isograd.prescription import Edit, Patient, Prescription, Reach, Value, not_applicable
-from isograd.symptoms.rank_collapse import DAMPED
+from isograd.symptoms.damped_skips import DAMPED
 
 SLUG = "scale-residual-branches"
 TREATS = ("residual-branch-growth", "EG201", "EG202", "UP502")

@@ -39,6 +39,7 @@ NAMES = (
     "epsilon_above_variance",
     "rank_collapse",
     "muted_normalisation",
+    "damped_skips",
     "exploding_gradient",
     "exploding_activation",
     "gradient_underflow",

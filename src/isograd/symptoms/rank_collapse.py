@@ -39,6 +39,7 @@ from statistics import median
 from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow
 from isograd.symptoms import Healthy, Outcome, Unexamined
+from isograd.symptoms.damped_skips import DAMPED
 
 CODE = "VG105"
 NAME = "rank-collapse"
@@ -48,8 +49,6 @@ ERROR = 0.6
 with whole skips the same decoders start above 0.7 (`python -m benchmarks.twins.thresholds skip`)."""
 WARNING = 0.5
 """Where the skips are whole, healthy stacks of twelve blocks start at a tenth to a half."""
-DAMPED = 0.7
-"""Share of the gradient that a skip must let through: 1 in all shipped models, 0.3 and 0 where it does harm."""
 
 
 def examine(flow: Flow) -> Iterator[Outcome]:
