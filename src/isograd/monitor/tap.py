@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from isograd.monitor import scaling
-from isograd.monitor.parts import Part, Reader
+from isograd.monitor.parts import Part, Reader, idle
 from isograd.monitor.provenance import Closure, Provenance
 from isograd.monitor.sharding import local
 from isograd.monitor.statistics import norms
@@ -224,6 +224,9 @@ class Tap:
                     if self._moved is not None:
                         moved = self._moved.norms if self._moved.known else self._sampled.norms
                         bucket.rows["update_norm"] = moved(bucket.parameters)
+        if part.full or (not part.buckets and self._watcher.full()):
+            with torch.no_grad():
+                part.buckets += idle(self.parameters(), self._moved is not None)
         self._watcher.ended(self, part)
         self._part, self.scale, self.clipped, self.taken = None, None, None, False
         self.provenance.stepped()
