@@ -172,6 +172,8 @@ WELL: dict[str, list[Step]] = {
         replace(s, slope=-1.0 if i < 40 else -0.3) for i, s in enumerate(falling(200))
     ],
     "half of the units off": [replace(step, dead=0.5) for step in falling(200)],
+    "a loss that is always the same": [Step(2.3)] * 150,
+    "a loss that moves within a hundredth of itself": [Step(2.3)] * 80 + [Step(2.32)] * 20,
     "no loss": [replace(step, loss=NAN) for step in falling(300)],
     "losses around zero": [Step(loss=math.sin(5.3 * i)) for i in range(400)],
 }
@@ -428,6 +430,40 @@ def test_parameters_that_no_gradient_reaches_are_named() -> None:
     said = detectors.outcomes()[1]["gradients"]
     assert said.startswith("1 of 12 parameters")
     assert said.endswith("2.weight")
+
+
+def without_gradient(reading: Reading, *sites: str) -> Reading:
+    """As of parameters that the optimizer holds, and no backward reaches."""
+    at = [SITES.index(site) for site in sites]
+    columns = {name: column.clone() for name, column in reading.columns.items()}
+    for name, column in columns.items():
+        column[at] = 0.0 if name == "update_norm" else column[at] if name == "weight_norm" else NAN
+    return replace(reading, columns=columns)
+
+
+@pytest.mark.parametrize(
+    ("sites", "told_of"), [(("0.weight", "0.bias", "1.weight"), True), (("5.weight",), False)]
+)
+def test_the_first_layers_that_are_cut_off_are_told(sites: tuple[str, ...], told_of: bool) -> None:
+    found = told([without_gradient(made(i, step), *sites) for i, step in enumerate(falling(60))])
+    assert [(step, f.code, f.sites) for step, f in found] == [
+        (31, "UP505", ("0.weight", "1.weight"))
+    ] * told_of
+
+
+def test_an_optimizer_over_parameters_that_are_not_used_is_told() -> None:
+    steps = [without_gradient(made(i, step), *SITES) for i, step in enumerate(falling(60))]
+    found = told([replace(r, scalars={"loss": r.scalars["loss"], "lr": 0.1}) for r in steps])
+    assert [(step, f.code, f.evidence["cause"]) for step, f in found] == [(31, "UP507", "no-gradient")]
+
+
+def test_a_learning_rate_of_zero_is_told_unless_it_is_the_first_of_a_schedule() -> None:
+    made_up = [made(i, replace(step, update=-math.inf)) for i, step in enumerate([Step(2.3)] * 60)]
+    never = [replace(r, scalars=r.scalars | {"lr": 0.0}) for r in made_up]
+    assert [(step, f.code, f.evidence["cause"]) for step, f in told(never)] == [
+        (31, "UP507", "learning-rate")
+    ]
+    assert not told([replace(r, scalars=r.scalars | {"lr": 0.1 * (i > 30)}) for i, r in enumerate(made_up)])
 
 
 def test_what_was_not_logged_is_unexamined_and_not_well() -> None:

@@ -14,6 +14,9 @@ from torch.optim import Optimizer
 
 import isograd
 from isograd.monitor import Reading
+from isograd.monitor.detectors import Detectors
+from isograd.monitor.host import Ended, Packed, reading_of
+from isograd.monitor.statistics import largest, norms
 from isograd.record import Run
 
 
@@ -226,3 +229,42 @@ def test_a_scalar_may_be_logged_before_or_after_the_step() -> None:
                     monitor.log(loss=-1.0)
                     monitor.log(loss=step)  # the last value wins
         assert kept == {i: i for i in range(5)}, early
+
+
+def on_a_device(gradients: list[Tensor], full: bool) -> Reading:
+    """As where elements are not counted, because that would have to be waited for; the last site has no gradient."""
+    rows = {"grad_norm": norms(gradients)} | ({"grad_max": largest(gradients)} if full else {})
+    values = torch.stack([torch.stack(row).float() for row in rows.values()])
+    sites = [f"{i}.weight" for i in range(len(gradients))]
+    packed = Packed(list(range(len(gradients))), list(rows), lambda: values, [4] * len(gradients))
+    shapes = ((2, 2),) * (len(sites) + 1)
+    return reading_of(Ended(0, (*sites, "unused.weight"), shapes, [packed], {}, [], 0.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_that_overflows_is_told_from_a_gradient_that_is_not_finite(dtype: torch.dtype) -> None:
+    small, large = torch.ones(2, 2, dtype=dtype), torch.full((2, 2), 1e30, dtype=dtype)
+    whole = on_a_device([small, large], full=True)
+    assert whole.columns["grad_norm"][:2].tolist() == pytest.approx(
+        [2.0, 1e30], rel=1e-2
+    )  # at least its maximum
+    assert whole.columns["nonfinite"][:2].tolist() == [0, 0]
+    assert not Detectors().observe(whole)
+    (found,) = Detectors().observe(on_a_device([small, large], full=False))
+    assert found.message.startswith("the gradient norm of 1 of 3 parameters")
+
+
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_is_told_where_elements_are_not_counted(
+    value: float, dtype: torch.dtype, full: bool
+) -> None:
+    broken = torch.tensor([[1.0, value], [1.0, 1.0]], dtype=dtype)
+    reading = on_a_device([torch.full_like(broken, 60_000.0), broken], full)
+    assert math.isinf(reading.scalars["grad_norm"])
+    assert reading.columns["grad_norm"][2].isnan()
+    (found,) = Detectors().observe(reading)
+    assert (found.code, found.sites) == ("NF405", ("1.weight",))
+    told = "gradient" if full or math.isnan(value) else "gradient norm"
+    assert found.message.startswith(f"the {told} of 1 of 3")

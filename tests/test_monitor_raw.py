@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
+import math
 import warnings
 import weakref
 from collections.abc import Callable
@@ -611,3 +613,51 @@ def test_a_sink_that_fails_is_one_warning() -> None:
                 optimizer.step()
     assert len(told) == 1
     assert "no network" in str(told[0].message)
+
+
+def test_a_generator_and_its_critic_step_together(tmp_path: Path) -> None:
+    """The generator's backward reaches the critic, whose step that is not."""
+    torch.manual_seed(0)
+    critic, generator = nn.Linear(4, 1), nn.Linear(2, 4)
+    both = nn.ModuleDict({"critic": critic, "generator": generator})
+    optimizers = [torch.optim.SGD(part.parameters(), lr=0.01) for part in (critic, generator)]
+    expected: list[tuple[float, float, float]] = []
+    with isograd.watch(both, optimizers, run=tmp_path / "run") as monitor:
+        for _ in range(12):
+            fake = generator(torch.randn(8, 2))
+            optimizers[0].zero_grad()
+            critic(fake.detach()).square().mean().backward()
+            norm = float(critic.weight.grad.norm())
+            optimizers[0].step()
+            monitor.log(critic=norm)
+            optimizers[1].zero_grad()
+            loss = -critic(fake).mean()
+            loss.backward()
+            expected.append((norm, float(generator.weight.grad.norm()), loss.item()))
+            optimizers[1].step()
+            monitor.log(loss=loss)
+    with Run.open(tmp_path / "run") as run:
+        kept = list(run.readings())
+    assert [reading.step for reading in kept] == list(range(12))
+    for reading, (first, second, loss) in zip(kept, expected, strict=True):
+        norms = dict(zip(reading.sites, reading.columns["grad_norm"].tolist(), strict=True))
+        assert norms["critic.weight"] == pytest.approx(first)
+        assert norms["generator.weight"] == pytest.approx(second)
+        assert (reading.scalars["critic"], reading.scalars["loss"]) == pytest.approx((first, loss))
+
+
+@pytest.mark.parametrize("value", [1.0, math.nan])
+def test_a_backward_that_ended_the_training_counts_if_it_was_not_finite(value: float) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with isograd.watch(model, optimizer) as monitor, contextlib.suppress(RuntimeError):
+        for step, (x, y) in enumerate(batches(5)):
+            optimizer.zero_grad()
+            loss_of(model, (x * value if step == 4 else x, y)).backward()
+            if step == 4:
+                raise RuntimeError("as of clip_grad_norm_(error_if_nonfinite=True)")
+            optimizer.step()
+    broken = not math.isfinite(value)
+    assert monitor.latest().step == 3 + broken
+    assert [f.code for f in monitor.diagnosis().findings] == ["NF405"] * broken
+    assert bool(monitor.latest().notes) == broken

@@ -245,7 +245,9 @@ class Baseline:
     @property
     def deviations(self) -> float:
         """The rise in units of the spread."""
-        return self.rise / self.spread if self.spread > 0 else math.copysign(math.inf, self.rise)
+        if self.spread > 0:
+            return self.rise / self.spread
+        return math.copysign(math.inf, self.rise) if self.rise else 0.0
 
 
 class Detector:

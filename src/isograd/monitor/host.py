@@ -130,8 +130,10 @@ def readings_of(steps: Sequence[Ended]) -> list[Reading]:
             table[:, place["zeros"], at] = elements - table[:, place["zeros"], at]
     if "grad_norm" in place:
         norms, counts = table[:, place["grad_norm"]], table[:, place["nonfinite"]]
-        # A finite sum of squares has finite terms only; one that is not was looked at, on the CPU.
-        counts.copy_(torch.where(counts.isnan() & norms.isfinite(), 0.0, counts))
+        read = torch.zeros(len(first.sites), dtype=torch.bool)
+        for packed in first.packed:
+            read[packed.sites] |= "grad_norm" in packed.columns
+        _count(norms, counts, table[:, place["grad_max"]] if "grad_max" in place else None, read)
         known = ~norms.isnan() | (counts > 0)
         totals = torch.linalg.vector_norm(torch.where(known, norms, 0.0), dim=1)
         totals = torch.where(known.any(1), totals, math.nan).tolist()
@@ -150,6 +152,27 @@ def readings_of(steps: Sequence[Ended]) -> list[Reading]:
             )
         )
     return readings
+
+
+def _count(norms: Tensor, counts: Tensor, maxima: Tensor | None, read: Tensor) -> None:
+    """What norms tell of elements that nobody counted, as on a GPU, where that would have to be waited for; in place.
+
+    A finite sum of squares has finite terms only. An infinite one beside a finite maximum has overflowed: the norm is
+    then said to be that maximum, which it is at least. Where there is no maximum it stays infinite, and the count
+    unknown. NaN comes from NaN alone: at least one element. Shapes: (step, site), `read` (site,).
+    """
+    unknown = counts.isnan() & read
+    counts[unknown & norms.isfinite()] = 0.0
+    broken = unknown & ~norms.isfinite()
+    if not broken.any():
+        return
+    if maxima is not None:
+        overflowed = broken & norms.isinf() & maxima.isfinite()
+        norms[overflowed] = maxima[overflowed]
+        counts[overflowed] = 0.0
+        counts[broken & ~maxima.isfinite()] = 1.0
+    counts[broken & norms.isnan()] = 1.0
+    norms[broken & norms.isnan()] = math.inf  # nan is a parameter without a gradient
 
 
 def alike(steps: Sequence[Ended]) -> Iterator[list[Ended]]:

@@ -123,6 +123,8 @@ class Monitor:
         self._scalars: dict[str, float | Tensor] = {}
         self.stepped = 0
         self._open: list[tuple[Tap, Part]] = []
+        self._settled: dict[str, float | Tensor] = {}
+        """Scalars of the step that is open; what comes after them may be those of the next."""
         self._cost = Cost()
         self._last_full, self._interval = -1, 1
         self._shards = Shards(model.parameters())
@@ -167,7 +169,9 @@ class Monitor:
         self._logged |= scalars.keys()
         for name, value in scalars.items():
             held = self._host.held
-            if held is not None and name not in held.logged_early and not self._begun:
+            if self._open and name not in self._settled and not self._begun:
+                self._settled[name] = kept(value)
+            elif held is not None and name not in held.logged_early and not self._begun:
                 held.scalars[name] = kept(value)
             else:
                 self._scalars[name] = kept(value)
@@ -232,6 +236,8 @@ class Monitor:
         """Stop watching, and write what is waiting. May be called again."""
         if self._closed:
             return
+        for tap in self._taps if self._begun else ():
+            self.guarded(tap.interrupted)
         self._closed = True
         self._flush()
         self._host.release()
@@ -255,13 +261,14 @@ class Monitor:
 
     # What the taps call, on the training thread.
 
-    def full(self) -> bool:
-        """Read all columns at this step?"""
-        if self._done % self._every:
+    def full(self, tap: Tap | None = None) -> bool:
+        """Read all columns at this step, of this optimizer? Of one that has stepped it is the next."""
+        step = self._done + any(stepped is tap for stepped, _ in self._open)
+        if step % self._every:
             return False
         if self._shards:  # every process must come to the same answer, and their clocks differ
-            return self._done < FIRST or self._done % FIRST == 0
-        return self._done < FIRST or self._asked or self._done - self._last_full >= self._interval
+            return step < FIRST or step % FIRST == 0
+        return step < FIRST or self._asked or step - self._last_full >= self._interval
 
     def guarded(self, act: Callable[[], object]) -> None:
         """Do something inside the user's training loop: what fails here is a warning, once, and the end of
@@ -282,10 +289,11 @@ class Monitor:
         self._cost.leave()
 
     def began(self, tap: Tap) -> None:
-        """What is read now belongs to a new step."""
+        """What is logged now belongs to another step than the one that has ended.
+
+        Whether to a new one only the next step of an optimizer tells: a generator's backward reaches the critic too.
+        """
         self._begun = True
-        if any(stepped is tap for stepped, _ in self._open):
-            self._flush()
         self._host.release()
 
     def stepping(self) -> None:
@@ -300,6 +308,14 @@ class Monitor:
         if any(stepped is tap for stepped, _ in self._open):
             self._flush()
         self._open.append((tap, part))
+        if tap.scale is not None:
+            self._settled["scale"] = tap.scale
+        if tap.clipped is not None:
+            self._settled["clipped_norm"] = tap.clipped
+        self._settled |= self._scalars
+        self._scalars, self._begun = {}, False
+        if part.full:
+            self._last_full = self._done
         if len(self._open) == len(self._taps):
             self._flush()
 
@@ -309,22 +325,18 @@ class Monitor:
             return
         self._host.release()
         parts, self._open = self._open, []
-        step = Ended(self._step, (), (), [], {}, [], time.time(), logged_early=set(self._scalars))
+        settled, self._settled = self._settled, {}
+        step = Ended(self._step, (), (), [], settled, [], time.time(), logged_early=set(settled))
         full = False
-        for i, (tap, part) in enumerate(parts):
+        for _, part in parts:
             full |= part.full
             step.suspicious |= any(bucket.suspicious for bucket in part.buckets)
             step.packed += self._packed(part)
             step.notes += part.notes
-            if tap.scale is not None:
-                step.scalars["scale"] = tap.scale
-            if tap.clipped is not None:
-                step.scalars["clipped_norm"] = tap.clipped
+        for i, tap in enumerate(self._taps):
             if tap.optimizer is not None:
                 step.scalars[f"lr_{i}" if i else "lr"] = tap.optimizer.param_groups[0]["lr"]
         step.sites, step.shapes = self._names.sites, self._names.shapes
-        step.scalars.update(self._scalars)
-        self._scalars, self._begun = {}, False
         step.flow, self._flow = self._flow, None
         step.due = self._done % self._every == 0
         self._host.held = step
@@ -336,7 +348,7 @@ class Monitor:
     def _ended(self, full: bool, deep: bool) -> None:
         """What the step cost, and when the next is read in full."""
         if full:
-            self._last_full, self._asked = self._done, False
+            self._asked = False
         self._done += 1
         self._cost.ended(full, deep)
         if full or self._cost.timing:

@@ -76,7 +76,7 @@ class Bucket:
 
     def pack(self) -> Tensor:
         """All rows as one tensor, one after the other, in their order."""
-        if len(self.rows) == 1:
+        if list(self.rows) == ["grad_norm"]:
             return self.norms
         return torch.stack([value for row in self.rows.values() for value in row])
 
@@ -170,3 +170,19 @@ class Reader:
         buckets = list(groups.values())
         self._sorted = [(bucket.parameters, places[id(bucket)]) for bucket in buckets]
         return Part(buckets, full, sharded)
+
+
+def idle(parameters: Sequence[Tensor], stepped: bool) -> list[Bucket]:
+    """Those that are to be trained and have no gradient: what they weigh, and that an optimizer leaves them as they are."""
+    waiting = [
+        p for p in parameters if p.grad is None and p.requires_grad and p.numel() and not is_sharded(p)
+    ]
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for p in waiting:
+        groups.setdefault((p.device, p.dtype), []).append(p)
+    buckets = [Bucket(held, []) for held in groups.values()]
+    for bucket in buckets:
+        bucket.rows["weight_norm"] = norms(bucket.weights)
+        if stepped:
+            bucket.rows["update_norm"] = [torch.zeros_like(norm) for norm in bucket.rows["weight_norm"]]
+    return buckets

@@ -53,6 +53,8 @@ class Seen:
     """Parameters that got no gradient in this step, shape (site,); and"""
     missing: int
     """how many they are."""
+    idle: Tensor
+    """Matrices among them that an optimizer holds for training: on a full reading their weight is known; (matrix,)."""
 
     @property
     def silent(self) -> bool:
@@ -83,6 +85,8 @@ def seen(readings: Sequence[Reading]) -> list[Seen]:
     counts = absent.sum(1).tolist()
     norms = stacked.log10_()
     grad, (by_matrix, weight, update) = norms[0], norms[:, :, plan.matrices]
+    idle = by_matrix.isnan() & ~weight.isnan()
+    update = (update - weight).masked_fill_(idle, math.nan)
     rates = [name for name in first.scalars if RATE.fullmatch(name)]
     totals = [reading.scalars.get("grad_norm", math.nan) for reading in readings]
     rows = zip(
@@ -92,10 +96,11 @@ def seen(readings: Sequence[Reading]) -> list[Seen]:
         grad,
         by_matrix,
         weight,
-        update - weight,
+        update,
         plan.scale(grad),
         absent,
         counts,
+        idle,
         strict=True,
     )
     return [
@@ -115,8 +120,9 @@ def seen(readings: Sequence[Reading]) -> list[Seen]:
             tuple(reading.scalars[name] for name in rates),
             none,
             count,
+            waits,
         )
-        for reading, total, length, all_grads, grads, weights, updates, scales, none, count in rows
+        for reading, total, length, all_grads, grads, weights, updates, scales, none, count, waits in rows
     ]
 
 

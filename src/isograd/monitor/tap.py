@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from isograd.monitor import scaling
-from isograd.monitor.parts import Part, Reader
+from isograd.monitor.parts import Part, Reader, idle
 from isograd.monitor.provenance import Closure, Provenance
 from isograd.monitor.sharding import local
 from isograd.monitor.statistics import norms
@@ -27,6 +27,9 @@ UNHEARD = (
 )
 
 
+INTERRUPTED = "interrupted: the training ended between its last backward and the step"
+
+
 class Watcher(Protocol):
     """What a tap tells its monitor."""
 
@@ -34,7 +37,7 @@ class Watcher(Protocol):
         """Stop watching."""
         ...
 
-    def full(self) -> bool:
+    def full(self, tap: Tap) -> bool:
         """Should this step be read in full?"""
         ...
 
@@ -43,7 +46,7 @@ class Watcher(Protocol):
         ...
 
     def began(self, tap: Tap) -> None:
-        """A backward has ended, or a step begins."""
+        """A backward has ended, or gradients are taken for a step."""
         ...
 
     def stepping(self) -> None:
@@ -206,7 +209,7 @@ class Tap:
 
     def _read(self) -> Part:
         # All columns only where more of the step is not to be expected: micro-batches are read for the norm.
-        self._part = self._reader.read(self._watcher.full() and self.provenance.complete)
+        self._part = self._reader.read(self._watcher.full(self) and self.provenance.complete)
         self._read_at = self.provenance.backwards
         return self._part
 
@@ -217,16 +220,30 @@ class Tap:
             part.notes.append(note)
         if self._moved is not None:
             self._moved.taken += not note
-        if part.full:
+        if part.full and note != INTERRUPTED:
             with torch.no_grad():
                 for bucket in part.buckets:
                     bucket.rows["weight_norm"] = norms(bucket.weights)
                     if self._moved is not None:
                         moved = self._moved.norms if self._moved.known else self._sampled.norms
                         bucket.rows["update_norm"] = moved(bucket.parameters)
+        if part.full or (not part.buckets and self._watcher.full(self)):
+            with torch.no_grad():
+                part.buckets += idle(self.parameters(), self._moved is not None)
         self._watcher.ended(self, part)
         self._part, self.scale, self.clipped, self.taken = None, None, None, False
         self.provenance.stepped()
+
+    def interrupted(self) -> None:
+        """The training is over. A backward that no step followed counts if its gradients are not finite: a clip that
+        raises on them, or the script itself, has then ended it."""
+        if not self.provenance.backwards or self._in_scaler:
+            return
+        part = self.take()
+        if part.sharded:  # not every process may come here, and the others would be waited for
+            return
+        if not all(bool(bucket.norms.isfinite().all()) for bucket in part.buckets if not bucket.sharded):
+            self.finish(INTERRUPTED)
 
 
 def _norm(part: Part) -> Tensor | None:

@@ -2,14 +2,18 @@
 
 What it means
     Measured by their own size, the first weight matrices change by less than three parts in a million a step:
-    30,000 steps would change them by a tenth. Later layers move a hundred times as fast.
+    30,000 steps would change them by a tenth. Later layers move a hundred times as fast. Or the first matrix does not
+    move at all: the optimizer holds it, and no gradient reaches it.
 
 Why it happens
-    A gradient that vanishes along depth under SGD, or a learning rate for these layers that is close to zero.
+    A gradient that vanishes along depth under SGD, or a learning rate for these layers that is close to zero. Without any
+    gradient: a detach(), torch.no_grad(), argmax, or a way through NumPy between these layers and the loss.
 
 Evidence
     Update norm over weight norm of each matrix, median of 16 readings: the first quarter of the layers against
-    the second half. Layers that are frozen, or move by exactly zero, do not count.
+    the second half. Layers that are frozen, or move by exactly zero, do not count. No gradient at all: in 32 readings, for
+    the first matrix of the model, while others get one; the same farther back may be a head that is not used, and is only
+    said to be unexamined.
 
 What helps
     What lets the gradient through (see VG103), or an optimizer that divides by its size: AdamW.
@@ -34,6 +38,12 @@ STILL = -5.5
 BEHIND = -2.0
 """Decades: within a factor of a hundred healthy layers lie (a spread of 38 was measured in one model)."""
 LAYERS = 4
+NEVER = 32
+"""Readings without any gradient: parts that take turns have had theirs."""
+WAYS = (
+    "look for detach(), torch.no_grad(), argmax or NumPy between these layers and the loss",
+    "if they are to stay as they are: requires_grad_(False), and leave them out of the optimizer",
+)
 
 
 class NotMoving(Detector):
@@ -46,6 +56,8 @@ class NotMoving(Detector):
     unexamined = f"needs update norms of {LAYERS} weight matrices over {RECENT} steps"
 
     def examine(self, history: History) -> Finding | None:
+        if cut := _cut_off(history):
+            return self._never(history, cut)
         if len(history.early_updates) < RECENT or len(history.names) < LAYERS:
             return None
         self.early, self.late = median(history.early_updates), median(history.late_updates)
@@ -67,7 +79,37 @@ class NotMoving(Detector):
             remedies=("insert-residual", "insert-normalisation", "critical-initialisation"),
         )
 
+    def _never(self, history: History, cut: list[str]) -> Finding:
+        more = f" and {len(cut) - 1} more" if len(cut) > 1 else ""
+        return Finding(
+            CODE,
+            NAME,
+            Severity.WARNING,
+            f"{cut[0]}{more} of {len(history.names)} weight matrices have never got a gradient, and the optimizer holds them",
+            cause="they are cut off from the loss, while other layers learn",
+            sites=tuple(cut[:3]),
+            evidence={
+                "matrices": len(cut),
+                "of": len(history.names),
+                "steps": history.count,
+                "threshold": NEVER,
+            },
+            remedies=WAYS,
+        )
+
     def outcome(self, history: History) -> str | None:
         if math.isnan(self.early):
             return None
         return f"the first layers change by {10**self.early:.1g} of themselves a step, the later by {10**self.late:.1g}"
+
+
+def _cut_off(history: History) -> list[str]:
+    """Matrices to be trained that have never got a gradient, where the first is among them and others have."""
+    seen = history.now
+    if seen is None or history.count < NEVER or not 0 < int(seen.idle.sum()) < len(seen.names):
+        return []
+    never = {*history.unreached}
+    cut = [
+        name for name, waits in zip(seen.names, seen.idle.tolist(), strict=True) if waits and name in never
+    ]
+    return cut if cut[:1] == list(seen.names[:1]) and len(never) < len(seen.sites) else []

@@ -68,7 +68,7 @@ class Fading(Detector):
     def examine(self, history: History) -> Finding | None:
         if history.count == ALONE and history.losses:
             self.level = median(history.losses[-ALONE // 2 :])
-        if len(history.early_grads) < READINGS or len(history.names) < LAYERS:
+        if min(len(history.early_grads), len(history.norms)) < READINGS or len(history.names) < LAYERS:
             return None
         first = median(history.early_grads[-READINGS:])
         self.share = first - median(history.norms[-READINGS:])

@@ -10,7 +10,8 @@ Why it happens
 
 Evidence
     The median of the last 5 losses against median and spread (MAD) of the 64 before: 6 spreads, beyond the
-    largest of those losses, and a third of all that had been gained since the start. The layer that moved first:
+    largest of those losses, and a third of all that had been gained since the start, or a twentieth of the first loss where
+    less was gained than that takes. The layer that moved first:
     for each matrix, how many steps back its gradient norm left its own band (4 spreads and a fifth of a decade)
     and stayed out; the lead is the largest of these.
 
@@ -38,6 +39,8 @@ BEYOND = 1.0
 """Times the distance from the level to the largest loss of the baseline."""
 GIVEN_BACK = 1 / 3
 """Share of what had been gained since the start."""
+LEVEL = 0.05
+"""Share of the first loss: where nothing was gained, a move within that is no loss of anything."""
 RECENT = 5
 """Losses whose median is the loss of now: three of five batches must agree, in a batch of four one may be odd."""
 BAND = 4.0
@@ -66,7 +69,7 @@ class Spike(Detector):
         if (
             base.deviations < DEVIATIONS
             or base.now < base.level + BEYOND * (base.largest - base.level)
-            or base.rise < GIVEN_BACK * gained
+            or base.rise < max(GIVEN_BACK * gained, LEVEL * abs(history.first_loss))
         ):
             return None
         leads = moved_first(history)

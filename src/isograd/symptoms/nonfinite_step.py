@@ -8,7 +8,8 @@ Why it happens
     operation whose derivative is infinite.
 
 Evidence
-    NaN and Inf elements of each parameter's gradient, counted before anything clips them, and the loss. A step that
+    NaN and Inf elements of each parameter's gradient, counted before anything clips them, and the loss. On a GPU they are
+    told by the norm, and not counted; where only the squares in it overflow, a step that is read in full says so. A step that
     a loss scaler skipped for an overflow is routine and counts only when 10 follow each other. What the run did
     before says whether it exploded or broke at once; the operation that made the first one, with its source
     line, names `isograd.find_nonfinite(model, loss)`.
@@ -57,6 +58,9 @@ class NonFinite(Detector):
         self.steps += 1
         sick = [name for name, count in zip(reading.sites, counts.tolist(), strict=True) if count]
         what = f"the gradient of {len(sick)} of {len(reading.sites)} parameters" if sick else "the loss"
+        # On a GPU elements are not counted: a norm may be infinite because its squares overflow.
+        if sick and not (reading.columns.get("nonfinite", counts) > 0).any():
+            what = f"the gradient norm of {len(sick)} of {len(reading.sites)} parameters"
         if sick and not math.isfinite(loss):
             what = f"the loss and {what}"
         words, slug, remedies = self._cause(history)

@@ -5,13 +5,15 @@ What it means
     the end as slowly and as steadily as at the beginning, or not at all: nothing has been learned yet.
 
 Why it happens
-    A learning rate that is too low, a schedule that never reached it, or an optimizer whose epsilon outweighs
-    its gradients.
+    A learning rate that is too low or zero, a schedule that never reached it, or an optimizer whose epsilon outweighs
+    its gradients. An optimizer over other parameters than those of the loss, such as a copy of the model or the one that
+    was there before: none of them gets a gradient.
 
 Evidence
     The largest update norm over weight norm of the median matrix, over 16 readings, that the run has ever had, so
     that annealing does not count; and the medians of the four quarters of the remembered losses, which fall evenly
-    where nothing bends yet. A run whose updates still grow is warming up.
+    where nothing bends yet. A run whose updates still grow is warming up. An error where nothing moves at all: from the
+    first step on, in 32 readings in a row, no parameter got a gradient, or each learning rate was zero.
 
 What helps
     A higher learning rate; a look at epsilon and at the schedule.
@@ -28,6 +30,7 @@ from statistics import median
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import RECENT, WINDOW, Detector, History
+from isograd.monitor.origin import Cause
 from isograd.monitor.seen import spread
 
 CODE = "UP507"
@@ -40,6 +43,21 @@ NONE = -5.5
 EVEN = 0.4
 """The loss falls in the last quarter by this share of what it fell in the second: it does not bend yet."""
 STEPS = 200
+NEVER = 32
+"""Readings from the first on without any gradient, or at a learning rate of zero: a schedule may start with one step
+at zero, and a loop with a few batches before there is a loss."""
+
+NO_GRADIENT = Cause(
+    "no parameter has got a gradient: the optimizer holds others than the loss is computed from, such as those of a model "
+    "that was copied or built again, or all are detached or frozen",
+    "no-gradient",
+    ("make the optimizer over the parameters of the very model that computes the loss",),
+)
+NO_RATE = Cause(
+    "each learning rate is zero",
+    "learning-rate",
+    ("set a learning rate above zero: look at the schedule, and at when its step() is called",),
+)
 
 
 class TooSmall(Detector):
@@ -53,6 +71,9 @@ class TooSmall(Detector):
     unexamined = f"needs update norms and {STEPS} steps"
 
     def examine(self, history: History) -> Finding | None:
+        cause = _still(history)
+        if self.holds(cause is not None, NEVER) and cause is not None and self.held == history.count:
+            return self._never(history, cause)
         if len(history.typical_updates) < RECENT or self.pace > SMALL:
             return None
         typical = median(history.typical_updates)
@@ -77,6 +98,18 @@ class TooSmall(Detector):
             ),
         )
 
+    def _never(self, history: History, cause: Cause) -> Finding:
+        return Finding(
+            CODE,
+            NAME,
+            Severity.ERROR,
+            f"no weight has moved in {history.count} steps",
+            cause=cause.words,
+            sites=tuple(history.names[:1]),
+            evidence={"steps": history.count, "threshold": NEVER, "cause": cause.slug},
+            remedies=cause.remedies,
+        )
+
     def _steady(self, losses: list[float]) -> bool:
         """Falling, beyond its noise, and at the end about as fast as before."""
         size = len(losses) // 4
@@ -91,3 +124,12 @@ class TooSmall(Detector):
         if not math.isfinite(self.pace) or history.count < STEPS:
             return None
         return f"the typical weight matrix moved by up to {10**self.pace:.1g} of itself a step (a warning below {10**SMALL:.0e})"
+
+
+def _still(history: History) -> Cause | None:
+    """Why nothing can move; None: something may."""
+    seen = history.now
+    assert seen is not None
+    if seen.missing == len(seen.sites):
+        return NO_GRADIENT
+    return NO_RATE if seen.rates and not any(seen.rates) else None
