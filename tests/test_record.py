@@ -177,6 +177,17 @@ def test_a_second_process_gets_a_run_of_its_own(tmp_path: Path) -> None:
         Run.create(tmp_path / "run").close()
 
 
+def test_runs_are_found_below_a_folder_and_not_through_links(tmp_path: Path) -> None:
+    found = [tmp_path / "runs" / "vision" / "resnet", tmp_path / "runs" / "a" / "b" / "c" / "d"]
+    passed_over = [tmp_path / "runs" / ".hidden" / "run", tmp_path / "elsewhere", found[1] / "e"]
+    for path in (*found, *passed_over):
+        with Run.create(path) as run:
+            run.append(reading(0))
+    (tmp_path / "runs" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "runs" / "round").symlink_to(tmp_path / "runs")
+    assert set(runs(tmp_path / "runs")) == set(found)
+
+
 def test_two_processes_never_share_a_record(tmp_path: Path) -> None:
     def record(said: Connection, go: Connection) -> None:
         warnings.simplefilter("ignore")

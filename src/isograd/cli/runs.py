@@ -14,7 +14,9 @@ from isograd.record import runs as recorded
 @click.command()
 @click.argument("root", required=False, type=click.Path(exists=True, file_okay=False, path_type=Path))
 def runs(root: Path | None) -> None:
-    """List the runs below ROOT, oldest first. Default: isograd-runs, or $ISOGRAD_RUNS.
+    """List the runs up to four folders below ROOT, oldest first. Default: isograd-runs, or $ISOGRAD_RUNS.
+
+    Links are not followed, and hidden folders are passed over.
 
     \b
     isograd runs

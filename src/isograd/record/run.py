@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from isograd.record import database
 from isograd.record.database import NotARun
+from isograd.record.home import home, name
 from isograd.record.row import Layout, Row, Told, content, encoded
 
 if TYPE_CHECKING:
@@ -33,7 +34,6 @@ IN_MEMORY = 32 * 2**20
 EVERY = 256
 """Steps between two looks at the size, and between two copies of the detectors' state: what came after the
 copy is read again when the run is continued."""
-FOLDER = "isograd-runs"
 CHUNK = 256
 
 
@@ -118,7 +118,7 @@ class Run:
         Raises:
             ValueError: `path` is a file, or holds a record of a newer format.
         """
-        wanted = home() / _name() if path is None else Path(path)
+        wanted = home() / name() if path is None else Path(path)
         if wanted.is_file():
             raise ValueError(f"{wanted} is a file: a run is a directory")
         try:
@@ -387,22 +387,3 @@ class Run:
 
     def _one(self, query: str, values: tuple[Any, ...] = ()) -> Any:
         return next(iter(self._all(query, values)), None)
-
-
-def home() -> Path:
-    """Where runs without a path of their own go: $ISOGRAD_RUNS, else `isograd-runs` in the current folder."""
-    return Path(os.environ.get("ISOGRAD_RUNS", FOLDER))
-
-
-def runs(root: str | Path | None = None) -> list[Path]:
-    """Directories that hold a run, oldest first: `root` itself or those directly below it."""
-    root = home() if root is None else Path(root)
-    found = [path for path in (root, *root.glob("*")) if (path / database.FILE).is_file()]
-    return sorted(found, key=lambda path: (path / database.FILE).stat().st_mtime)
-
-
-def _name() -> str:
-    """`20260314-091500-train`: the time, and the script."""
-    script = Path(sys.argv[0]).stem if sys.argv else ""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    return f"{stamp}-{script}" if script.isidentifier() else stamp
