@@ -28,7 +28,9 @@ def runs(root: str | Path | None = None) -> list[Path]:
     found: list[Path] = []
     below = [root]
     for _ in range(DEPTH + 1):
-        found += [path for path in below if os.path.isfile(path / database.FILE)]  # Path.is_file raises if not allowed
+        found += [
+            path for path in below if os.path.isfile(path / database.FILE)
+        ]  # Path.is_file raises if not allowed
         below = [inner for path in below for inner in _folders(path)]
     return sorted(found, key=lambda path: (path / database.FILE).stat().st_mtime)
 
