@@ -22,7 +22,7 @@ from isograd.cli import main
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.detectors import Detectors
 from isograd.monitor.history import Baseline
-from isograd.monitor.reading import Reading
+from isograd.monitor.reading import ADDED_UP, Reading
 from isograd.monitor.seen import seen
 from isograd.record import Run
 from isograd.symptoms import STREAMED
@@ -95,7 +95,7 @@ def ramp(count: int, of: Callable[[int], Step]) -> list[Step]:
 
 
 LOW = falling(200)[-1]
-CASES: dict[str, tuple[list[Step], str]] = {
+CASES: dict[str, tuple[Sequence[Step | Reading], str]] = {
     "the gradient fades along depth": (
         [replace(step, slope=-1.0, early_update=-5.0) for step in falling(40)],
         "VG103",
@@ -106,6 +106,13 @@ CASES: dict[str, tuple[list[Step], str]] = {
     ),
     "layers die": (falling(100) + [replace(LOW, zero=True)] * 20, "SA303"),
     "most units of a layer die": (falling(100) + [replace(LOW, loss=1.5, dead=0.9)] * 50, "SA303"),
+    "gradients add up": (
+        [
+            replace(made(i, step), notes=(ADDED_UP,) if 0 < i < 3 else ())
+            for i, step in enumerate(falling(20))
+        ],
+        "UP509",
+    ),
     "early layers stay": ([replace(step, early_update=-7.0) for step in falling(60)], "UP505"),
     "steps too large from the start": (
         [Step(2.3, update=0.0), Step(20.0, update=0.3), Step(40.0, update=0.0), Step(40.0, update=0.0)],

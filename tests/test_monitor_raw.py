@@ -636,6 +636,7 @@ def test_a_generator_and_its_critic_step_together(tmp_path: Path) -> None:
             expected.append((norm, float(generator.weight.grad.norm()), loss.item()))
             optimizers[1].step()
             monitor.log(loss=loss)
+    assert "UP509" not in {f.code for f in monitor.diagnosis().findings}
     with Run.open(tmp_path / "run") as run:
         kept = list(run.readings())
     assert [reading.step for reading in kept] == list(range(12))
@@ -661,3 +662,28 @@ def test_a_backward_that_ended_the_training_counts_if_it_was_not_finite(value: f
     assert monitor.latest().step == 3 + broken
     assert [f.code for f in monitor.diagnosis().findings] == ["NF405"] * broken
     assert bool(monitor.latest().notes) == broken
+
+
+CLEARED: dict[str, Callable[[nn.Module], object]] = {
+    "to None": lambda model: model.zero_grad(),
+    "to zero": lambda model: model.zero_grad(set_to_none=False),
+    "behind the counters": lambda model: [
+        p.grad.data.zero_() for p in model.parameters() if p.grad is not None
+    ],
+}
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("clear", [None, *CLEARED])
+def test_gradients_that_nothing_clears_are_told(clear: str | None, micro_batches: int) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with isograd.watch(model, optimizer) as monitor:
+        for batch in batches(6):
+            for _ in range(micro_batches):
+                loss_of(model, batch).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            optimizer.step()
+            if clear is not None:
+                CLEARED[clear](model)
+    assert [f.code for f in monitor.diagnosis().findings] == ["UP509"] * (clear is None)

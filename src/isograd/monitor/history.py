@@ -83,6 +83,8 @@ class History:
         """elasticity, update, scale, weight by matrix, and the norm, of the first reading."""
         self.best = math.inf
         """Smallest median of RECENT losses."""
+        self.uncleared = 0
+        """Readings that began with the gradients of the step before."""
         self.pace = -math.inf
         """Largest typical update: how fast the training once went."""
         self.moving = 0
@@ -101,6 +103,7 @@ class History:
         # Across a step that was not read, nothing is known.
         follows = self.last and seen.step == self.step + 1
         self.count, self.step, self.now = self.count + 1, seen.step, seen
+        self.uncleared += seen.uncleared
         if follows:
             self._compare(seen)
         self._follow(seen)

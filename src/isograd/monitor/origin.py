@@ -40,8 +40,17 @@ class Cause:
     remedies: tuple[str, ...]
 
 
+UNCLEARED = Cause(
+    "gradients are not cleared between the steps, and add up: optimizer.zero_grad() is missing",
+    "uncleared-gradient",
+    ("call optimizer.zero_grad() once a step, before the backward or after the step",),
+)
+
+
 def origin(history: History) -> Cause:
     """The most upstream thing that is out of order; it was read off the run, not tested by intervention."""
+    if history.uncleared > 1:
+        return UNCLEARED
     data = given(history)
     if data is not None:
         return data

@@ -39,6 +39,7 @@ class Provenance:
         backwards: backward passes since the last step.
         unversioned: the version counters do not tell (torch's multi-tensor functions leave those of DTensors
             as they are): read at the end of every backward.
+        added_up: the gradients of the step before were there at each backward since; asked in the first steps only.
     """
 
     def __init__(self, parameters: Callable[[], Sequence[Tensor]], ended: Callable[[], None]) -> None:
@@ -56,6 +57,9 @@ class Provenance:
         self.read_early = False
         self.unversioned = any(is_sharded(p) for p in parameters())
         self.backwards = self._taken_after = 0
+        self.added_up = False
+        self._left: tuple[int, int] | None = None
+        """Version of the gradient that came last, as the step left it."""
         self.listen(parameters())
 
     def listen(self, parameters: Sequence[Tensor]) -> None:
@@ -115,6 +119,8 @@ class Provenance:
         self.backwards, self._taken_after, self._versions = 0, 0, None
         self._steps += 1
         last = self._last() if self._last is not None else None
+        self.added_up = False
+        self._left = _version(last) if last is not None and last.grad is not None and self.learning else None
         if self._steps == LEARNING and last is not None:
             self.listen([last])
 
@@ -128,19 +134,35 @@ class Provenance:
             self = weak()
             if self is None or torch.compiler.is_compiling():
                 return
-            self._last = weakref.ref(parameter)
+            last, self._last = self._last, weakref.ref(parameter)
             task = torch._C._current_graph_task_id()  # a flag would stay set after a backward that raised
             if task != self._task:
                 self._task = task
+                self._begins(parameter, last() if last is not None else None)
                 queue: Any = Variable._execution_engine
                 # Twice: DDP and FSDP queue the end of their own reduction in the same backward.
                 queue.queue_callback(lambda: queue.queue_callback(self._end))
 
         return hook
 
+    def _begins(self, reached: Tensor, last: Tensor | None) -> None:
+        """The first gradient of a backward is there. One that comes last is still as the step has left it, unless it was
+        cleared: written to, or taken away. `p.grad.data.zero_()` leaves no trace but zeros."""
+        if self._left is None or last is None or last is reached or self.unversioned:
+            self.added_up = False
+            return
+        gradient = last.grad
+        if gradient is None or _version(last) != self._left or gradient.is_sparse:
+            self.added_up, self._left = False, None
+        else:
+            self.added_up = bool(gradient.any())
+
     def _end(self) -> None:
         self.backwards += 1
         self._versions = self._now()
+        last = self._last() if self._last is not None else None
+        if self.added_up and last is not None:  # the next micro-batch finds it as this one leaves it
+            self._left = _version(last)
         self._ended()
 
 

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from isograd.flow import Flow
 
+ADDED_UP = "not cleared: the gradients of the step before were still there, and these were added to them"
+"""Note of a step."""
+
 
 @dataclass(frozen=True)
 class Reading:

@@ -13,7 +13,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from isograd.monitor.reading import Reading
+from isograd.monitor.reading import ADDED_UP, Reading
 
 LARGEST_SCALE = 1e4
 """Inputs of a layer beyond this are not read off its gradients: before a batch normalisation the gradient of a
@@ -53,6 +53,8 @@ class Seen:
     """Parameters that got no gradient in this step, shape (site,); and"""
     missing: int
     """how many they are."""
+    uncleared: bool
+    """It began with the gradients of the step before."""
     idle: Tensor
     """Matrices among them that an optimizer holds for training: on a full reading their weight is known; (matrix,)."""
 
@@ -120,6 +122,7 @@ def seen(readings: Sequence[Reading]) -> list[Seen]:
             tuple(reading.scalars[name] for name in rates),
             none,
             count,
+            ADDED_UP in reading.notes,
             waits,
         )
         for reading, total, length, all_grads, grads, weights, updates, scales, none, count, waits in rows

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from isograd.monitor import scaling
 from isograd.monitor.parts import Part, Reader, idle
 from isograd.monitor.provenance import Closure, Provenance
+from isograd.monitor.reading import ADDED_UP
 from isograd.monitor.sharding import local
 from isograd.monitor.statistics import norms
 from isograd.monitor.updates import Moved, Sampled
@@ -199,6 +200,8 @@ class Tap:
                 part.notes.append(CLIPPED)
             if part.buckets and not provenance.backwards:
                 part.notes.append(UNHEARD)
+        if provenance.added_up:
+            part.notes.append(ADDED_UP)
         if touched:
             provenance.read_early = True
             if part.full and self.clipped is None:

@@ -59,6 +59,7 @@ STREAMED = (
     "fading_gradient",
     "dying_units",
     "ordered_data",
+    "uncleared_gradient",
     "steps_too_large",
     "growing_gradient",
     "diverging",
