@@ -314,6 +314,14 @@ def test_one_batch_that_throws_the_network_is_the_cause() -> None:
     assert "one batch" in str(found.cause)
 
 
+def test_one_batch_of_another_scale_is_the_cause() -> None:
+    hard = replace(LOW, loss=90.0, grad=3.0, scale=3.0)
+    made_up = [*falling(199), hard, *[replace(LOW, loss=30.0, grad=1.0)] * 20]
+    causes = {f.code: (f.evidence.get("cause"), str(f.cause)) for _, f in told(made_up)}
+    assert causes["TR703"][0] == causes["TR702"][0] == "data"
+    assert "in one batch" in causes["TR703"][1]
+
+
 def rated(steps: Sequence[Step], rate: Callable[[int], float]) -> list[Reading]:
     """The same, with the learning rate of each step, which a second optimizer does not share."""
     return [

@@ -201,7 +201,11 @@ def test_keras(tmp_path: Path) -> None:
 
     keras.utils.set_random_seed(0)
     model = keras.Sequential(
-        [keras.Input((6,)), keras.layers.Dense(16, "tanh"), keras.layers.Dense(3, name="head")]
+        [
+            keras.Input((6,)),
+            keras.layers.Dense(16, "tanh", name="dense"),
+            keras.layers.Dense(3, name="head"),
+        ]
     )
     model.compile(
         keras.optimizers.SGD(0.1, clipnorm=CLIP), keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -213,13 +217,15 @@ def test_keras(tmp_path: Path) -> None:
         x, y, batch_size=8, epochs=1, shuffle=False, verbose=0, callbacks=[IsogradCallback(tmp_path / "run")]
     )
 
-    expected = []
+    expected, losses = [], []
     for inputs, target in data:
         for w in twin:
             w.requires_grad_(True)
             w.grad = None
         hidden = (inputs @ twin[0] + twin[1]).tanh()
-        F.cross_entropy(hidden @ twin[2] + twin[3], target).backward()
+        loss = F.cross_entropy(hidden @ twin[2] + twin[3], target)
+        loss.backward()
+        losses.append(loss.item())
         grads = [w.grad for w in twin if w.grad is not None]
         expected.append(float(torch.stack([g.norm() for g in grads]).norm()))
         twin = [
@@ -227,8 +233,15 @@ def test_keras(tmp_path: Path) -> None:
             for w, g in zip(twin, grads, strict=True)
         ]
     with Run.open(tmp_path / "run") as run:
-        norms = [reading.scalars["grad_norm"] for reading in run.readings()]
-    assert norms == pytest.approx(expected, rel=1e-5)
+        kept = list(run.readings())
+    assert [reading.scalars["grad_norm"] for reading in kept] == pytest.approx(expected, rel=1e-5)
+    assert [reading.scalars["loss"] for reading in kept] == pytest.approx(losses, rel=1e-5)
+    assert [site.partition("/")[2] for site in kept[0].sites] == [
+        "dense/kernel",
+        "dense/bias",
+        "head/kernel",
+        "head/bias",
+    ]
 
 
 def test_the_loss_of_a_closure_is_that_of_its_first_evaluation() -> None:

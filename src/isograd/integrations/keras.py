@@ -21,7 +21,7 @@ except ImportError:
 class IsogradCallback(keras.callbacks.Callback):
     """Watches `fit`: the gradients of every variable, and what they mean.
 
-    The loss is the one Keras shows: its mean over the epoch so far.
+    The loss is that of each batch: what the mean that Keras shows, over the epoch so far, has grown by.
     """
 
     def __init__(
@@ -39,6 +39,8 @@ class IsogradCallback(keras.callbacks.Callback):
                 "set KERAS_BACKEND=torch before keras is imported"
             )
         self.monitor: Monitor | None = None
+        self._summed: tuple[Any, Any] | None = None
+        """Sum of the losses of the epoch so far, and of their weights."""
 
         def watched() -> Monitor:
             model: Any = self.model
@@ -51,9 +53,30 @@ class IsogradCallback(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         assert self.monitor is not None
-        if logs and "loss" in logs:
+        loss = self._loss()
+        if loss is not None:
+            self.monitor.log(loss=loss)
+        elif logs and "loss" in logs:
             self.monitor.log(loss=logs["loss"])
         self.monitor.step()
+
+    def _loss(self) -> Any:
+        """The loss of the last batch, as a tensor; None: the model keeps no mean of it."""
+        model: Any = self.model
+        mean = next(
+            (m for m in model.metrics if m.name == "loss" and isinstance(m, keras.metrics.Mean)), None
+        )
+        if mean is None:
+            return None
+        before, self._summed = (
+            self._summed,
+            (mean.total.value.detach().clone(), mean.count.value.detach().clone()),
+        )
+        total, count = self._summed
+        return total / count if before is None else (total - before[0]) / (count - before[1])
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self._summed = None  # Keras begins a new mean
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         if self.monitor is not None:

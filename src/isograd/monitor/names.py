@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-ADDED = {"_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-"""Parts of a name that torch.compile, Fabric, FSDP and checkpoint wrappers put in."""
+ADDED = {
+    "_orig_mod",
+    "_forward_module",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_functional",
+    "_torch_params",
+}
+"""Parts of a name that torch.compile, Fabric, FSDP, checkpoint wrappers and Keras put in."""
 
 MANY = 32
 """Lists of parameters whose sites are remembered."""
@@ -42,7 +51,7 @@ class Names:
         return known[1]
 
     def _refresh(self, strays: Sequence[Tensor]) -> None:
-        named: dict[str, Tensor] = {clean(name, self._model): p for name, p in self._model.named_parameters()}
+        named: dict[str, Tensor] = {clean(name, self._model): p for name, p in in_order(self._model)}
         known = {id(p) for p in named.values()}
         for p in strays:
             if id(p) not in known:
@@ -52,6 +61,17 @@ class Names:
         self._found: dict[int, tuple[Sequence[Tensor], tuple[list[int], list[int]]]] = {}
         self.sites = tuple(named)
         self.shapes = tuple(tuple(p.shape) for p in self._held)
+
+
+def in_order(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """`named_parameters()`, layer by layer: Keras keeps its own in the order of the alphabet, `dense_10` before `dense_2`."""
+    named: list[tuple[str, Tensor]] = list(model.named_parameters())
+    keras: Any = sys.modules.get("keras")
+    if keras is None or not isinstance(model, keras.Model):
+        return named
+    variables: Any = model.variables
+    places = {variable.path: i for i, variable in enumerate(variables)}
+    return sorted(named, key=lambda one: places.get(one[0].rpartition(".")[2], len(places)))
 
 
 def clean(name: str, model: nn.Module) -> str:

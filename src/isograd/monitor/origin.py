@@ -14,6 +14,8 @@ INPUT = 1.0
 """Decades: inputs of rms 10 and more at the first layer are not normalised."""
 INPUT_GROWTH = 0.7
 """Decades by which the inputs have grown since the start, and within the window: other data than the training began with."""
+ONE = 1.0
+"""Decades by which the inputs of one batch lie above those of each of the others in the window."""
 SPAN = 1.5
 """Decades between the signals, or the sensitivities, of the layers at the first step: a factor of 30 that the
 initialisation has put there."""
@@ -68,6 +70,11 @@ def origin(history: History) -> Cause:
     recent = [i for i, step in enumerate(history.measured) if step > history.step - RECENT]
     updates = finite(history.typical_updates[i] for i in recent)
     grown, name, steps = _growth(history)
+    if (
+        not updates and steps and grown / steps >= math.log10(1 + 10**FAST)
+    ):  # it has moved by as much at least
+        words = f"{name} has grown {10**grown:.3g} times within {steps} steps: they are too large, and so is the learning rate"
+        return Cause(words, "learning-rate", ("lower-learning-rate", "warm-up", "clip-gradients"))
     if grown >= WEIGHT_GROWTH and max(updates, default=-math.inf) < FAST:
         words = f"{name} has grown {10**grown:.3g} times within {steps} steps"
         return Cause(words, "weight-growth", ("lower-learning-rate", "reduce weight growth: weight decay"))
@@ -87,6 +94,12 @@ def given(history: History) -> Cause | None:
     if now - max(start, before) >= INPUT_GROWTH:
         words = f"the first layer now gets inputs of rms {10**now:.3g}, at the start {10**start:.3g}"
         return Cause(words, "input-change", ("standardise-input", "clip-gradients"))
+    first = [row[0] for row in history.scales if row and math.isfinite(row[0])]
+    if len(first) > RECENT:
+        *others, largest = sorted(first)
+        if largest - others[-1] >= ONE:
+            words = f"the first layer got inputs of rms {10**largest:.3g} in one batch, in all others {10 ** others[-1]:.3g} at most"
+            return Cause(words, "data", ("look at the batch", "standardise-input", "clip-gradients"))
     if start >= INPUT:
         words = f"the first layer gets inputs of rms {10**start:.3g}: they are not normalised"
         return Cause(words, "unnormalised-input", ("standardise-input",))

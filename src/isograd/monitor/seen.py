@@ -174,7 +174,9 @@ def _plan(sites: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> Plan:
     places = {name: i for i, name in enumerate(sites)} if shapes else {}
     biases = [places.get(_sibling(sites[i]), -1) for i in kept]
     fed = set(biases)
-    fan_in = [math.prod(shapes[i][1:]) if shapes else 1 for i in kept]
+    # Keras has the inputs of a kernel before its outputs.
+    inputs = [slice(-1) if sites[i].endswith("kernel") else slice(1, None) for i in kept]
+    fan_in = [math.prod(shapes[i][part]) if shapes else 1 for i, part in zip(kept, inputs, strict=True)]
     return Plan(
         tuple(sites[i] for i in kept),
         torch.tensor(kept, dtype=torch.long),
@@ -189,6 +191,8 @@ def _plan(sites: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> Plan:
 
 def _sibling(name: str) -> str:
     head, _, last = name.rpartition(".")
+    if last.endswith("/kernel"):
+        return f"{head}{'.' * bool(head)}{last.removesuffix('kernel')}bias"
     return f"{head}.{last.replace('weight', 'bias')}" if "weight" in last else ""
 
 
