@@ -82,6 +82,8 @@ def _arriving(flow: Flow) -> tuple[float, bool]:
         return math.nan, False
     known = flow.column("activation_rms")[1 : before[0]]
     known = known[~known.isnan()]
+    if not len(known):  # nothing of it was finite
+        return math.nan, False
     return float(known[-1]), any(site.operation in ("sub", "rsub", "add") for site in computed)
 
 
