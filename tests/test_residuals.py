@@ -103,14 +103,34 @@ def test_skip_and_branch_are_told_apart_in_every_way_to_write_an_addition(form: 
     assert float(flow.column("gain")[depth]) == pytest.approx(total, rel=1e-9)
 
 
-def test_the_forward_ratio_is_that_of_branch_and_stream() -> None:
-    first, block = nn.Linear(16, 16).double(), Residual(branch()).double()
+class Multiplied(nn.Module):
+    """x + factor * f(x), or the skip times it."""
+
+    def __init__(self, factor: float, *, skip: bool) -> None:
+        super().__init__()
+        self.branch, self.factor, self.skip = branch(), factor, skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.branch(x)
+        return self.factor * x + y if self.skip else x + self.factor * y
+
+
+BLOCKS: dict[str, tuple[Callable[[], nn.Module], float]] = {
+    "x + f(x)": (lambda: Residual(branch()), 1.0),
+    "x + 3 f(x)": (lambda: Multiplied(3.0, skip=False), 3.0),
+    "0.5 x + f(x)": (lambda: Multiplied(0.5, skip=True), 1.0),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_the_forward_ratio_is_that_of_branch_and_stream(name: str) -> None:
+    make, factor = BLOCKS[name]
+    first, block = nn.Linear(16, 16).double(), make().double()
     x = torch.randn(8, 16, dtype=torch.float64)
     _, split = split_of(measure(nn.Sequential(first, block), projected(x)))
     stream = first(x)
-    assert split.forward_ratio == pytest.approx(
-        (block.branch(stream).norm() / stream.norm()).item(), rel=1e-5
-    )
+    inner = block.get_submodule("branch")(stream)
+    assert split.forward_ratio == pytest.approx(factor * (inner.norm() / stream.norm()).item(), rel=1e-5)
 
 
 def test_the_ledger_of_a_branch_adds_up_to_its_share() -> None:

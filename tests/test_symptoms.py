@@ -172,20 +172,20 @@ class Skip(nn.Module):
 class Average(nn.Module):
     """Attention at its most even: each token becomes the mean of those up to it."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, loud: float) -> None:
         super().__init__()
-        self.values = nn.Linear(width, width)
+        self.values, self.loud = nn.Linear(width, width), loud
         nn.init.orthogonal_(self.values.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         steps = torch.arange(1, x.shape[1] + 1, dtype=x.dtype)[:, None]
-        return self.values(x).cumsum(1) / steps
+        return self.loud * self.values(x).cumsum(1) / steps
 
 
-def tokens(skip: float, batch: int = 4) -> Built:
+def tokens(skip: float, batch: int = 4, loud: float = 1.0) -> Built:
     """Answers token by token, behind four averages with skips of a given strength."""
     x = torch.randint(11, (batch, 24))
-    body = nn.Sequential(*(Skip(Average(16), skip, 16) for _ in range(4)))
+    body = nn.Sequential(*(Skip(Average(16, loud), skip, 16) for _ in range(4)))
     model = nn.Sequential(nn.Embedding(11, 16), body, nn.Linear(16, 11))
     return model, lambda m: functional.cross_entropy(m(x).float().flatten(0, 1), x.flatten())
 
@@ -644,6 +644,14 @@ class Adapted(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layer(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize(("loud", "cause"), [(1.0, None), (5.0, "residual-branch-growth")])
+def test_branches_louder_than_their_stream_drown_what_is_a_tokens_own(loud: float, cause: str | None) -> None:
+    model, loss = tokens(1.0, loud=loud)
+    found = [f.evidence["cause"] for f in check(model, loss).errors if f.code == "VG105"]
+    assert found == ([] if cause is None else [cause])
+    assert cause is None or repair(model, loss).cured
 
 
 def test_the_adapter_behind_the_data_opens_with_the_first_step_unless_both_its_matrices_are_zero() -> None:

@@ -1,7 +1,9 @@
-"""Where the faults that cost no decades start to hurt: python -m benchmarks.twins.thresholds [skip|epsilon|attention|gain]
+"""Where the faults that cost no decades start to hurt: python -m benchmarks.twins.thresholds [GRID …]
+
+GRID is skip, loud, recurrence, epsilon, attention or gain; all without one.
 
 Each row is a healthy twin with one property turned a little further: what is measured before training, and the
-held-out accuracy after it, on seed 0. The thresholds of VG104, VG105, VG106 and SA304 stand on it.
+held-out accuracy after it, on seed 0. The thresholds of RN602, VG104, VG105, VG106 and SA304 stand on it.
 """
 
 from __future__ import annotations
@@ -19,11 +21,15 @@ from benchmarks.twins.case import Case, Plant, train
 from benchmarks.twins.cases import cases
 from benchmarks.twins.trial import model_of
 from gallery.nets import Attention
+from isograd.check import along_time
 from isograd.flow import Flow
 from isograd.measure import measure
+from isograd.symptoms.exploding_recurrence import growth
 from isograd.symptoms.rank_collapse import own
 
 SKIPS = (1.0, 0.8, 0.6, 0.5, 0.4, 0.3, 0.15, 0.0)
+LOUDNESS = (1.0, 1.5, 2.0, 3.0, 5.0)
+RECURRENCES = (1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
 EPSILONS = (0.0, 1.0, 10.0, 100.0, 1000.0)
 """Times the variance of what is normalised."""
 GAINS = (0.3, 0.1, 0.05, 0.02, 0.005)
@@ -32,6 +38,24 @@ GAINS = (0.3, 0.1, 0.05, 0.02, 0.005)
 def _skips() -> Iterator[tuple[str, str, Plant]]:
     for model in ("pre-norm decoder 3", "post-norm decoder 3", "pre-norm decoder 6", "post-norm decoder 6"):
         yield from ((model, f"skips x {skip:g}", faults.attribute("skip", skip)) for skip in SKIPS)
+
+
+def _branches() -> Iterator[tuple[str, str, Plant]]:
+    for model in ("pre-norm decoder 6", "post-norm decoder 3", "post-norm decoder 6"):
+        yield from (
+            (model, f"branches x {factor:g}", faults.attribute("scale", factor)) for factor in LOUDNESS
+        )
+
+
+def _recurrences() -> Iterator[tuple[str, str, Plant]]:
+    for model in (
+        "tanh rnn on rows, T=16",
+        "tanh rnn on rows, T=24",
+        "lstm on rows, T=24",
+        "gru on rows, T=64",
+    ):
+        for factor in RECURRENCES:
+            yield model, f"recurrence x {factor:g}", faults.recurrent_weights(factor)
 
 
 def _epsilons() -> Iterator[tuple[str, str, Plant]]:
@@ -60,6 +84,10 @@ def _logits() -> Iterator[tuple[str, str, Plant]]:
         yield "pre-norm decoder 3", f"queries and keys x {factor:g}", plant
 
 
+def _growth(flow: Flow) -> float:
+    return growth(flow.horizon) if flow.horizon else float("nan")
+
+
 def _share(flow: Flow) -> float:
     found = own(flow)
     return found.ratio if found else float("nan")
@@ -67,6 +95,8 @@ def _share(flow: Flow) -> float:
 
 GRIDS: dict[str, tuple[Callable[[], Iterator[tuple[str, str, Plant]]], Callable[[Flow], float]]] = {
     "skip": (_skips, _share),
+    "loud": (_branches, _share),
+    "recurrence": (_recurrences, _growth),
     "epsilon": (_epsilons, lambda flow: median(n.kept for n in flow.normalisations)),
     "attention": (_logits, lambda flow: median(a.spread for a in flow.attentions)),
     "gain": (_gains, lambda flow: median(n.gain for n in flow.normalisations)),
@@ -79,12 +109,13 @@ def rows(grid: str) -> Iterator[str]:
     for case in cases():
         models.setdefault(model_of(case), case)
     planted, measured = GRIDS[grid]
-    for model, fault, plant in planted():
-        case = replace(models[model], plant=plant)
-        flow = measure(case.build(0, faulty=True).train(), case.loss(0))
+    for name, fault, plant in planted():
+        case = replace(models[name], plant=plant)
+        model, loss = case.build(0, faulty=True).train(), case.loss(0)
+        flow = along_time(measure(model, loss), model, loss)
         score = train(case, case.build(0, faulty=True), 0)
         yield (
-            f"{model:24} {fault:24} measured {measured(flow):7.3f}  {flow.lost:+5.2f} decades  "
+            f"{name:24} {fault:24} measured {measured(flow):7.3f}  {flow.lost:+5.2f} decades  "
             f"accuracy {score:.3f} (guessing {case.task().chance:.3f})"
         )
 

@@ -315,19 +315,25 @@ def _split(graph: Graph, trace: Trace, segment: Segment, following: Node) -> Non
 def _walk(
     graph: Graph, starts: Sequence[Node], allowed: Collection[Node], end: Node
 ) -> tuple[set[tuple[Node, int]], set[Node]]:
-    """Edges into `end` on paths through allowed nodes only, and the nodes walked."""
+    """Edges into `end` on paths through allowed nodes only, and the nodes of these paths."""
     edges: set[tuple[Node, int]] = set()
-    seen: set[Node] = set(starts)
+    above: dict[Node, list[Node]] = {start: [] for start in starts}
     stack = list(starts)
     while stack:
         node = stack.pop()
         for index, (child, _) in enumerate(node.next_functions):
             if child is end:
                 edges.add((node, index))
-            elif child is not None and child in allowed and child not in seen:
-                seen.add(child)
-                stack.append(child)
-    return edges, seen
+            elif child is not None and child in allowed:
+                if child not in above:
+                    stack.append(child)
+                above.setdefault(child, []).append(node)
+    arriving, stack = set[Node](), [node for node, _ in edges]
+    while stack:
+        if (node := stack.pop()) not in arriving:
+            arriving.add(node)
+            stack.extend(above[node])
+    return edges, arriving
 
 
 def _weights_below(graph: Graph, trace: Trace, start: Node, inside: set[Node], end: Node) -> int:

@@ -17,7 +17,8 @@ Evidence
     the loss reads an answer for every token, the share at the head has fallen below half of that at the entrance,
     and it falls exponentially: it would have done so too at the pace of the second half of the sites. Shipped
     decoders start at a third, most of it taken by the first blocks, whose branches are louder than the embedding.
-    An error only where the skips are missing or damped, which is read off the gradient that comes by them: with
+    An error only where the skips are missing or damped, which is read off the gradient that comes by them, or where
+    most branches are as loud as the stream they are added to, which is the same once a normalisation follows: with
     skips of full strength twelve and twenty-four blocks, pre- and post-norm, learn to tell their tokens apart again,
     at a small enough learning rate. An encoder whose tokens are pooled may let them become one.
 
@@ -31,6 +32,7 @@ References
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -49,6 +51,10 @@ ERROR = 0.6
 with whole skips the same decoders start above 0.7 (`python -m benchmarks.twins.thresholds skip`)."""
 WARNING = 0.5
 """Where the skips are whole, healthy stacks of twelve blocks start at a tenth to a half."""
+LOUD = 0.9
+"""rms of a branch over that of its stream, in the median of the skips that are whole. Post-norm decoders of 3 and 6 blocks stand
+at 0.47 as they are; at 1 they lose two thirds of their lead and all of it, a token's own being 0.53 and 0.30 of what it was,
+from 1.5 on nearly all (`python -m benchmarks.twins.thresholds loud`)."""
 
 
 def examine(flow: Flow) -> Iterator[Outcome]:
@@ -109,7 +115,11 @@ def _along(line: Flow) -> Outcome | None:
     ratio = found.ratio
     said = f"a token's own is {found.left:.2g} of the signal at the head, {found.entered:.2g} at the entrance"
     skip = median(split.skip for split in line.splits.values()) if line.splits else 0.0
-    sick = ratio < ERROR and skip < DAMPED
+    loud = median(split.forward_ratio for split in line.splits.values()) if line.splits else math.nan
+    drowned = skip >= DAMPED and loud > LOUD
+    if drowned:  # what the first averages take is no luck of the embedding's size then
+        ratio = found.left / found.entered
+    sick = ratio < ERROR and (skip < DAMPED or drowned)
     if not sick and ratio >= WARNING:
         return Healthy(f"{said} (an error below {ERROR:.0%} of it, where skips are damped)")
     return Finding(
@@ -117,18 +127,25 @@ def _along(line: Flow) -> Outcome | None:
         NAME,
         Severity.ERROR if sick else Severity.WARNING,
         f"{said}: all tokens of a sample become alike",
-        cause=f"the skip connections let {skip:.2g} of the signal by (not tested)"
-        if skip > 0
-        else "no skip connection keeps a token beside the average (not tested)",
+        cause=_cause(skip, loud),
         sites=tuple(line.sites[i].place for i in found.falls[:3]),
         evidence={
             "distinct": found.left,
             "distinct_at_entrance": found.entered,
             "ratio": ratio,
             "skip": skip,
+            "branch": loud,
             "threshold": ERROR if sick else WARNING,
             "layers": line.layers,
             "cause": "residual-branch-growth" if skip >= DAMPED else "missing-residual",
         },
         remedies=("scale-residual-branches",) if skip >= DAMPED else ("insert-residual",),
     )
+
+
+def _cause(skip: float, loud: float) -> str:
+    if skip == 0:
+        return "no skip connection keeps a token beside the average (not tested)"
+    if skip < DAMPED:
+        return f"the skip connections let {skip:.2g} of the signal by (not tested)"
+    return f"the branches are {loud:.2g} times as loud as what they are added to (median; not tested)"
