@@ -99,7 +99,7 @@ def _along(flow: Flow) -> Iterator[Outcome]:
     yield Finding(
         CODE,
         NAME,
-        Severity.ERROR if lost <= -limit and _starved(flow, limit) else Severity.WARNING,
+        Severity.ERROR if _typical(flow) <= -limit and _starved(flow) else Severity.WARNING,
         f"{said}; {_received(flow, lost)}",
         cause=f"the derivative of {step.operation} is zero everywhere" if step and lost == -math.inf else "",
         sites=tuple(flow.sites[i].place for i in worst if _or_zero(float(flow.column("decades")[i])) < 0),
@@ -171,8 +171,16 @@ def expected(flow: Flow) -> dict[str, float]:
     return {"expected": part.decades, "expected_spread": part.spread}
 
 
-def _starved(flow: Flow, limit: float) -> bool:
-    """Does more than the first layer receive too little, or any layer nothing at all, for good?
+def _typical(flow: Flow) -> float:
+    """Decades lost; of weights that were lucky, within two standard deviations, what theory expects of their like."""
+    part = flow.expected.over(flow.lost_part)
+    if part is None or not part.whole or not 0 < flow.lost - part.decades <= 2 * part.spread:
+        return flow.lost
+    return part.decades
+
+
+def _starved(flow: Flow) -> bool:
+    """Does more than the first layer receive little, or any layer nothing at all, for good?
 
     A first layer that is all but frozen still feeds the others, which learn from what it makes. A part without a
     backbone, as a U-Net between its input and its head, counts layer by layer.
@@ -187,7 +195,7 @@ def _starved(flow: Flow, limit: float) -> bool:
         inside = [s.level for s in flow.ledgers.get(i, ()) if s.site.kind in WEIGHTED and not s.branch]
         reached += [above + level for level in inside if not math.isnan(level)] or [above]
     head = reaching[layers[-1]] if layers else 0.0
-    return len(reached) < 3 or sum(not share - head > -limit for share in reached) > 1
+    return len(reached) < 3 or sum(not share - head > -WARNING for share in reached) > 1
 
 
 def _received(flow: Flow, lost: float) -> str:
