@@ -16,7 +16,7 @@ from torch.nn import functional
 from isograd import check
 from isograd.diagnosis import Diagnosis, Effect, Finding
 from isograd.prescription import Patient
-from isograd.remedies import lsuv, standardise_input
+from isograd.remedies import exchange_activation, lsuv, standardise_input
 from isograd.repair import repair
 from tests.models import HE, Built, Loss, classified, mlp, relu_he, relu_large, sigmoid_xavier
 
@@ -221,6 +221,61 @@ class Locked(nn.Sequential):
     def __init__(self, *parts: nn.Module) -> None:
         super().__init__(*parts)
         self.lock = threading.Lock()
+
+
+class Logistic(torch.autograd.Function):
+    """A sigmoid that torch does not know to be one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = 1 / (1 + torch.exp(-x))
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (y,) = ctx.saved_tensors
+        return grads[0] * y * (1 - y)
+
+
+class Written(nn.Module):
+    """Layers with a function of the user's own between them."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(64, 64) for _ in range(12))
+        self.head, self.function = nn.Linear(64, 10), function
+        for layer in self.layers:
+            nn.init.xavier_normal_(layer.weight)  # pyright: ignore[reportArgumentType]
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = self.function(layer(x))
+        return self.head(x)
+
+
+OWN: dict[str, Callable[[Tensor], Tensor]] = {
+    "Logistic": Logistic.apply,  # pyright: ignore[reportAssignmentType]
+    "rdiv": lambda x: 1 / (1 + torch.exp(-x)),
+}
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_a_function_of_ones_own_is_blamed_for_what_it_costs(name: str) -> None:
+    torch.manual_seed(0)
+    model, loss = classified(Written(OWN[name]))
+    found = check(model, loss)
+    (finding,) = [f for f in found.errors if f.code == "VG101"]
+    assert finding.evidence["cause"] == "activation"
+    assert name in finding.cause
+    assert "read off the backbone" in finding.cause
+    sites = [site for site in found.flow.sites[found.flow.hidden] if site.kind in ("elementwise", "custom")]
+    cost = -float(found.flow.column("decades")[[site.depth for site in sites]].sum())
+    assert finding.effects[0].given_back == pytest.approx(cost)
+    assert "expected" not in finding.evidence  # theory knows the layers and not what stands between them
+    (rx,) = exchange_activation.prescribe(Patient(model, found, loss))
+    assert name in rx.why_not
+    assert any("test_causes.py" in line for line in rx.advice)
 
 
 def test_a_model_that_cannot_be_copied_is_diagnosed_and_its_causes_are_untested() -> None:

@@ -259,6 +259,43 @@ def test_functional_calls_are_repaired_at_their_line() -> None:
     executed(found, model, loss)
 
 
+class Hot(nn.Module):
+    """log(softmax(1000 x)): two errors, of which one can be mended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.log(functional.softmax(1e3 * self.layer(x), -1))
+
+
+def test_of_two_errors_the_one_that_can_be_mended_is() -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(32, 64), torch.randint(10, (32,))
+    found = repair(Hot(), lambda m: functional.nll_loss(m(x), y))
+    assert not found.cured
+    assert found.prescription is not None
+    assert found.prescription.remedy == "safe-loss"
+    assert {f.code for f in found.after.errors}.isdisjoint({f.code for f in found.before.errors})
+
+
+def test_what_only_the_user_can_do_is_said_where_nothing_cures() -> None:
+    """Gains that are frozen at 0.01: no edit may thaw them."""
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.ReLU()) for _ in range(6)]
+    model, loss = classified(nn.Sequential(*layers, nn.Linear(64, 10)))
+    for block in layers:
+        nn.init.constant_(block[1].weight, 0.01)
+        block[1].requires_grad_(False)
+    found = repair(model, loss)
+    assert not found.cured
+    (rx,) = found.by_hand
+    assert rx.remedy == "reset-norm-gain"
+    assert "thaw" in str(found)
+    assert [told["remedy"] for told in json.loads(found.to_json())["by_hand"]] == [rx.remedy]
+
+
 def test_json_tells_all() -> None:
     torch.manual_seed(0)
     told = json.loads(repair(*relu_large()).to_json())

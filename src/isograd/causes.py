@@ -9,6 +9,7 @@ functional code is treated like modules. Nothing here touches the user's model: 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,7 @@ from isograd.graph.preserve import copied
 from isograd.graph.traced import Loss
 from isograd.interventions import Intervention, both, candidates
 from isograd.measure import measure
+from isograd.remedies.exchange_activation import own_functions
 from isograd.symptoms.vanishing_gradient import stuck
 
 FAR = 400.0
@@ -31,6 +33,8 @@ CURED = 1.5
 """Decades that may remain after a change that explains everything: no finding begins below 1.6."""
 MOST = 0.7
 """Share of the best change's effect that a less invasive one must reach to be blamed instead."""
+OWN = "left out of the product of gains"
+"""What no exchange can test, and is read off the backbone."""
 TELLING = 0.2
 """Share of the decades that a change must give back to be called a cause."""
 
@@ -41,7 +45,7 @@ def explained(diagnosis: Diagnosis, model: nn.Module, loss: Loss) -> Diagnosis:
     if not depth or any(f.code == "VG102" for f in diagnosis.errors):
         return diagnosis
     before = distance(diagnosis.flow)
-    effects: list[Effect] = []
+    effects = list(_own(diagnosis.flow, before))
     after: dict[str, float] = {}
     for change in candidates(diagnosis.flow, model):
         after[change.cause] = _try(change, model, loss)
@@ -89,6 +93,18 @@ def _try(intervention: Intervention, model: nn.Module, loss: Loss) -> float:
     return distance(flow)
 
 
+def _own(flow: Flow, before: float) -> Iterator[Effect]:
+    """What functions of the user's own cost, in the place of an activation: nobody knows what to exchange them for."""
+    sites = own_functions(flow)
+    if not sites or not flow.lost < 0:
+        return
+    column = flow.column("decades").nan_to_num(0.0)
+    cost = min(-float(sum(column[site.depth] for site in sites)), before)
+    source = next((site.source for site in sites if site.source), "")
+    names = ", ".join(dict.fromkeys(site.operation for site in sites)) + (f" ({source})" if source else "")
+    yield Effect(f"{names} {OWN}", "activation", before, before - cost, cost)
+
+
 def _shared(effects: list[Effect], together: float) -> list[Effect]:
     """Activation and initialisation act together: the initialisation gets what it gives back on its own,
     at the best gain there is for the activation in use, and the activation what is left of both.
@@ -126,11 +142,14 @@ def _told(finding: Finding, effects: tuple[Effect, ...], before: float) -> Findi
     if first.cause in PAIR and any(e.note for e in effects if e.cause in PAIR):
         causes = sorted((e for e in telling if e.cause in PAIR), key=lambda e: -e.given_back)
     others = [e for e in telling if e not in causes and e.given_back >= MOST * most]
-    said = ", ".join(f"{_BLAME[e.cause]} {_cost(e, before)}" for e in causes)
+    own = first.intervention.endswith(OWN)
+    blamed = {**_BLAME, "activation": first.intervention.removesuffix(f" {OWN}")} if own else _BLAME
+    said = ", ".join(f"{blamed[e.cause]} {_cost(e, before)}" for e in causes)
+    how = "read off the backbone" if own else "measured by exchange on a copy"
     also = f"; so does another way: {others[0].intervention}" if others else ""
     return replace(
         finding,
-        cause=f"{said} (measured by exchange on a copy{also})",
+        cause=f"{said} ({how}{also})",
         evidence={**finding.evidence, "cause": causes[0].cause, "causes": ",".join(e.cause for e in causes)},
         effects=effects,
         remedies=tuple(dict.fromkeys(_REMEDY[e.cause] for e in (*causes, *others))),

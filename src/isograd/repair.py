@@ -31,6 +31,8 @@ class Repair:
     before: Diagnosis
     after: Diagnosis
     tried: tuple[Tried, ...] = ()
+    by_hand: tuple[Prescription, ...] = ()
+    """For the errors that are left: what belongs into the training, and lines of the user's that no edit reaches."""
     seconds: float = 0.0
     note: str = ""
     """Why the search ended before it had an answer, or had nothing to do."""
@@ -126,6 +128,7 @@ def _found(search: Search) -> Repair:
         before=search.before,
         after=best.diagnosis,
         tried=tuple(search.tried),
+        by_hand=tuple(search.by_hand()),
         seconds=time.perf_counter() - search.began,
         note=search.note,
         score_before=math.nan if judge is None or math.isnan(best.score) else judge.before,

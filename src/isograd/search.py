@@ -28,6 +28,7 @@ from isograd.remedies import (
     critical_initialisation,
     exchange_activation,
     insert_residual,
+    lsuv,
     orthogonal_initialisation,
     slugs,
 )
@@ -61,6 +62,8 @@ TRAINED = (
 """Causes that a training is asked about where the flow is healthy: what a gradient at the start shows least comes first."""
 SPARE = 4
 """Further candidates of the same reach that are measured when one leaves a warning about depth, and no error."""
+HELP = 0.5
+"""Decades that a change has to give back, or one kind of error, if it is to be shown though it is no cure."""
 IN_VAIN = 2
 """Candidates of one reach that gain nothing in a training: then what is of another kind is asked."""
 
@@ -119,6 +122,13 @@ class Search:
     def cured(self) -> bool:
         """The flow shows no error, and no training speaks against it."""
         return not self.best.diagnosis.errors and not self._worse(self.best)
+
+    def by_hand(self) -> Iterator[Prescription]:
+        """For the errors of the best: what changes the training alone, and what the user would have to write."""
+        if self.best.diagnosis.errors:
+            for rx in prescriptions(self._patient_now(), among=set(slugs()) - {lsuv.SLUG}):
+                if (rx.advice and rx.why_not) or (rx.applicable and not _changing(rx)):
+                    yield rx
 
     def run(self) -> None:
         """Try candidates until one is healthy; with a healthy flow, what a training may prefer, on top of it."""
@@ -218,8 +228,7 @@ class Search:
 
     def _ordered(self, found: Iterable[Prescription]) -> list[Prescription]:
         """Those that change the model, the least invasive first, and of one reach the specific first."""
-        changing = [rx for rx in found if any(e.verb != "configure" for e in rx.edits)]
-        allowed = [rx for rx in changing if self.unsafe or rx.safety is Safety.SAFE]
+        allowed = [rx for rx in found if _changing(rx) and (self.unsafe or rx.safety is Safety.SAFE)]
         rank = {slug: i for i, slug in enumerate(ORDER)}
         return sorted(allowed, key=lambda rx: (rx.reach, rank.get(rx.remedy, len(ORDER))))
 
@@ -383,20 +392,31 @@ class Search:
         if judge is not None and scored and not (outcome.diagnosis.errors or best.diagnosis.errors):
             better = judge.prefers(outcome.score, best.score)
         else:
-            better = self._badness(outcome) < self._badness(best)
+            better = self._badness(outcome) < self._badness(best) and self._helps(outcome)
         if better:
             self.best = outcome
+
+    def _helps(self, outcome: Outcome) -> bool:
+        """Is it a change for the better of what there was, if it is no cure?"""
+        after, before = outcome.diagnosis, self.before
+        kinds = {f.code for f in before.errors} - {f.code for f in after.errors}
+        return bool(kinds) or distance(before.flow) - distance(after.flow) >= HELP
 
     def _worse(self, outcome: Outcome) -> bool:
         """A training speaks against it."""
         return self.judge is not None and not math.isnan(outcome.score) and outcome.score < self.judge.before
 
     def _badness(self, outcome: Outcome) -> tuple[bool, bool, bool, float]:
-        seen = outcome.diagnosis
-        return bool(seen.errors), self._worse(outcome), _warned(seen), distance(seen.flow)
+        seen, sick = outcome.diagnosis, bool(outcome.diagnosis.errors)
+        return sick, self._worse(outcome), not sick and _warned(seen), distance(seen.flow)
 
     def _examined(self, model: nn.Module) -> Diagnosis:
         return diagnose(along_time(measure(model, self.loss), model, self.loss))
+
+
+def _changing(rx: Prescription) -> bool:
+    """Does it change the model, and not the training alone?"""
+    return any(edit.verb != "configure" for edit in rx.edits)
 
 
 def _with_drawn(

@@ -43,7 +43,6 @@ ACTIVATIONS = {
     "tanhshrink": ActivationFunction(0.0),
     "softshrink": ActivationFunction(0.0),
     "hardshrink": ActivationFunction(0.0),
-    "exp": ActivationFunction(0.0),
 }
 
 STEPS = {"round", "sign", "sgn", "floor", "ceil", "trunc", "fix", "heaviside"}

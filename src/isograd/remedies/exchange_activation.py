@@ -32,7 +32,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from isograd.flow import Activation, Flow
+from isograd.flow import Activation, Flow, Site
 from isograd.graph.operations import ACTIVATIONS
 from isograd.layers import Layer, is_chain, layers
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
@@ -54,6 +54,8 @@ TARGETS = {
 """Function -> its module and what it is called."""
 FUSED = "activation_relu_or_gelu"
 """By this number the kernel that `nn.TransformerEncoderLayer` runs in eval() knows its activation; 0: there is none."""
+FACTORS = {"mul", "rmul", "imul", "div", "truediv", "itruediv", "neg"}
+"""Elementwise calls that are no function by themselves."""
 ODD = {"sigmoid", "tanh", "hardtanh", "hardsigmoid", "softsign"}
 """S-shaped: tanh is the nearest relative. The rest is one-sided, with ELU the nearest."""
 
@@ -61,6 +63,11 @@ ODD = {"sigmoid", "tanh", "hardtanh", "hardsigmoid", "softsign"}
 def prescribe(patient: Patient) -> Iterator[Prescription]:
     """One prescription a target, the nearest relative of what is exchanged first."""
     flat = sorted(set(functions(patient.flow)) - SELF_GATED)
+    if not flat and (own := own_functions(patient.flow)):
+        lines = {site.source: site.operation for site in own if site.source}
+        why = f"what stands in the place of an activation is a function of your own: {_named(own)}"
+        yield not_applicable(SLUG, why, *(_by_hand(source, name, "gelu") for source, name in lines.items()))
+        return
     if not flat:
         yield not_applicable(SLUG, "no saturating activation lies on the way of the hidden signal")
         return
@@ -76,6 +83,16 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
 def functions(flow: Flow) -> list[str]:
     """Activation functions that the hidden signal cannot get round, once each, in the order of the forward."""
     return list(dict.fromkeys(a.function for a in _hidden(flow)))
+
+
+def own_functions(flow: Flow) -> list[Site]:
+    """Sites of functions that torch has no name for, on the way of the hidden signal: a custom Function, a formula."""
+    found = [site for site in flow.sites[flow.hidden] if site.kind in ("elementwise", "custom")]
+    return found if {site.operation for site in found} - FACTORS else []
+
+
+def _named(sites: Sequence[Site]) -> str:
+    return ", ".join(dict.fromkeys(site.operation for site in sites))
 
 
 def exchange(

@@ -160,8 +160,9 @@ def repair_document(found: Repair) -> Text:
         text.append(f"\n  {left.severity.name.lower()} left  ", "dim").append(f"{left.code} {left.name}")
         for remedy in left.remedies if found.prescription is None else ():
             text.append("\n    try  ", "bold").append(in_words(remedy))
-    if found.prescription is not None:
-        text.append("\n\n").append(document(found.prescription))
+    for rx in (found.prescription, *found.by_hand):
+        if rx is not None:
+            text.append("\n\n").append(document(rx))
     return text
 
 
@@ -222,6 +223,7 @@ def repair_to_json(found: Repair) -> str:
         "score_before": _finite(found.score_before),
         "score_after": _finite(found.score_after),
         "prescription": None if found.prescription is None else as_dict(found.prescription),
+        "by_hand": [as_dict(rx) for rx in found.by_hand],
         "tried": [
             {
                 "remedy": t.prescription.remedy,

@@ -18,6 +18,8 @@ from isograd.theory.operations import Operations, is_signal, width_of
 NEAR = 0.5
 """How far log q of an operation's output may lie from what its measured input lets expect: weights that are
 no independent draws, or data with a few large features, do not lie near."""
+NOTHING = 0.1
+"""Decades at functions that theory has no word for, up to which what it expects of the rest is that of the whole."""
 DEVIATIONS = 5.0
 """The same in standard deviations over draws of the weights, for narrow layers."""
 
@@ -30,6 +32,8 @@ class Expectation:
     measured: tuple[float, ...]
     """Decades found at each site; NaN: none."""
     weighted: tuple[bool, ...]
+    unknown: tuple[bool, ...]
+    """A function that theory has no word for."""
 
     @property
     def decades(self) -> list[float]:
@@ -56,7 +60,8 @@ class Expectation:
             math.sqrt(sum(run.spread**2 for run in runs)),
             sum(self.measured[i] for i in covered),
             layers,
-            whole=layers == sum(self.weighted[i] for i in at),
+            whole=layers == sum(self.weighted[i] for i in at)
+            and sum(abs(self.measured[i]) for i in at if self.unknown[i]) < NOTHING,
         )
 
 
@@ -72,7 +77,7 @@ class Part:
     layers: int
     """Layers among them that multiply by weights."""
     whole: bool
-    """No layer of the part is left out."""
+    """No layer of the part is left out, nor anything else that changes the gradient."""
 
 
 def expectation(flow: Flow) -> Expectation:
@@ -96,7 +101,10 @@ def expectation(flow: Flow) -> Expectation:
         else:
             seen = Signal(rms[i] ** 2, shared=apart, width=width_of(flow.sites[i]))
             signal = seen if is_signal(rms[i]) else None
-    return Expectation(tuple(found), tuple(decades), tuple(weighted))
+    unknown = [
+        r is None and s.kind in ("elementwise", "custom") for r, s in zip(found, flow.sites, strict=True)
+    ]
+    return Expectation(tuple(found), tuple(decades), tuple(weighted), tuple(unknown))
 
 
 def _entering(flow: Flow, rms: float, shared: float) -> Signal | None:
