@@ -254,6 +254,16 @@ def test_values_that_are_not_finite_are_told_once_with_their_place() -> None:
     assert finding.evidence["cause"] == "sudden"
 
 
+@pytest.mark.parametrize(("grows", "cause"), [(0, "sudden"), (12, "unclear")])
+def test_noise_near_the_end_of_a_training_is_no_explosion(grows: int, cause: str) -> None:
+    """Losses and gradients of batches lie a factor of 30 apart, where most are fitted."""
+    levels = [0.75 * math.sin(math.pi * i / 8) - 2 for i in range(197)]
+    assert levels[-1] - levels[-24] > 1
+    levels += [levels[-1] + 0.2 * i for i in range(1, grows + 1)]
+    *_, (_, found) = told([*(Step(10**level, level) for level in levels), broken(len(levels), "2.weight")])
+    assert (found.code, found.evidence["cause"]) == ("NF405", cause)
+
+
 def test_a_training_that_never_was_well_is_not_said_to_have_been() -> None:
     (_, found), *_ = told([broken(0, loss=math.inf)])
     assert found.evidence["cause"] == "from-the-start"

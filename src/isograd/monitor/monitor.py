@@ -334,8 +334,10 @@ class Monitor:
             step.packed += self._packed(part)
             step.notes += part.notes
         for i, tap in enumerate(self._taps):
-            if tap.optimizer is not None:
-                step.scalars[f"lr_{i}" if i else "lr"] = tap.optimizer.param_groups[0]["lr"]
+            # an optimizer may have none, or None where it finds one by itself
+            rate = None if tap.optimizer is None else tap.optimizer.param_groups[0].get("lr")
+            if rate is not None:
+                step.scalars[f"lr_{i}" if i else "lr"] = rate
         step.sites, step.shapes = self._names.sites, self._names.shapes
         step.flow, self._flow = self._flow, None
         step.due = self._done % self._every == 0
