@@ -221,6 +221,39 @@ def test_a_script_that_watches_itself_is_left_to_it(tmp_path: Path) -> None:
     assert len(norms(tmp_path / "own")) == 5  # the last step too
 
 
+PARTS = """
+import torch
+from torch import nn
+encoder, decoder = nn.Linear(4, 3), nn.Sequential(nn.Linear(3, 2))
+scale = torch.ones(2, requires_grad=True)
+loose = {"fc.weight": torch.ones(1, 2, requires_grad=True)}
+optimizer = torch.optim.SGD([*encoder.parameters(), *decoder.parameters(), scale, *loose.values()], lr=0.01)
+for step in range(5):
+    optimizer.zero_grad()
+    loss = (nn.functional.linear(decoder(encoder(torch.ones(8, 4))) * scale, loose["fc.weight"]) - 1).square().mean()
+    loss.backward()
+    optimizer.step()
+    print(loss.item())
+"""
+
+
+def test_what_is_no_single_module_has_the_names_of_the_script(tmp_path: Path) -> None:
+    (tmp_path / "parts.py").write_text(PARTS)
+    beside, record = watched([sys.executable, "parts.py"], tmp_path, "--deep-every", "2")
+    assert beside.returncode == 0, beside.stderr
+    with Run.open(record) as kept:
+        readings = list(kept.readings())
+    assert readings[0].sites == (
+        *("scale", "fc.weight"),
+        *("encoder.weight", "encoder.bias", "decoder.0.weight", "decoder.0.bias"),
+    )
+    told = [float(line) for line in beside.stdout.splitlines()]
+    assert [reading.scalars["loss"] for reading in readings] == pytest.approx(told)
+    assert all((reading.columns["grad_norm"] > 0).all() for reading in readings)
+    assert "5 steps of encoder and decoder recorded" in beside.stderr
+    assert "the script calls the parts one by one" in beside.stderr
+
+
 BY_HAND = """
 import sys, torch
 model = torch.nn.Linear(4, 1)
