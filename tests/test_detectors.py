@@ -390,6 +390,61 @@ def test_inputs_are_judged_at_the_first_layer_only() -> None:
     assert causes[1] != "input-change"
 
 
+LEAPS = [Step(2.3, update=-0.5)] * 5
+STUCK = [Step(2.3 + 0.01 * math.sin(2.3 * i)) for i in range(300)]
+
+
+@pytest.mark.parametrize(("first", "replaced"), [(LEAPS, True), (LEAPS[:1], False), ([], False)])
+def test_first_steps_that_replace_the_weights_are_the_cause_of_what_follows(
+    first: list[Step], replaced: bool
+) -> None:
+    words = "little is left of the weights as they were drawn"
+    for after, code in ((STUCK, "TR701"), ([replace(LOW, zero=True)] * 20, "SA303")):
+        readings = [made(i, s) for i, s in enumerate([*first, *after])]
+        for reading in readings:
+            reading.scalars["lr"] = 0.1
+        found = next(f for _, f in told(readings) if f.code == code)
+        assert (words in found.cause) is replaced
+    worse = [*first, *falling(50), *[replace(LOW, loss=30.0, grad=2.0)] * 5]
+    found = next(f for _, f in told(worse) if f.code == "TR703")
+    assert (words in found.cause) is replaced
+
+
+def test_a_plateau_is_seen_although_few_steps_are_measured() -> None:
+    """As in a run of short steps; and steps shrink where weights have grown, at the same learning rate."""
+    steps = [replace(s, update=-1.0 if i < 10 else -2.5) for i, s in enumerate(STUCK)]
+    for rates, codes in ((lambda _: 0.1, ["TR701"]), (lambda i: 0.1 if i < 10 else 0.001, [])):
+        readings = [made(i, s) for i, s in enumerate(steps)]
+        for i, reading in enumerate(readings):
+            reading.scalars["lr"] = rates(i)
+            if i >= 10 and i % 32:
+                del reading.columns["update_norm"], reading.columns["weight_norm"]
+        assert [f.code for _, f in told(readings)] == codes
+
+
+def test_matrices_drawn_as_zeros_have_lost_nothing() -> None:
+    steps = [made(i, replace(s, update=-math.log10(i + 1))) for i, s in enumerate(LEAPS)]
+    assert not Detectors().follow(steps)[-1]
+    detectors = Detectors()
+    detectors.follow(steps)
+    assert detectors.history.leaps == 0
+
+
+def test_parameters_that_joined_are_the_cause_of_what_follows() -> None:
+    steps = [made(i, s) for i, s in enumerate([*falling(100), *[replace(LOW, loss=30.0, grad=2.0)] * 5])]
+    frozen = torch.tensor([name.startswith(("0", "1", "2")) for name in SITES])
+    for since, cause in ((98, "unfrozen"), (20, "unclear")):
+        readings = [
+            replace(r, columns={name: values.masked_fill(frozen, NAN) for name, values in r.columns.items()})
+            if i < since
+            else r
+            for i, r in enumerate(steps)
+        ]
+        found = next(f for _, f in told(readings) if f.code == "TR703")
+        assert found.evidence["cause"] == cause
+        assert ("6 of 12 parameters, 0.weight first" in found.cause) == (cause == "unfrozen")
+
+
 def test_inputs_that_changed_long_ago_are_not_the_cause() -> None:
     steps = [replace(s, scale=min(i / 100, 1.0)) for i, s in enumerate(falling(300))]
     steps += [replace(steps[-1], loss=3.0, grad=1.0)] * 8
