@@ -295,8 +295,14 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("cleared", [True, False])
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_gradients_that_add_up_are_noticed_below_reentrant_checkpoints(cleared: bool, accumulate: int) -> None:
-    model = Checkpointed()
+@pytest.mark.parametrize("zeros", [True, False])
+def test_gradients_that_add_up_are_noticed_in_checkpoints_and_where_most_are_zero_at_first(
+    cleared: bool, accumulate: int, zeros: bool
+) -> None:
+    """A head that was drawn as zeros passes no gradient on in the first step."""
+    model = net() if zeros else Checkpointed()
+    if zeros:
+        nn.init.zeros_(model[-1].weight)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     noted: list[bool] = []
     with isograd.watch(model, optimizer) as monitor:
