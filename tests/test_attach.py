@@ -221,6 +221,35 @@ def test_a_script_that_watches_itself_is_left_to_it(tmp_path: Path) -> None:
     assert len(norms(tmp_path / "own")) == 5  # the last step too
 
 
+ABRUPT = """
+import os, torch
+def train(steps):
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+train(5)
+child = os.fork()
+if child:
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    print("parent", flush=True)
+    os._exit(4)
+train(7)
+os._exit(3)
+"""
+
+
+def test_a_process_that_leaves_at_once_tells_what_it_has_watched_itself(tmp_path: Path) -> None:
+    (tmp_path / "abrupt.py").write_text(ABRUPT)
+    beside, record = watched([sys.executable, "abrupt.py"], tmp_path)
+    assert (beside.returncode, beside.stdout) == (4, "parent\n")
+    assert [len(norms(record)), len(norms(tmp_path / "run-2"))] == [5, 7]
+    lines = [line for line in beside.stderr.splitlines() if "isograd report" in line]
+    assert [line.split()[1] for line in lines] == ["7", "5"]
+
+
 PARTS = """
 import torch
 from torch import nn

@@ -18,7 +18,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import msgspec
 import torch
@@ -66,6 +66,8 @@ class _Watched:
     """Where its record was asked for, and"""
     record: Any
     """the record itself; None in all processes but one."""
+    process: int
+    """Which process trains it: one that is forked from it does not."""
     shown: tuple[float, int] | None = None
     """When a line of it was first shown, and the step."""
 
@@ -75,6 +77,7 @@ class Attachment:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.process = os.getpid()
         self.watched: list[_Watched] = []
         self.made: weakref.WeakSet[Any] = weakref.WeakSet()
         """Optimizers that were made and not yet looked at."""
@@ -86,10 +89,11 @@ class Attachment:
 
     def install(self) -> None:
         """From now on each optimizer that is made, each backward and each step is seen."""
-        make, scale, accumulate = (
+        make, scale, accumulate, leave = (
             torch.optim.Optimizer.__init__,
             torch.amp.GradScaler.scale,
             torch.autograd.backward,
+            os._exit,
         )
 
         @functools.wraps(make)
@@ -118,6 +122,14 @@ class Attachment:
                     self.inside.backward = False
                     self._safely(lambda: self._after_backward(tensors))
 
+        @functools.wraps(leave)
+        def left(
+            status: int,
+        ) -> NoReturn:  # so ends a process of a pool, and a script that does not wait for others
+            self._safely(self.close)
+            leave(status)
+
+        os._exit = left
         torch.optim.Optimizer.__init__ = init  # pyright: ignore[reportAttributeAccessIssue]
         torch.amp.GradScaler.scale = scaled  # pyright: ignore[reportAttributeAccessIssue]
         torch.autograd.backward = backward
@@ -140,21 +152,27 @@ class Attachment:
         if before is not None:
             self.watched.remove(before)
         loss = AccumulatedLoss(monitor, model)
-        self.watched.append(_Watched(weakref.ref(monitor), weakref.ref(model), loss, name, path, monitor.run))
+        self.watched.append(
+            _Watched(weakref.ref(monitor), weakref.ref(model), loss, name, path, monitor.run, os.getpid())
+        )
         if number == 1 and not self.settings.quiet and monitor.run is not None:
             threading.Thread(target=self._live, name="isograd-live", daemon=True).start()
         return monitor
 
     def close(self) -> None:
-        """Close the monitors and tell what they found."""
+        """Close the monitors of this process and tell what they found."""
+        if self.closed.is_set():
+            return
         self.closed.set()
         for watched in self.watched:
+            if watched.process != os.getpid():
+                continue
             monitor = watched.monitor()
             if monitor is not None:
                 self._safely(monitor.close)
             if not self.settings.quiet and watched.record is not None:
                 self._safely(functools.partial(_report, watched))
-        if self.theirs and not self.watched and not self.settings.quiet:
+        if self.theirs and not self.watched and not self.settings.quiet and os.getpid() == self.process:
             _say("the script watches its own training: see the record that it keeps, if any")
 
     def _safely(self, action: Callable[[], object]) -> None:
