@@ -67,6 +67,32 @@ def test_findings_are_told_at_the_end_on_standard_error(tmp_path: Path) -> None:
     assert "isograd report" in beside.stderr
 
 
+LONG = """
+import time, torch
+w = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(w.parameters(), lr=0.1)
+for step in range(6):
+    optimizer.zero_grad()
+    (w(torch.ones(2, 4)).sum() * (float("nan") if step == 4 else 1)).backward()
+    optimizer.step()
+time.sleep(3)
+"""
+
+
+@pytest.mark.slow
+def test_what_is_found_is_said_while_a_long_training_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "long.py").write_text(LONG)
+    beside = run([*ISOGRAD, "watch", "--", sys.executable, "long.py"], tmp_path)
+    (record,) = (tmp_path / "isograd-runs").iterdir()
+    first, *lines = beside.stderr.splitlines()
+    assert first.endswith(f"the record goes to isograd-runs/{record.name}")
+    said = lines.index(
+        "isograd: step 4  error NF405: the loss and the gradient of 2 of 2 parameters is not finite (5 elements)"
+    )
+    assert said < lines.index("broken")
+    assert "--deep-every 1000" in beside.stderr
+
+
 def test_the_exit_status_passes(tmp_path: Path) -> None:
     beside, record = watched(script("plain", "--fail"), tmp_path)
     assert beside.returncode == 7

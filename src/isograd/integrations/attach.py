@@ -17,7 +17,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import msgspec
@@ -38,6 +38,11 @@ MOST = 32
 """Optimizers that are watched: a search or a learner in a loop may make thousands."""
 MANY = 10_000
 """Elements of a list or dict in which parameters are looked for: others hold data."""
+UNEXAMINED = {
+    "loss": "none was seen: it is read where a backward starts, from one number: loss.backward()",
+    "activations": "isograd watch --deep-every 1000 looks at every thousandth step from inside",
+}
+"""What `isograd.watch` says of the line that is missing in a script is said of the command."""
 UNSCALED = "_isograd_unscaled"
 """Where a loss that a scaler has multiplied keeps what it was."""
 
@@ -70,6 +75,8 @@ class _Watched:
     """Which process trains it: one that is forked from it does not."""
     shown: tuple[float, int] | None = None
     """When a line of it was first shown, and the step."""
+    told: int = 0
+    """Findings that were said as they came."""
 
 
 class Attachment:
@@ -171,7 +178,7 @@ class Attachment:
             if monitor is not None:
                 self._safely(monitor.close)
             if not self.settings.quiet and watched.record is not None:
-                self._safely(functools.partial(_report, watched))
+                self._safely(functools.partial(_report, watched, self.settings.deep_every is not None))
         if self.theirs and not self.watched and not self.settings.quiet and os.getpid() == self.process:
             _say("the script watches its own training: see the record that it keeps, if any")
 
@@ -241,9 +248,15 @@ class Attachment:
             for watched in list(self.watched):
                 monitor = watched.monitor()
                 reading = None if monitor is None else monitor.newest()
+                name = f"{watched.name}  " if several else ""
                 if reading is not None:
-                    name = f"{watched.name}  " if several else ""
                     _say(f"{name}{_line(reading.step, reading.scalars)}{_rate(watched, reading.step)}")
+                found = [] if monitor is None else monitor.found()[watched.told :]
+                watched.told += len(found)
+                for step, finding in found:
+                    _say(
+                        f"{name}step {step}  {finding.severity.name.lower()} {finding.code}: {finding.message}"
+                    )
 
 
 def after_import(module: str) -> None:
@@ -369,11 +382,15 @@ def _joined(modules: list[Any], loose: list[Tensor], names: dict[int, str]) -> P
     )
 
 
-def _report(watched: _Watched) -> None:
+def _report(watched: _Watched, deep: bool) -> None:
     record, monitor = watched.record, watched.monitor()
     if monitor is not None:
         newest = monitor.newest()
         steps, diagnosis = 0 if newest is None else newest.step + 1, monitor.diagnosis()
+        asked = {name: words for name, words in UNEXAMINED.items() if name in diagnosis.unexamined}
+        if deep:  # then it says why not
+            asked.pop("activations", None)
+        diagnosis = replace(diagnosis, unexamined=diagnosis.unexamined | asked)
     elif record.recording:  # the script let go of the model
         with Run.open(record.path) as run:
             steps, diagnosis = run.last + 1, verdict(run)

@@ -15,7 +15,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from isograd.diagnosis import Diagnosis, diagnose
+from isograd.diagnosis import Diagnosis, Finding, diagnose
 from isograd.flow import Flow
 from isograd.monitor import scaling
 from isograd.monitor.clipping import clip
@@ -218,6 +218,10 @@ class Monitor:
     def newest(self) -> Reading | None:
         """The newest reading that is there already, or None; does not wait."""
         return self._host.newest
+
+    def found(self) -> list[tuple[int, Finding]]:
+        """What has been found already, each with its step; does not wait."""
+        return list(self._host.findings)
 
     def diagnosis(self) -> Diagnosis:
         """What has been found so far, and what could not be examined; waits for the newest step."""
