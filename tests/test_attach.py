@@ -67,6 +67,32 @@ def test_findings_are_told_at_the_end_on_standard_error(tmp_path: Path) -> None:
     assert "isograd report" in beside.stderr
 
 
+LONG = """
+import time, torch
+w = torch.nn.Linear(4, 1)
+optimizer = torch.optim.SGD(w.parameters(), lr=0.1)
+for step in range(6):
+    optimizer.zero_grad()
+    (w(torch.ones(2, 4)).sum() * (float("nan") if step == 4 else 1)).backward()
+    optimizer.step()
+time.sleep(3)
+"""
+
+
+@pytest.mark.slow
+def test_what_is_found_is_said_while_a_long_training_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "long.py").write_text(LONG)
+    beside = run([*ISOGRAD, "watch", "--", sys.executable, "long.py"], tmp_path)
+    (record,) = (tmp_path / "isograd-runs").iterdir()
+    first, *lines = beside.stderr.splitlines()
+    assert first.endswith(f"the record goes to isograd-runs/{record.name}")
+    said = lines.index(
+        "isograd: step 4  error NF405: the loss and the gradient of 2 of 2 parameters is not finite (5 elements)"
+    )
+    assert said < lines.index("broken")
+    assert "--deep-every 1000" in beside.stderr
+
+
 def test_the_exit_status_passes(tmp_path: Path) -> None:
     beside, record = watched(script("plain", "--fail"), tmp_path)
     assert beside.returncode == 7
@@ -219,6 +245,68 @@ def test_a_script_that_watches_itself_is_left_to_it(tmp_path: Path) -> None:
     assert not record.exists()
     assert "the script watches its own training" in beside.stderr
     assert len(norms(tmp_path / "own")) == 5  # the last step too
+
+
+ABRUPT = """
+import os, torch
+def train(steps):
+    model = torch.nn.Linear(4, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.ones(2, 4)).sum().backward()
+        optimizer.step()
+train(5)
+child = os.fork()
+if child:
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    print("parent", flush=True)
+    os._exit(4)
+train(7)
+os._exit(3)
+"""
+
+
+def test_a_process_that_leaves_at_once_tells_what_it_has_watched_itself(tmp_path: Path) -> None:
+    (tmp_path / "abrupt.py").write_text(ABRUPT)
+    beside, record = watched([sys.executable, "abrupt.py"], tmp_path)
+    assert (beside.returncode, beside.stdout) == (4, "parent\n")
+    assert [len(norms(record)), len(norms(tmp_path / "run-2"))] == [5, 7]
+    lines = [line for line in beside.stderr.splitlines() if "isograd report" in line]
+    assert [line.split()[1] for line in lines] == ["7", "5"]
+
+
+PARTS = """
+import torch
+from torch import nn
+encoder, decoder = nn.Linear(4, 3), nn.Sequential(nn.Linear(3, 2))
+scale = torch.ones(2, requires_grad=True)
+loose = {"fc.weight": torch.ones(1, 2, requires_grad=True)}
+optimizer = torch.optim.SGD([*encoder.parameters(), *decoder.parameters(), scale, *loose.values()], lr=0.01)
+for step in range(5):
+    optimizer.zero_grad()
+    loss = (nn.functional.linear(decoder(encoder(torch.ones(8, 4))) * scale, loose["fc.weight"]) - 1).square().mean()
+    loss.backward()
+    optimizer.step()
+    print(loss.item())
+"""
+
+
+def test_what_is_no_single_module_has_the_names_of_the_script(tmp_path: Path) -> None:
+    (tmp_path / "parts.py").write_text(PARTS)
+    beside, record = watched([sys.executable, "parts.py"], tmp_path, "--deep-every", "2")
+    assert beside.returncode == 0, beside.stderr
+    with Run.open(record) as kept:
+        readings = list(kept.readings())
+    assert readings[0].sites == (
+        *("scale", "fc.weight"),
+        *("encoder.weight", "encoder.bias", "decoder.0.weight", "decoder.0.bias"),
+    )
+    told = [float(line) for line in beside.stdout.splitlines()]
+    assert [reading.scalars["loss"] for reading in readings] == pytest.approx(told)
+    assert all((reading.columns["grad_norm"] > 0).all() for reading in readings)
+    assert "5 steps of encoder and decoder recorded" in beside.stderr
+    assert "the script calls the parts one by one" in beside.stderr
 
 
 BY_HAND = """

@@ -254,6 +254,16 @@ def test_values_that_are_not_finite_are_told_once_with_their_place() -> None:
     assert finding.evidence["cause"] == "sudden"
 
 
+@pytest.mark.parametrize(("grows", "cause"), [(0, "sudden"), (12, "unclear")])
+def test_noise_near_the_end_of_a_training_is_no_explosion(grows: int, cause: str) -> None:
+    """Losses and gradients of batches lie a factor of 30 apart, where most are fitted."""
+    levels = [0.75 * math.sin(math.pi * i / 8) - 2 for i in range(197)]
+    assert levels[-1] - levels[-24] > 1
+    levels += [levels[-1] + 0.2 * i for i in range(1, grows + 1)]
+    *_, (_, found) = told([*(Step(10**level, level) for level in levels), broken(len(levels), "2.weight")])
+    assert (found.code, found.evidence["cause"]) == ("NF405", cause)
+
+
 def test_a_training_that_never_was_well_is_not_said_to_have_been() -> None:
     (_, found), *_ = told([broken(0, loss=math.inf)])
     assert found.evidence["cause"] == "from-the-start"
@@ -378,6 +388,61 @@ def test_inputs_are_judged_at_the_first_layer_only() -> None:
         causes.append(next(f for _, f in told(kept) if f.code == "TR702").evidence["cause"])
     assert causes[0] == "input-change"
     assert causes[1] != "input-change"
+
+
+LEAPS = [Step(2.3, update=-0.5)] * 5
+STUCK = [Step(2.3 + 0.01 * math.sin(2.3 * i)) for i in range(300)]
+
+
+@pytest.mark.parametrize(("first", "replaced"), [(LEAPS, True), (LEAPS[:1], False), ([], False)])
+def test_first_steps_that_replace_the_weights_are_the_cause_of_what_follows(
+    first: list[Step], replaced: bool
+) -> None:
+    words = "little is left of the weights as they were drawn"
+    for after, code in ((STUCK, "TR701"), ([replace(LOW, zero=True)] * 20, "SA303")):
+        readings = [made(i, s) for i, s in enumerate([*first, *after])]
+        for reading in readings:
+            reading.scalars["lr"] = 0.1
+        found = next(f for _, f in told(readings) if f.code == code)
+        assert (words in found.cause) is replaced
+    worse = [*first, *falling(50), *[replace(LOW, loss=30.0, grad=2.0)] * 5]
+    found = next(f for _, f in told(worse) if f.code == "TR703")
+    assert (words in found.cause) is replaced
+
+
+def test_a_plateau_is_seen_although_few_steps_are_measured() -> None:
+    """As in a run of short steps; and steps shrink where weights have grown, at the same learning rate."""
+    steps = [replace(s, update=-1.0 if i < 10 else -2.5) for i, s in enumerate(STUCK)]
+    for rates, codes in ((lambda _: 0.1, ["TR701"]), (lambda i: 0.1 if i < 10 else 0.001, [])):
+        readings = [made(i, s) for i, s in enumerate(steps)]
+        for i, reading in enumerate(readings):
+            reading.scalars["lr"] = rates(i)
+            if i >= 10 and i % 32:
+                del reading.columns["update_norm"], reading.columns["weight_norm"]
+        assert [f.code for _, f in told(readings)] == codes
+
+
+def test_matrices_drawn_as_zeros_have_lost_nothing() -> None:
+    steps = [made(i, replace(s, update=-math.log10(i + 1))) for i, s in enumerate(LEAPS)]
+    assert not Detectors().follow(steps)[-1]
+    detectors = Detectors()
+    detectors.follow(steps)
+    assert detectors.history.leaps == 0
+
+
+def test_parameters_that_joined_are_the_cause_of_what_follows() -> None:
+    steps = [made(i, s) for i, s in enumerate([*falling(100), *[replace(LOW, loss=30.0, grad=2.0)] * 5])]
+    frozen = torch.tensor([name.startswith(("0", "1", "2")) for name in SITES])
+    for since, cause in ((98, "unfrozen"), (20, "unclear")):
+        readings = [
+            replace(r, columns={name: values.masked_fill(frozen, NAN) for name, values in r.columns.items()})
+            if i < since
+            else r
+            for i, r in enumerate(steps)
+        ]
+        found = next(f for _, f in told(readings) if f.code == "TR703")
+        assert found.evidence["cause"] == cause
+        assert ("6 of 12 parameters, 0.weight first" in found.cause) == (cause == "unfrozen")
 
 
 def test_inputs_that_changed_long_ago_are_not_the_cause() -> None:

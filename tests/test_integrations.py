@@ -266,6 +266,23 @@ def test_the_loss_of_a_closure_is_that_of_its_first_evaluation() -> None:
             assert monitor.latest().scalars["loss"] == pytest.approx(evaluated[0])
 
 
+def test_a_step_of_fewer_backwards_has_a_loss_of_the_same_level() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    x, y = next(iter(batches()))
+    with isograd.watch(model, optimizer) as monitor:
+        accumulated = AccumulatedLoss(monitor, model)
+        for backwards in (4, 4, 2, 4, 1):
+            for _ in range(backwards):
+                loss = F.cross_entropy(model(x), y) / 4
+                accumulated.before_backward()
+                loss.backward()
+                accumulated.add(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert monitor.latest().scalars["loss"] == pytest.approx(4 * loss.item())
+
+
 @pytest.mark.parametrize("name", ["lightning", "huggingface", "accelerate", "fabric", "keras"])
 def test_a_missing_library_is_named_with_its_extra(name: str) -> None:
     import subprocess

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -191,6 +192,31 @@ def test_another_kind_of_optimizer() -> None:
             same(monitor.latest(), expected)
     with pytest.raises(TypeError, match=r"monitor\.step\(\)"):
         isograd.watch(model, object())  # type: ignore[arg-type]
+
+
+class Own(torch.optim.Optimizer):
+    """Finds its learning rate by itself, as Adafactor's relative step does."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.sub_(p.grad / (1 + p.grad.norm()))
+        return None
+
+
+@pytest.mark.parametrize("defaults", [{}, {"lr": None}])
+def test_an_optimizer_need_not_have_a_learning_rate(defaults: dict[str, Any]) -> None:
+    model = net()
+    optimizer = Own(model.parameters(), defaults)
+    with isograd.watch(model, optimizer) as monitor:
+        for x, y in batches(3):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+            same(monitor.latest(), by_hand(model))
+        assert monitor.latest().step == 2
+        assert "lr" not in monitor.latest().scalars
 
 
 def test_a_record_is_written_and_continued(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from torch.optim import swa_utils
 from torch.utils.checkpoint import checkpoint
 
 import isograd
+from isograd.monitor.reading import ADDED_UP
 from isograd.record import Run
 
 
@@ -258,6 +259,61 @@ def test_a_backward_that_was_not_heard_of_is_told(clip: Callable[[nn.Module], No
             else:
                 assert reading.scalars["grad_norm"] == pytest.approx(norm, rel=1e-5)
     assert notes == [5]
+
+
+def test_gradients_set_by_hand_are_read_in_full() -> None:
+    """`torch.autograd.grad` and `torch.func.grad` end no backward that could be heard of."""
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with isograd.watch(model, optimizer) as monitor:
+        for batch in batches(12):
+            parameters = list(model.parameters())
+            for p, gradient in zip(
+                parameters, torch.autograd.grad(loss_of(model, batch), parameters), strict=True
+            ):
+                p.grad = gradient
+            before = weights(model)
+            optimizer.step()
+            moved = [float((p.detach() - old).norm()) for p, old in zip(parameters, before, strict=True)]
+            columns = monitor.latest().columns
+            torch.testing.assert_close(columns["update_norm"], torch.tensor(moved), rtol=1e-3, atol=1e-6)
+
+
+class Checkpointed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.head = nn.Linear(8, 8), nn.Linear(8, 4)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for i, block in enumerate(self.blocks):
+            x = checkpoint(block, x, use_reentrant=i % 2 == 1)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("cleared", [True, False])
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("zeros", [True, False])
+def test_gradients_that_add_up_are_noticed_in_checkpoints_and_where_most_are_zero_at_first(
+    cleared: bool, accumulate: int, zeros: bool
+) -> None:
+    """A head that was drawn as zeros passes no gradient on in the first step."""
+    model = net() if zeros else Checkpointed()
+    if zeros:
+        nn.init.zeros_(model[-1].weight)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    noted: list[bool] = []
+    with isograd.watch(model, optimizer) as monitor:
+        for batch in batches(3):
+            for _ in range(accumulate):
+                loss_of(model, batch).backward()
+            optimizer.step()
+            if cleared:
+                optimizer.zero_grad()
+            noted.append(ADDED_UP in monitor.latest().notes)
+    assert noted == [False, not cleared, not cleared]
 
 
 class Odd(nn.Module):

@@ -76,14 +76,15 @@ def watch(
             why="what follows `--` is started as you would type it in a shell",
             type_=f"isograd watch -- python {' '.join(command)}",
         )
-    where = (run or _default(words)).absolute()
+    run = run or _default(words)
+    where = run.absolute()
     _writable(where)
     settings = {"run": str(where), "every": every, "deep_every": deep_every, "budget": budget, "quiet": quiet}
     settings["pid"] = os.getpid()
     path = os.pathsep.join(filter(None, (str(SITE), os.environ.get("PYTHONPATH"))))
     os.environ |= {"PYTHONPATH": path, "ISOGRAD_WATCH": json.dumps(settings)}
     if not quiet:
-        click.echo(f"isograd: watching {' '.join(command)}; the record goes to {run or where.name}", err=True)
+        click.echo(f"isograd: watching {' '.join(command)}; the record goes to {run}", err=True)
     sys.stdout.flush()
     sys.stderr.flush()
     try:

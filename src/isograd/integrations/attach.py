@@ -16,13 +16,13 @@ import threading
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, NoReturn
 
 import msgspec
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from isograd.integrations.loss import AccumulatedLoss
@@ -36,6 +36,13 @@ LIVE = (2.0, 5.0, 10.0, 30.0)
 """Seconds between two live lines; the last one repeats."""
 MOST = 32
 """Optimizers that are watched: a search or a learner in a loop may make thousands."""
+MANY = 10_000
+"""Elements of a list or dict in which parameters are looked for: others hold data."""
+UNEXAMINED = {
+    "loss": "none was seen: it is read where a backward starts, from one number: loss.backward()",
+    "activations": "isograd watch --deep-every 1000 looks at every thousandth step from inside",
+}
+"""What `isograd.watch` says of the line that is missing in a script is said of the command."""
 UNSCALED = "_isograd_unscaled"
 """Where a loss that a scaler has multiplied keeps what it was."""
 
@@ -64,8 +71,12 @@ class _Watched:
     """Where its record was asked for, and"""
     record: Any
     """the record itself; None in all processes but one."""
+    process: int
+    """Which process trains it: one that is forked from it does not."""
     shown: tuple[float, int] | None = None
     """When a line of it was first shown, and the step."""
+    told: int = 0
+    """Findings that were said as they came."""
 
 
 class Attachment:
@@ -73,6 +84,7 @@ class Attachment:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.process = os.getpid()
         self.watched: list[_Watched] = []
         self.made: weakref.WeakSet[Any] = weakref.WeakSet()
         """Optimizers that were made and not yet looked at."""
@@ -84,10 +96,11 @@ class Attachment:
 
     def install(self) -> None:
         """From now on each optimizer that is made, each backward and each step is seen."""
-        make, scale, accumulate = (
+        make, scale, accumulate, leave = (
             torch.optim.Optimizer.__init__,
             torch.amp.GradScaler.scale,
             torch.autograd.backward,
+            os._exit,
         )
 
         @functools.wraps(make)
@@ -116,6 +129,14 @@ class Attachment:
                     self.inside.backward = False
                     self._safely(lambda: self._after_backward(tensors))
 
+        @functools.wraps(leave)
+        def left(
+            status: int,
+        ) -> NoReturn:  # so ends a process of a pool, and a script that does not wait for others
+            self._safely(self.close)
+            leave(status)
+
+        os._exit = left
         torch.optim.Optimizer.__init__ = init  # pyright: ignore[reportAttributeAccessIssue]
         torch.amp.GradScaler.scale = scaled  # pyright: ignore[reportAttributeAccessIssue]
         torch.autograd.backward = backward
@@ -138,21 +159,27 @@ class Attachment:
         if before is not None:
             self.watched.remove(before)
         loss = AccumulatedLoss(monitor, model)
-        self.watched.append(_Watched(weakref.ref(monitor), weakref.ref(model), loss, name, path, monitor.run))
+        self.watched.append(
+            _Watched(weakref.ref(monitor), weakref.ref(model), loss, name, path, monitor.run, os.getpid())
+        )
         if number == 1 and not self.settings.quiet and monitor.run is not None:
             threading.Thread(target=self._live, name="isograd-live", daemon=True).start()
         return monitor
 
     def close(self) -> None:
-        """Close the monitors and tell what they found."""
+        """Close the monitors of this process and tell what they found."""
+        if self.closed.is_set():
+            return
         self.closed.set()
         for watched in self.watched:
+            if watched.process != os.getpid():
+                continue
             monitor = watched.monitor()
             if monitor is not None:
                 self._safely(monitor.close)
             if not self.settings.quiet and watched.record is not None:
-                self._safely(functools.partial(_report, watched))
-        if self.theirs and not self.watched and not self.settings.quiet:
+                self._safely(functools.partial(_report, watched, self.settings.deep_every is not None))
+        if self.theirs and not self.watched and not self.settings.quiet and os.getpid() == self.process:
             _say("the script watches its own training: see the record that it keeps, if any")
 
     def _safely(self, action: Callable[[], object]) -> None:
@@ -197,15 +224,14 @@ class Attachment:
             return
         if self.watched:
             gc.collect()  # a watched optimizer and its monitor refer to each other
-        objects = gc.get_objects()
-        variables = _variables()
-        order = {model: place for place, model in enumerate(variables)}
-        owners = sorted(_owners(mine, objects), key=lambda owner: order.get(id(owner[0]), len(order)))
+        names, objects = _names(), gc.get_objects()
+        order = {key: place for place, key in enumerate(names)}
+        owners = sorted(_owners(mine, objects, names), key=lambda owner: order.get(id(owner[0]), len(order)))
         for model, own in owners:
             known = self._known(model)
             monitor = None if known is None else known.monitor()
             if monitor is None:
-                self.watch(model, own, variables.get(id(model), type(model).__name__))
+                self.watch(model, own, names.get(id(model)) or _called(model))
             else:
                 for optimizer in own:
                     monitor.add(optimizer)
@@ -222,9 +248,15 @@ class Attachment:
             for watched in list(self.watched):
                 monitor = watched.monitor()
                 reading = None if monitor is None else monitor.newest()
+                name = f"{watched.name}  " if several else ""
                 if reading is not None:
-                    name = f"{watched.name}  " if several else ""
                     _say(f"{name}{_line(reading.step, reading.scalars)}{_rate(watched, reading.step)}")
+                found = [] if monitor is None else monitor.found()[watched.told :]
+                watched.told += len(found)
+                for step, finding in found:
+                    _say(
+                        f"{name}step {step}  {finding.severity.name.lower()} {finding.code}: {finding.message}"
+                    )
 
 
 def after_import(module: str) -> None:
@@ -274,48 +306,99 @@ def _watch_keras(attachment: Attachment) -> None:
     trained.fit = fit
 
 
-def _variables() -> dict[int, str]:
-    """Names of the modules that the running functions hold, in the order of their variables."""
-    found: dict[int, str] = {}
+class Parts(nn.Module):
+    """What an optimizer trains that is no single module: several of them, and parameters that are in none."""
+
+    def __init__(self, modules: dict[str, Any], loose: dict[str, Tensor]) -> None:
+        super().__init__()
+        # As they are: registering would ask for nn.Parameter, and for names without a dot.
+        self._modules |= modules
+        vars(self)["_parameters"] |= loose
+
+
+def _variables() -> Iterator[tuple[str, Any]]:
+    """The variables of the running functions, innermost first, in their order."""
     frame = sys._getframe(1)
     while frame is not None:
-        for name, value in list(frame.f_locals.items()):
-            if issubclass(type(value), nn.Module):
-                found.setdefault(id(value), name)
+        yield from list(frame.f_locals.items())
         frame = frame.f_back
+
+
+def _names() -> dict[int, str]:
+    """What the running functions call modules and tensors, by identity; those in a list or dict by their place in it."""
+    found: dict[int, str] = {}
+    for name, value in _variables():
+        held: list[tuple[Any, Any]] = [(name, value)]
+        if (
+            type(value) in (dict, list, tuple) and len(value) <= MANY
+        ):  # no others: those may run code of the user's
+            dictionary = type(value) is dict
+            held += value.items() if dictionary else ((f"{name}.{i}", one) for i, one in enumerate(value))
+        for key, one in held:
+            if issubclass(type(one), nn.Module | Tensor):
+                found.setdefault(id(one), str(key))
     return found
 
 
-def _owners(optimizers: list[Any], objects: list[Any]) -> list[tuple[Any, list[Any]]]:
-    """The outermost module that owns each optimizer's parameters, with its optimizers."""
+def _owners(optimizers: list[Any], objects: list[Any], names: dict[int, str]) -> list[tuple[Any, list[Any]]]:
+    """What owns each optimizer's parameters, with its optimizers: the outermost module, or `Parts`."""
     modules = [o for o in objects if issubclass(type(o), nn.Module)]
     inner = {id(child) for module in modules for child in module.children()}
     roots = [m for m in modules if id(m) not in inner]
     owned = {id(root): {id(p) for p in root.parameters()} for root in roots}
     found: dict[int, tuple[Any, list[Any]]] = {}
     for optimizer in optimizers:
-        trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        # the smallest of those that own the most: a metric or a wrapper beside the model owns the same
-        best = max(roots, key=lambda r: (len(trained & owned[id(r)]), -len(owned[id(r)])), default=None)
-        if best is None or not trained & owned[id(best)]:
-            names = (p for group in optimizer.param_groups for p in group["params"])
-            best = nn.ParameterList(p for p in names if isinstance(p, torch.nn.Parameter))
-        found.setdefault(id(best), (best, []))[1].append(optimizer)
+        trained = {id(p): p for group in optimizer.param_groups for p in group["params"]}
+        parts: list[Any] = []
+        while roots:
+            # the smallest of those that own the most: a metric or a wrapper beside the model owns the same
+            best = max(roots, key=lambda r: (len(trained.keys() & owned[id(r)]), -len(owned[id(r)])))
+            if not trained.keys() & owned[id(best)]:
+                break
+            parts.append(best)
+            trained = {key: p for key, p in trained.items() if key not in owned[id(best)]}
+        owner = parts[0] if len(parts) == 1 and not trained else _joined(parts, list(trained.values()), names)
+        found.setdefault(id(owner), (owner, []))[1].append(optimizer)
     return list(found.values())
 
 
-def _report(watched: _Watched) -> None:
+def _called(model: nn.Module) -> str:
+    """A model that no running function has a variable for."""
+    if isinstance(model, Parts):
+        return " and ".join(name for name, _ in model.named_children()) or "the parameters"
+    return type(model).__name__
+
+
+def _joined(modules: list[Any], loose: list[Tensor], names: dict[int, str]) -> Parts:
+    order = {key: place for place, key in enumerate(names)}
+    modules = sorted(modules, key=lambda module: order.get(id(module), len(order)))
+    called: dict[str, Any] = {}
+    for one in (*modules, *loose):
+        name = names.get(id(one), type(one).__name__.lower())
+        called[name if name not in called else f"{name} {len(called)}"] = one
+    return Parts(
+        {name: one for name, one in called.items() if isinstance(one, nn.Module)},
+        {name: one for name, one in called.items() if isinstance(one, Tensor)},
+    )
+
+
+def _report(watched: _Watched, deep: bool) -> None:
     record, monitor = watched.record, watched.monitor()
     if monitor is not None:
         newest = monitor.newest()
         steps, diagnosis = 0 if newest is None else newest.step + 1, monitor.diagnosis()
+        asked = {name: words for name, words in UNEXAMINED.items() if name in diagnosis.unexamined}
+        if deep:  # then it says why not
+            asked.pop("activations", None)
+        diagnosis = replace(diagnosis, unexamined=diagnosis.unexamined | asked)
     elif record.recording:  # the script let go of the model
         with Run.open(record.path) as run:
             steps, diagnosis = run.last + 1, verdict(run)
     else:
         return
     if not steps:
-        _say(f"{watched.name} was found, but no step of its optimizer was read")
+        why = "" if monitor is None else diagnosis.unexamined.get("training", "")
+        _say(f"{watched.name} was found, but {why or 'no step of its optimizer was seen'}")
         return
     print(diagnosis, file=sys.stderr)
     kept = f"recorded: isograd report {record.path}" if record.recording else "watched, and not recorded"

@@ -15,12 +15,14 @@ PROBES = 8
 class AccumulatedLoss:
     """Sum of the losses since the last step: what the accumulated gradient is the gradient of.
 
+    A step of fewer backwards than the others, as at the end of an epoch, has the sum that it would have had of as many.
     It keeps neither the monitor nor the model alive.
     """
 
     def __init__(self, monitor: Monitor, model: nn.Module) -> None:
         self._monitor, self._model = weakref.ref(monitor), weakref.ref(model)
         self.value: Tensor | None = None
+        self._count = self._most = 0
         self._stepped = 0
         self._before: tuple[tuple[int, int], ...] = ()
 
@@ -30,7 +32,8 @@ class AccumulatedLoss:
         self._before = self._gradients()
         monitor = self._monitor()
         if monitor is not None and (not self._before or self._stepped != monitor.stepped):
-            self.value, self._stepped = None, monitor.stepped
+            self._most = max(self._most, self._count)
+            self.value, self._count, self._stepped = None, 0, monitor.stepped
 
     def reached(self) -> bool:
         """Whether the backward since `before_backward` reached this model."""
@@ -46,7 +49,9 @@ class AccumulatedLoss:
             return
         loss = loss.detach().reshape(())
         self.value = loss if self.value is None else self.value + loss
-        monitor.log(loss=self.value)
+        self._count += 1
+        whole = max(self._most, self._count) / self._count
+        monitor.log(loss=self.value if whole == 1 else self.value * whole)
 
     def _gradients(self) -> tuple[tuple[int, int], ...]:
         """Identity and version of some gradients: a backward changes them."""

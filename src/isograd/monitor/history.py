@@ -19,6 +19,10 @@ START = 5
 """Readings whose median is the level that the training started from."""
 JUMP = 1 / 3
 """Share of the first loss: a smaller rise from one batch to the next is noise."""
+LEAP = -0.7
+"""log10 update over weight: a fifth of the weights in one step. Healthy recipes stay near 1e-3, the boldest reach 0.1."""
+ZERO = -0.01
+"""log10 update over weight, of the first step: all that a matrix has then is its update."""
 MOMENTUM = 1.0
 """Decades: of 0.9, it adds up to ten gradients."""
 AGAIN = 64
@@ -40,6 +44,8 @@ class History:
         self.sites: list[str] = []
         self.unreached: list[str] = []
         """Parameters that have had no gradient in any reading."""
+        self.joined: list[Any] = []
+        """Step at which parameters last got their first gradient, other than the first step; how many, and the first."""
         self.names: list[str] = []
         self.losses: list[float] = []
         """The last 4 x WINDOW."""
@@ -87,8 +93,13 @@ class History:
         """Readings that began with the gradients of the step before."""
         self.pace = -math.inf
         """Largest typical update: how fast the training once went."""
+        self.leaps = 0
+        """Readings among the first WINDOW in which a step changed the typical matrix by LEAP; those drawn as zeros apart."""
+        self.fastest = 0.0
+        """Highest learning rate so far."""
         self.moving = 0
-        """Readings whose update was at least a third of the largest: warm-up and annealing do not count."""
+        """Readings at full pace, whose update or learning rate was at least a third of the largest so far: annealing does
+        not count. Of an update that was not measured, the last one is taken."""
         self.now: Seen | None = None
 
     def add(self, seen: Seen) -> None:
@@ -141,8 +152,13 @@ class History:
             if len(self.losses) >= RECENT:
                 self.best = min(self.best, median(self.losses[-RECENT:]))
         if known:
+            drawn = [u for u, first in zip(update, self.first["update"], strict=False) if not first > ZERO]
+            self.leaps += self.count <= WINDOW and median(finite(drawn) or [-math.inf]) >= LEAP
             self.pace = max(self.pace, self.typical_update)
-            self.moving += self.typical_update >= self.pace - 0.5
+        rate = max(seen.rates, default=math.nan)
+        self.fastest = max(self.fastest, rate)
+        # By its steps, or by its learning rate: as weights grow and gradients fade, steps shrink that nobody has annealed.
+        self.moving += self.typical_update >= self.pace - 0.5 or 3 * rate >= self.fastest > 0
 
     def _compare(self, seen: Seen) -> None:
         """Did the last step change the loss, or another batch?
@@ -169,6 +185,9 @@ class History:
             for name, none in zip(seen.sites, seen.absent.tolist(), strict=True)
             if none and name in waiting
         ]
+        joined = [name for name in seen.sites if name in waiting - {*self.unreached}]
+        if self.count and joined:
+            self.joined = [seen.step, len(joined), joined[0]]
 
     def _follow(self, seen: Seen) -> None:
         """Remember the learning rates."""

@@ -15,7 +15,7 @@ from typing import Any, Self
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from isograd.diagnosis import Diagnosis, diagnose
+from isograd.diagnosis import Diagnosis, Finding, diagnose
 from isograd.flow import Flow
 from isograd.monitor import scaling
 from isograd.monitor.clipping import clip
@@ -219,6 +219,10 @@ class Monitor:
         """The newest reading that is there already, or None; does not wait."""
         return self._host.newest
 
+    def found(self) -> list[tuple[int, Finding]]:
+        """What has been found already, each with its step; does not wait."""
+        return list(self._host.findings)
+
     def diagnosis(self) -> Diagnosis:
         """What has been found so far, and what could not be examined; waits for the newest step."""
         self._flush()
@@ -334,8 +338,10 @@ class Monitor:
             step.packed += self._packed(part)
             step.notes += part.notes
         for i, tap in enumerate(self._taps):
-            if tap.optimizer is not None:
-                step.scalars[f"lr_{i}" if i else "lr"] = tap.optimizer.param_groups[0]["lr"]
+            # an optimizer may have none, or None where it finds one by itself
+            rate = None if tap.optimizer is None else tap.optimizer.param_groups[0].get("lr")
+            if rate is not None:
+                step.scalars[f"lr_{i}" if i else "lr"] = rate
         step.sites, step.shapes = self._names.sites, self._names.shapes
         step.flow, self._flow = self._flow, None
         step.due = self._done % self._every == 0

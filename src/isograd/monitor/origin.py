@@ -31,6 +31,10 @@ RISING = 1.5
 """Times what it was half a window ago: what has been trained at since is not the cause."""
 FAST = -1.0
 """log10 update over weight: a tenth a step doubles weights within ten, and is the cause of their growth."""
+JOINED = 0.25
+"""Share of the parameters that have been trained for less than a window: another training than the one before."""
+LEAPS = 3
+"""Steps of a fifth of the weights at the start of a training: one of them a bold recipe may have."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,9 @@ def origin(history: History) -> Cause:
     if now > before:
         words = f"the learning rate has gone from {before:.2g} to {now:.2g}"
         return Cause(words, "learning-rate", ("lower-learning-rate", "warm-up", "clip-gradients"))
+    joined = _joined(history)
+    if joined is not None:
+        return joined
     recent = [i for i, step in enumerate(history.measured) if step > history.step - RECENT]
     updates = finite(history.typical_updates[i] for i in recent)
     grown, name, steps = _growth(history)
@@ -82,6 +89,9 @@ def origin(history: History) -> Cause:
     if faster or max(updates, default=-math.inf) >= LARGE:
         words = f"the steps are too large for the curvature, {10 ** max(updates):.2g} of the weights: the learning rate"
         return Cause(words, "learning-rate", ("lower-learning-rate", "warm-up", "clip-gradients"))
+    thrown = replaced(history)
+    if thrown is not None:
+        return thrown
     what = "inputs, weights and the size of the steps" if updates else "inputs and learning rate"
     words = f"not told by the run: {what} were as before; look at the batch"
     return Cause(words, "unclear", ("clip-gradients", "lower-learning-rate"))
@@ -111,6 +121,31 @@ def given(history: History) -> Cause | None:
         )
         return Cause(words, "data", ("shuffle the data", "look at the batch", "clip-gradients"))
     return None
+
+
+def replaced(history: History) -> Cause | None:
+    """Did the first steps replace the weights? What follows starts from wherever that led to."""
+    if history.leaps < LEAPS:
+        return None
+    words = (
+        f"{history.leaps} of the first steps changed the typical weight matrix by a fifth of itself and more: little is left "
+        "of the weights as they were drawn; the learning rate"
+    )
+    return Cause(words, "learning-rate", ("lower-learning-rate", "warm-up", "clip-gradients"))
+
+
+def _joined(history: History) -> Cause | None:
+    """Have many parameters been trained for a short time only?"""
+    if not history.joined or history.step - history.joined[0] > WINDOW:
+        return None
+    step, count, first = history.joined
+    if count < JOINED * len(history.sites):
+        return None
+    words = (
+        f"{count} of {len(history.sites)} parameters, {first} first, have been trained since step {step} only: what was "
+        "unfrozen or added moves too fast for the rest"
+    )
+    return Cause(words, "unfrozen", ("lower-learning-rate", "warm-up", "clip-gradients"))
 
 
 def _raised(history: History) -> tuple[float, float]:

@@ -58,8 +58,11 @@ class Provenance:
         self.unversioned = any(is_sharded(p) for p in parameters())
         self.backwards = self._taken_after = 0
         self.added_up = False
-        self._left: tuple[int, int] | None = None
-        """Version of the gradient that came last, as the step left it."""
+        self._left: tuple[weakref.ref[Tensor], tuple[int, int]] | None = None
+        """The parameter whose gradient came last, of those that are not zero as at the start of an adapter, and its
+        version as the step left it."""
+        self._heard: list[weakref.ref[Tensor]] = []
+        """Parameters whose gradients came since the last step, in their order; in the first steps only."""
         self.listen(parameters())
 
     def listen(self, parameters: Sequence[Tensor]) -> None:
@@ -120,7 +123,9 @@ class Provenance:
         self._steps += 1
         last = self._last() if self._last is not None else None
         self.added_up = False
-        self._left = _version(last) if last is not None and last.grad is not None and self.learning else None
+        latest = next((p for ref in reversed(self._heard) if (p := ref()) is not None and _any(p)), None)
+        self._left = (weakref.ref(latest), _version(latest)) if self.learning and latest is not None else None
+        self._heard.clear()
         if self._steps == LEARNING and last is not None:
             self.listen([last])
 
@@ -134,39 +139,51 @@ class Provenance:
             self = weak()
             if self is None or torch.compiler.is_compiling():
                 return
-            last, self._last = self._last, weakref.ref(parameter)
+            self._last = weakref.ref(parameter)
+            if self.learning:
+                self._heard.append(self._last)
             task = torch._C._current_graph_task_id()  # a flag would stay set after a backward that raised
             if task != self._task:
                 self._task = task
-                self._begins(parameter, last() if last is not None else None)
+                self._begins(parameter)
                 queue: Any = Variable._execution_engine
                 # Twice: DDP and FSDP queue the end of their own reduction in the same backward.
                 queue.queue_callback(lambda: queue.queue_callback(self._end))
 
         return hook
 
-    def _begins(self, reached: Tensor, last: Tensor | None) -> None:
+    def _begins(self, reached: Tensor) -> None:
         """The first gradient of a backward is there. One that comes last is still as the step has left it, unless it was
-        cleared: written to, or taken away. `p.grad.data.zero_()` leaves no trace but zeros."""
-        if self._left is None or last is None or last is reached or self.unversioned:
+        cleared: written to, or taken away. `p.grad.data.zero_()` leaves no trace but zeros.
+
+        A reentrant checkpoint is a backward within another: what came last before still does."""
+        if self._left is None or self.unversioned:
             self.added_up = False
             return
-        gradient = last.grad
-        if gradient is None or _version(last) != self._left or gradient.is_sparse:
+        last, version = self._left[0](), self._left[1]
+        if last is None or last is reached:
+            return
+        if _version(last) != version:
             self.added_up, self._left = False, None
         else:
-            self.added_up = bool(gradient.any())
+            self.added_up = _any(last)
 
     def _end(self) -> None:
         self.backwards += 1
         self._versions = self._now()
-        last = self._last() if self._last is not None else None
+        last = self._left[0]() if self._left is not None else None
         if self.added_up and last is not None:  # the next micro-batch finds it as this one leaves it
-            self._left = _version(last)
+            self._left = weakref.ref(last), _version(last)
         self._ended()
 
 
 def _nothing() -> None: ...
+
+
+def _any(parameter: Tensor) -> bool:
+    """Has it a gradient that is not zero? Not told of sparse ones."""
+    gradient = parameter.grad
+    return gradient is not None and not gradient.is_sparse and bool(gradient.any())
 
 
 def _version(parameter: Tensor) -> tuple[int, int]:

@@ -113,7 +113,8 @@ class Tap:
     def _after_backward(self) -> None:
         self._watcher.began(self)
         if self.provenance.early and not self.taken:  # a closure may run its backward many times
-            self._read()
+            # All columns only where more of the step is not to be expected: micro-batches are read for the norm.
+            self._read(self.provenance.complete)
 
     def clipped_to(self, norm: Tensor) -> None:
         """The monitor itself has clipped the gradients."""
@@ -195,7 +196,7 @@ class Tap:
         touched = provenance.touched and not self._in_scaler
         part = self._part
         if part is None or self._read_at != provenance.backwards:
-            part = self._read()
+            part = self._read(whole=True)
             if touched:
                 part.notes.append(CLIPPED)
             if part.buckets and not provenance.backwards:
@@ -210,9 +211,8 @@ class Tap:
         self.taken = True
         return part
 
-    def _read(self) -> Part:
-        # All columns only where more of the step is not to be expected: micro-batches are read for the norm.
-        self._part = self._reader.read(self._watcher.full(self) and self.provenance.complete)
+    def _read(self, whole: bool) -> Part:
+        self._part = self._reader.read(self._watcher.full(self) and whole)
         self._read_at = self.provenance.backwards
         return self._part
 

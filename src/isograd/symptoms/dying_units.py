@@ -33,6 +33,7 @@ from torch import Tensor
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import WINDOW, Detector, History
+from isograd.monitor.origin import replaced
 from isograd.monitor.seen import Seen
 
 CODE = "SA303"
@@ -81,7 +82,7 @@ class Dying(Detector):
         if self.holds(zero, DEAD_FOR):
             silent = seen.grad == -math.inf
             return self._dead(history, int(silent.sum()), int((~seen.grad.isnan()).sum()))
-        return self._dying(seen.dead, dying) if dying and _worse(history) else None
+        return self._dying(history, seen.dead, dying) if dying and _worse(history) else None
 
     def _follow(self, seen: Seen) -> list[int]:
         """Sites whose units have been dying for long enough."""
@@ -129,13 +130,13 @@ class Dying(Detector):
             Severity.ERROR,
             f"{count} of {total} weight matrices, the first among them, have got a gradient of exactly zero for "
             f"{self.held} steps: what they feed is dead",
-            cause="units are off for every sample, or the gradient underflows on its way",
+            cause=_after(history, "units are off for every sample, or the gradient underflows on its way"),
             sites=tuple(history.names[:3]),
             evidence={"matrices": count, "of": total, "steps": self.held, "threshold": DEAD_FOR},
             remedies=("lower-learning-rate", "zero-biases", "leaky-activation"),
         )
 
-    def _dying(self, shares: Tensor, sites: list[int]) -> Finding:
+    def _dying(self, history: History, shares: Tensor, sites: list[int]) -> Finding:
         dead, at = shares[sites].nan_to_num(0.0).max(0)
         worst = sites[int(at)]
         share, first = float(dead), float(self.by_site[0, worst])
@@ -145,7 +146,7 @@ class Dying(Detector):
             Severity.WARNING,
             f"{share:.0%} of the units of {self.sites[worst].rpartition('.')[0]} have got no gradient "
             f"for {DYING_FOR} steps, {first:.0%} at the start",
-            cause="pre-activations drift below zero",
+            cause=_after(history, "pre-activations drift below zero"),
             sites=tuple(self.sites[i] for i in sites[:3]),
             evidence={"dead": share, "threshold": LAYER, "at_start": first},
             remedies=("lower-learning-rate", "leaky-activation"),
@@ -155,6 +156,12 @@ class Dying(Detector):
         if math.isnan(self.largest):
             return None
         return f"at most {self.largest:.0%} of a layer's units get no gradient (a warning from {LAYER:.0%})"
+
+
+def _after(history: History, words: str) -> str:
+    """What is dead, and what went before."""
+    before = replaced(history)
+    return words if before is None else f"{words}; {before.words}"
 
 
 def _first_half(seen: Seen) -> bool:

@@ -24,6 +24,7 @@ References
 from __future__ import annotations
 
 import math
+from statistics import median
 
 from torch import Tensor
 
@@ -39,7 +40,10 @@ OVERFLOWS = 10
 """Skipped steps in a row: a loss scaler halves its scale each time, ten are three decades."""
 FIND = "name the operation: isograd.find_nonfinite(model, loss), with the batch of this step"
 EXPLODED = 1.0
-"""Decades by which gradient or loss had risen before: then it exploded."""
+"""Decades by which gradient or loss had risen before, and above all that they had been: then it exploded. Near its end
+a training that is well has losses ten times as large as others."""
+BEFORE = 24
+"""Readings that an explosion may take."""
 
 
 class NonFinite(Detector):
@@ -82,11 +86,9 @@ class NonFinite(Detector):
                 "from-the-start",
                 ("critical-initialisation", "standardise-input", FIND),
             )
-        norms, losses = history.norms, history.losses
-        rise = max(norms[-3:]) - norms[max(0, len(norms) - 24)] if norms else 0.0
-        risen = len(losses) > 1 and max(losses[-3:]) > 10 * abs(losses[max(0, len(losses) - 24)])
+        losses = [math.log10(loss) if loss > 0 else -math.inf for loss in history.losses]
         large = math.isfinite(history.typical_update) and history.typical_update > 0
-        if rise >= EXPLODED or risen or large:
+        if _risen(history.norms) or _risen(losses) or large:
             cause = origin(history)
             return f"the training exploded before: {cause.words}", cause.slug, cause.remedies
         return (
@@ -102,3 +104,10 @@ class NonFinite(Detector):
 
     def outcome(self, history: History) -> str | None:
         return f"the gradients of {history.count} steps were finite" if history.count else None
+
+
+def _risen(logs: list[float]) -> bool:
+    """Is one of the last three far above what came before?"""
+    before = logs[:-BEFORE] or logs[:1]
+    now = max(logs[-3:], default=-math.inf)
+    return now > max(before, default=now) and now - median(before) >= EXPLODED

@@ -28,6 +28,7 @@ from statistics import median
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import Detector, History
+from isograd.monitor.origin import replaced
 from isograd.monitor.seen import spread
 
 CODE = "TR701"
@@ -63,22 +64,25 @@ class Plateau(Detector):
         half = len(losses) // 2
         before, now = median(losses[:half]), median(losses[half:])
         noise = spread(losses[half:])
+        share = (first - now) / first
+        if noise <= NOISE * now or (noise <= NOISE * first and share >= GAINED):
+            self.share = share
         if noise > NOISE * now:
             return None
-        self.share = (first - now) / first
         flat = abs(now - before) <= ERRORS * 1.25 * noise / math.sqrt(half)  # the error of a median
         stuck = self.share < GAINED
         fallen_back = now - history.best > LOST * (first - history.best) and first > history.best
         paced = history.moving if math.isfinite(history.pace) else history.count
         if paced < STEPS or not flat or not (stuck or fallen_back):
             return None
+        cause = replaced(history)
         where = f"back at {now:.3g} after {history.best:.3g}" if fallen_back else f"still at {now:.3g}"
         return Finding(
             CODE,
             NAME,
             Severity.WARNING,
             f"the loss is {where} and no longer changes; it started from {first:.3g}",
-            cause="nothing is learned at this pace",
+            cause="nothing is learned at this pace" if cause is None else cause.words,
             evidence={
                 "loss": now,
                 "first": first,
@@ -86,7 +90,10 @@ class Plateau(Detector):
                 "gained": self.share,
                 "threshold": GAINED,
             },
-            remedies=("find where the gradient is lost: isograd check on the model",),
+            remedies=(
+                *(() if cause is None else cause.remedies),
+                "find where the gradient is lost: isograd check on the model",
+            ),
         )
 
     def outcome(self, history: History) -> str | None:

@@ -28,14 +28,12 @@ import math
 from statistics import median
 
 from isograd.diagnosis import Finding, Severity
-from isograd.monitor.history import Detector, History
+from isograd.monitor.history import LEAP, Detector, History
 from isograd.monitor.origin import origin
 
 CODE = "UP506"
 NAME = "steps-too-large"
 
-LARGE = -0.7
-"""log10: a fifth of the weights in one step. Healthy recipes stay near 1e-3, the boldest reach 0.1."""
 RISE = 1.2
 """The loss after over the loss before, where a level is known only from a few steps."""
 
@@ -54,7 +52,7 @@ class TooLarge(Detector):
         if math.isnan(update):
             return None
         self.recent = [*self.recent[-2:], update]
-        if sum(value >= LARGE for value in self.recent) < 2 or not rising(history):
+        if sum(value >= LEAP for value in self.recent) < 2 or not rising(history):
             return None
         cause = origin(history)
         largest = max(self.recent)
@@ -65,7 +63,7 @@ class TooLarge(Detector):
             f"a step changes the typical weight matrix by {10**largest:.2g} of itself, and the loss rises",
             cause=cause.words,
             sites=tuple(history.names[:3]),
-            evidence={"update_ratio": 10**largest, "threshold": 10**LARGE, "cause": cause.slug},
+            evidence={"update_ratio": 10**largest, "threshold": 10**LEAP, "cause": cause.slug},
             remedies=cause.remedies,
         )
 

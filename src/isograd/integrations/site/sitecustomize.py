@@ -60,12 +60,13 @@ def _say_if_nothing_was_seen() -> None:
     said = attach is not None and attach.has_told()
     if os.getpid() != settings["pid"] or settings["quiet"] or said or os.path.exists(settings["run"]):
         return
-    why = "no optimizer of torch took a step" if "torch" in sys.modules else "torch was not imported"
-    print(
-        f"isograd: nothing was recorded: {why}. A loop that updates the weights by itself is watched from inside: "
-        "isograd.watch(model, None), and monitor.step() after each step",
-        file=sys.stderr,
-    )
+    why = "the script ended before it imported torch"
+    if "torch" in sys.modules:
+        why = (
+            "no optimizer of torch took a step. A loop that updates the weights by itself is watched from inside: "
+            "isograd.watch(model, None), and monitor.step() after each step"
+        )
+    print(f"isograd: nothing was recorded: {why}", file=sys.stderr)
 
 
 def _run_the_one_we_hide() -> None:
