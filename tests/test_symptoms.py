@@ -298,7 +298,7 @@ PAIRS: dict[str, Pair] = {
     "exploding_recurrence": Pair(
         recurrent(relu_recurrence, weight_hh_l0=2.0), recurrent(relu_recurrence, weight_hh_l0=1.4)
     ),
-    "closed_forget_gates": Pair(recurrent(nn.LSTM), recurrent(nn.LSTM, bias_ih_l0=4.0), Severity.WARNING),
+    "closed_gates": Pair(recurrent(nn.LSTM), recurrent(nn.LSTM, bias_ih_l0=4.0), Severity.WARNING),
 }
 
 

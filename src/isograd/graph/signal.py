@@ -31,6 +31,16 @@ def distinct(tensor: Tensor) -> Tensor | None:
     return (x - x.mean(0) - x.mean(1, keepdim=True) + x.mean((0, 1))).square().mean().sqrt().double()
 
 
+def varying(tensor: Tensor) -> Tensor | None:
+    """Root mean square of what differs between the samples: (sample, ...) -> scalar. None: nothing to compare.
+
+    Source: Schoenholz et al. 2017, section 3: where all samples become alike, no depth can tell them apart again.
+    """
+    if tensor.ndim < 2 or len(tensor) < 2:
+        return None
+    return _sampled(tensor).var(0, correction=0).mean().sqrt().double()
+
+
 def denominator(
     func: Callable[..., Any], args: Any, kwargs: Any
 ) -> tuple[float, Tensor, Tensor | None] | None:
