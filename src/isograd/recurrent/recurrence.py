@@ -47,7 +47,9 @@ def recurrences(model: nn.Module, seen: Unrolled) -> tuple[Recurrence, ...]:
     found: list[Recurrence] = []
     for key, use in seen.uses.items():
         weight = use.weight.detach()
-        if weight.ndim > 2 and use.steps not in lengths:  # a convolution that is used for several layers, not for steps
+        if (
+            weight.ndim > 2 and use.steps not in lengths
+        ):  # a convolution that is used for several layers, not for steps
             continue
         if use.kernel is not None:
             weight = weight.chunk(use.kernel.blocks)[use.kernel.candidate]

@@ -58,6 +58,9 @@ trained on digits with weights 3 to 10 times Xavier's lost 17 to 43% of their le
 beyond 2, and 2 to 12% at 0.4 to 0.8."""
 SATURATED = 1 / 3
 """Share of its units that are saturated in the median activation of such a network: at twice Xavier's weights 0.15."""
+COORDINATES = 4
+"""Features of an input that are coordinates: a network has to make high frequencies of them first, and chaos does (Tancik
+et al. 2020, Fourier features let networks learn high frequency functions in low dimensional domains)."""
 EXPONENTIAL = 0.5
 """Share of the growth that the median layer alone must account for to call it exponential."""
 
@@ -107,7 +110,9 @@ def _along(flow: Flow) -> Iterator[Outcome]:
 def _threshold(flow: Flow) -> float:
     """Decades that count as an error for this network."""
     bounded = [a.saturated for a in flow.activations if a.carries and ACTIVATIONS[a.function].bounded]
-    if bounded and median(bounded) >= SATURATED:
+    first = min((p for p in flow.parameters if p.fan_in), key=lambda p: p.depth, default=None)
+    features = first.fan_in if first is not None else 0
+    if bounded and median(bounded) >= SATURATED and features > COORDINATES:
         return CHAOTIC
     hidden = flow.sites[flow.hidden]
     holding = sum(

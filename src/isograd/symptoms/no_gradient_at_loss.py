@@ -299,24 +299,29 @@ def _flat(flow: Flow, costs: dict[int, float]) -> Finding | None:
                     "output": site.operation,
                     "cause": "initialisation",
                 },
-                remedies=("rescale-weights", "critical-initialisation"),
+                remedies=("critical-initialisation",),
             )
     return None
 
 
 def _sure(flow: Flow) -> Finding | None:
-    """A softmax or sigmoid in the loss that is certain of everything, beside another result that does get a gradient."""
+    """A softmax or sigmoid that is certain of everything, beside another result that does get a gradient.
+
+    Certain by what it says: a term of the loss whose weight is still zero gets no gradient either.
+    """
     for site in flow.sites:
-        inside = flow.ledgers.get(site.depth, ()) if site.kind == "loss" else ()
+        inside = flow.ledgers.get(site.depth, ())
         heads = [step.level for step in inside if step.site.kind == "linear" and step.level > -math.inf]
         for step in inside:
             beside = step.level - max(heads, default=math.nan)
-            if step.site.operation in NORMALISED_LOG and beside < ROUNDING:
+            certain = step.activation_rms > -ROUNDING * math.log(10)
+            if step.site.operation in NORMALISED_LOG and certain and beside < ROUNDING:
+                got = "nothing" if beside == -math.inf else f"10^{beside:.0f} of it"
                 return Finding(
                     CODE,
                     NAME,
                     Severity.ERROR,
-                    f"{step.site.name} is sure of everything: it receives {beside:+.0f} decades of the gradient beside it",
+                    f"{step.site.name} is certain of everything: where another result gets a gradient, it gets {got}",
                     cause="the logits are so large that no sample is in doubt; the layers before the head are not to blame",
                     sites=(step.site.place,),
                     evidence={
