@@ -591,3 +591,30 @@ def test_an_operand_of_an_einsum_gets_the_variance_of_its_fan_in() -> None:
     (layer,) = (found for found in layers(flow, model) if found.weight == "votes")
     drawn = nn.init.orthogonal_(torch.empty(6, 10, 8, 12), gain(layer))
     assert float(drawn.square().mean()) * layer.fan_in == pytest.approx(1.0, rel=1e-3)
+
+
+class Sine(nn.Module):
+    """sin(30 W x), with a constant that belongs to the gain of the layer (Sitzmann et al. 2020)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(30 * self.layer(x))
+
+
+def test_a_constant_behind_a_layer_is_a_part_of_its_gain() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Sine(8), *(Sine(64) for _ in range(5)), nn.Linear(64, 1))
+    x, y = torch.randn(64, 8), torch.randn(64, 1)
+
+    def loss(m: nn.Module) -> Tensor:
+        return functional.mse_loss(m(x), y)
+
+    diagnosis = check(model, loss)
+    assert [f.evidence.get("cause") for f in diagnosis.errors] == ["initialisation"]
+    found = layers(diagnosis.flow, model)
+    assert [layer.times for layer in found] == pytest.approx([30.0] * 6 + [1.0], rel=1e-3)
+    rx = next(iter(orthogonal_initialisation.prescribe(Patient(model, diagnosis, loss))))
+    assert check(apply(model, rx), loss).verdict == "healthy"

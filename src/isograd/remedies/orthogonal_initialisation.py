@@ -26,7 +26,7 @@ from collections.abc import Iterator
 
 from isograd.layers import Layer, layers
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
-from isograd.remedies.critical_initialisation import biases, expected, remaining, scale, weight
+from isograd.remedies.critical_initialisation import biases, expected, remaining, wanted, weight
 
 SLUG = "orthogonal-initialisation"
 TREATS = ("initialisation", "VG101", "EG201", "EG202", "NF401", "NF402")
@@ -65,6 +65,5 @@ def gain(layer: Layer) -> float:
     A semi-orthogonal matrix has elements of variance 1 / max(rows, columns). The rows are the parameter's first axis: an
     operand of an einsum may sum over another.
     """
-    sigma_w = scale(layer.activation)[0]
     rows, *rest = layer.shape[1:] if layer.stacked else layer.shape
-    return float(f"{sigma_w * math.sqrt(max(rows, math.prod(rest)) / layer.fan_in):.6g}")
+    return float(f"{wanted(layer) * math.sqrt(max(rows, math.prod(rest)) / layer.fan_in):.6g}")

@@ -63,7 +63,9 @@ def examine(flow: Flow) -> Iterator[Outcome]:
         f"epsilon is {worst.epsilon:.2g} where the variance is {worst.variance:.2g}: {worst.site.name} gives "
         f"{worst.kept:.2g} of unit scale; {len(told)} of {len(seen)} normalisations give less than "
         f"{limit}",
-        cause="weights or embeddings that are far too small" if usual else "the epsilon of the normalisation layers",
+        cause="weights or embeddings that are far too small"
+        if usual
+        else "the epsilon of the normalisation layers",
         sites=tuple(n.site.place for n in sorted(told, key=lambda n: n.kept)[:3]),
         evidence={
             "epsilon": worst.epsilon,
