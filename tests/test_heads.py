@@ -97,3 +97,74 @@ def test_a_saturated_output_whose_loss_does_not_undo_it_is_an_error() -> None:
     (finding,) = check(*built).errors
     assert finding.code == "VG102"
     assert "saturated" in finding.message
+
+
+class Policy(nn.Module):
+    """Logits of four actions and a value."""
+
+    def __init__(self, loud: float) -> None:
+        super().__init__()
+        self.body, self.actor, self.critic = (
+            nn.Sequential(nn.Linear(16, 16), nn.Tanh()),
+            nn.Linear(16, 4),
+            nn.Linear(16, 1),
+        )
+        with torch.no_grad():
+            self.actor.weight.mul_(loud)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.body(x)
+        return self.actor(h), self.critic(h)
+
+
+def advantage(m: nn.Module) -> Tensor:
+    """Expected advantage of the policy, whose own probability of the right action is the baseline."""
+    logits, value = m(X)
+    p, sure = logits.softmax(-1).detach(), logits.log_softmax(-1)
+    right = functional.one_hot(CLASSES, 4)
+    reward = (p * right).sum(-1, keepdim=True)
+    return -(p * (right - reward) * sure).sum(-1).mean() + (value - reward).square().mean()
+
+
+@pytest.mark.parametrize(("loud", "found"), [(1.0, False), (1e3, True)])
+def test_a_policy_that_is_sure_of_everything_learns_nothing(loud: float, found: bool) -> None:
+    torch.manual_seed(0)
+    diagnosis = check(Policy(loud), advantage)
+    assert ("VG102" in {f.code for f in diagnosis.errors}) == found
+    assert (diagnosis.verdict == "healthy") == (not found)
+
+
+def warming_up(m: nn.Module) -> Tensor:
+    """A term whose weight is still zero."""
+    logits, value = m(X)
+    return value.square().mean() - 0.0 * logits.log_softmax(-1).mean()
+
+
+def test_a_term_of_the_loss_whose_weight_is_still_zero_is_not_accused() -> None:
+    torch.manual_seed(0)
+    assert check(Policy(1.0), warming_up).verdict == "healthy"
+
+
+def squashed(x: Tensor) -> Tensor:
+    """The length of each of four capsules, after Sabour et al. 2017."""
+    parts = x.unflatten(-1, (4, -1))
+    squares = parts.square().sum(-1, keepdim=True)
+    return (parts * squares / (1 + squares) / (squares + 1e-8).sqrt()).norm(dim=-1) * 4
+
+
+@pytest.mark.parametrize(("loud", "codes"), [(1.0, []), (300.0, ["VG102"])])
+def test_a_function_behind_the_head_that_leaves_the_samples_alike_is_saturated(
+    loud: float, codes: list[str]
+) -> None:
+    model, loss = headed(16, lambda p: functional.cross_entropy(p, CLASSES), squashed)
+    with torch.no_grad():
+        model[2].weight.mul_(loud)  # pyright: ignore
+    assert [f.code for f in check(model, loss).errors] == codes
+
+
+def test_a_temperature_is_no_saturation() -> None:
+    """It costs decades, and all that tells the samples apart is left."""
+    assert (
+        check(*headed(4, lambda p: functional.cross_entropy(p, CLASSES), lambda x: x / 1e6)).verdict
+        == "healthy"
+    )

@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from isograd import check
 from isograd.diagnosis import Diagnosis, diagnose
+from isograd.layers import layers
 from isograd.measure import measure
 from isograd.pages import SYMPTOMS
 from isograd.prescription import Patient, Prescription, apply
@@ -41,6 +42,7 @@ from isograd.remedies import (
     scale_residual_branches,
     zero_biases,
 )
+from isograd.remedies.orthogonal_initialisation import gain
 from tests.models import HE, Built, Residual, Tied, classified, mlp
 
 HEADINGS = ("What it does", "When it helps", "Expected effect", "Safety", "References")
@@ -554,3 +556,65 @@ def test_a_loop_over_a_linear_layer_is_held_orthogonal_or_told_where_a_gate_belo
     assert gates.why_not == "the recurrence is a loop of your own"
     assert "test_remedies_init.py:" in gates.advice[0]
     assert "nn.GRUCell(inputs, 32)" in gates.advice[0]
+
+
+def test_gates_of_an_lstm_that_are_closed_are_opened_with_it() -> None:
+    model, loss = fused(nn.LSTM)
+    core = model.get_submodule("core")
+    assert isinstance(core, nn.LSTM)
+    nn.init.constant_(core.bias_ih_l0.data[:16], -8.0)
+    known = Patient(model, Diagnosis(measure(model, loss)), loss)
+    opened = apply(model, next(iter(forget_bias.prescribe(known)))).get_submodule("core")
+    assert isinstance(opened, nn.LSTM)
+    both = opened.bias_ih_l0 + opened.bias_hh_l0
+    assert (both[:16] == 0).all()
+    assert (both[16:32] == 1).all()
+    assert torch.equal(opened.bias_ih_l0[48:], core.bias_ih_l0[48:])
+
+
+def test_an_operand_of_an_einsum_gets_the_variance_of_its_fan_in() -> None:
+    """Its first axis is neither its inputs nor its outputs: an orthogonal matrix is scaled by what it sums over."""
+    torch.manual_seed(0)
+
+    class Votes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.part, self.votes = nn.Linear(8, 6 * 8), nn.Parameter(torch.randn(6, 10, 8, 12))
+            self.head = nn.Linear(120, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            parts = self.part(x).unflatten(-1, (6, 8))
+            return self.head(torch.einsum("bid,iode->boe", parts, self.votes).flatten(1))
+
+    model, x = Votes(), torch.randn(16, 8)
+    flow = measure(model, lambda m: m(x).square().mean())
+    (layer,) = (found for found in layers(flow, model) if found.weight == "votes")
+    drawn = nn.init.orthogonal_(torch.empty(6, 10, 8, 12), gain(layer))
+    assert float(drawn.square().mean()) * layer.fan_in == pytest.approx(1.0, rel=1e-3)
+
+
+class Sine(nn.Module):
+    """sin(30 W x), with a constant that belongs to the gain of the layer (Sitzmann et al. 2020)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(width, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sin(30 * self.layer(x))
+
+
+def test_a_constant_behind_a_layer_is_a_part_of_its_gain() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Sine(8), *(Sine(64) for _ in range(5)), nn.Linear(64, 1))
+    x, y = torch.randn(64, 8), torch.randn(64, 1)
+
+    def loss(m: nn.Module) -> Tensor:
+        return functional.mse_loss(m(x), y)
+
+    diagnosis = check(model, loss)
+    assert [f.evidence.get("cause") for f in diagnosis.errors] == ["initialisation"]
+    found = layers(diagnosis.flow, model)
+    assert [layer.times for layer in found] == pytest.approx([30.0] * 6 + [1.0], rel=1e-3)
+    rx = next(iter(orthogonal_initialisation.prescribe(Patient(model, diagnosis, loss))))
+    assert check(apply(model, rx), loss).verdict == "healthy"

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -298,7 +299,7 @@ PAIRS: dict[str, Pair] = {
     "exploding_recurrence": Pair(
         recurrent(relu_recurrence, weight_hh_l0=2.0), recurrent(relu_recurrence, weight_hh_l0=1.4)
     ),
-    "closed_forget_gates": Pair(recurrent(nn.LSTM), recurrent(nn.LSTM, bias_ih_l0=4.0), Severity.WARNING),
+    "closed_gates": Pair(recurrent(nn.LSTM), recurrent(nn.LSTM, bias_ih_l0=4.0), Severity.WARNING),
 }
 
 
@@ -990,3 +991,136 @@ def test_without_an_optimizer_the_first_updates_are_unexamined_and_not_healthy()
     diagnosis = diagnosed(relu_he())
     assert {"UP502", "UP503"} <= set(diagnosis.unexamined)
     assert not {"UP502", "UP503"} & set(diagnosis.healthy)
+
+
+# -- what is lost besides the gradient -------------------------------------------------------------
+
+
+def deep(activation: Callable[[], nn.Module], layers: int, gain: float, bias: float = 0.0) -> Built:
+    model = mlp(activation, layers, gain)
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            nn.init.constant_(layer.bias, bias)
+    return classified(model)
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e-6])
+def test_two_decades_are_an_error_where_the_samples_become_alike_too(factor: float) -> None:
+    """Sigmoids and small weights lose as many decades; behind the sigmoids every sample gives nearly the same."""
+    torch.manual_seed(0)
+    (sigmoid, loss), (small, other) = deep(nn.Sigmoid, 4, 1.0), deep(nn.ReLU, 5, 0.45)
+    alike, told = (diagnosed((m, lambda m, f=f: f(m) * factor)) for m, f in ((sigmoid, loss), (small, other)))
+    (error,), (warning,) = ([f for f in d.findings if f.code == "VG101"] for d in (alike, told))
+    assert -3 < alike.flow.lost < -2
+    assert -3 < told.flow.lost < -2
+    assert (error.severity, warning.severity) == (Severity.ERROR, Severity.WARNING)
+    assert float(error.evidence["told_apart"]) < 0.01 < 0.1 < float(warning.evidence["told_apart"])
+
+
+def test_what_differs_between_the_samples_is_told_from_what_they_share() -> None:
+    x = torch.randn(64, 30, dtype=torch.float64)
+    common = 3.0
+    found = signal.varying(x + common)
+    assert found is not None
+    assert float(found) == pytest.approx(float(x.var(0, correction=0).mean().sqrt()), rel=1e-12)
+    assert signal.varying(x[:1]) is None
+
+
+@pytest.mark.parametrize(("width", "verdict"), [(64, "exploding"), (2, "healthy")])
+def test_growth_behind_saturated_units_is_chaos_but_of_coordinates(width: int, verdict: str) -> None:
+    """Of an input of a few features high frequencies are to be made."""
+    torch.manual_seed(0)
+    widths = [width, *[128] * 7]
+    layers = [part for i, o in pairwise(widths) for part in (nn.Linear(i, o), nn.Tanh())]
+    model = nn.Sequential(*layers, nn.Linear(128, 10))
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, std=6 * layer.in_features**-0.5)
+    x, y = torch.randn(64, width), torch.randint(10, (64,))
+    diagnosis = check(model, lambda m: functional.cross_entropy(m(x), y))
+    assert 1.0 < diagnosis.flow.lost < 2.0
+    assert diagnosis.verdict == verdict
+
+
+class Tagger(nn.Module):
+    """A label for each of 24 tokens, by a recurrence in both directions."""
+
+    def __init__(self, kind: type[nn.RNNBase], **biases: float) -> None:
+        super().__init__()
+        self.token, self.kernel = nn.Embedding(12, 16), kind(16, 32, 2, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(64, 3)
+        quarter = {"i": slice(0, 32), "f": slice(32, 64), "o": slice(96, 128), "z": slice(32, 64)}
+        for name, parameter in self.kernel.named_parameters():
+            for gate, value in biases.items():
+                if name.startswith("bias_ih"):
+                    nn.init.constant_(parameter.data[quarter[gate]], value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.kernel(self.token(x))[0])
+
+
+def tagging(kind: type[nn.RNNBase], **biases: float) -> Built:
+    torch.manual_seed(0)
+    model, x = Tagger(kind, **biases), torch.randint(12, (16, 24))
+    return model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), x.flatten() % 3)
+
+
+@pytest.mark.parametrize(
+    "biases", [{"f": -6.0}, {"i": -8.0}, {"o": -8.0}], ids=["forgets", "lets nothing in", "lets nothing out"]
+)
+def test_closed_gates_of_a_layer_are_an_error_and_are_opened(biases: dict[str, float]) -> None:
+    model, loss = tagging(nn.LSTM, **biases)
+    diagnosis = check(model, loss)
+    assert [f.code for f in diagnosis.errors] == ["RN603"]
+    found = repair(model, loss)
+    assert found.cured
+    assert found.prescription is not None
+    assert found.prescription.remedy in ("chrono-initialisation", "forget-bias")
+
+
+def test_an_update_gate_that_keeps_everything_lets_nothing_in() -> None:
+    assert [f.code for f in check(*tagging(nn.GRU, z=12.0)).errors] == ["RN603"]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_gates_as_torch_draws_them_are_no_error(kind: type[nn.RNNBase]) -> None:
+    assert check(*tagging(kind)).verdict == "healthy"
+
+
+class Frames(nn.Module):
+    """A ConvLSTM in a dozen lines: 12 pictures, of which the first two say something."""
+
+    def __init__(self, forget: float) -> None:
+        super().__init__()
+        self.gates, self.head = nn.Conv2d(5, 16, 3, padding=1), nn.Linear(64, 10)
+        nn.init.constant_(self.gates.bias.data[4:8], forget)  # pyright: ignore[reportOptionalMemberAccess]
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = c = x.new_zeros(len(x), 4, 4, 4)
+        for t in range(x.shape[1]):
+            i, f, o, g = self.gates(torch.cat([x[:, t], h], 1)).chunk(4, 1)
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            h = o.sigmoid() * c.tanh()
+        return self.head(h.flatten(1))
+
+
+@pytest.mark.parametrize(("forget", "codes"), [(-6.0, ["RN601"]), (1.0, [])])
+def test_a_convolution_that_multiplies_its_own_result_is_a_recurrence(
+    forget: float, codes: list[str]
+) -> None:
+    torch.manual_seed(0)
+    x, y = torch.zeros(32, 12, 1, 4, 4), torch.randint(10, (32,))
+    x[:, :2] = torch.randn(32, 2, 1, 4, 4)
+    model = Frames(forget)
+    diagnosis = check(model, lambda m: functional.cross_entropy(m(x), y))
+    assert [f.code for f in diagnosis.errors] == codes
+    assert diagnosis.flow.horizon is not None
+    assert [(r.name, r.steps) for r in diagnosis.flow.horizon.recurrences] == [("gates.weight", 12)]
+
+
+def test_a_convolution_of_several_layers_is_none() -> None:
+    torch.manual_seed(0)
+    shared = nn.Conv2d(4, 4, 3, padding=1)
+    model = nn.Sequential(nn.Conv2d(1, 4, 1), *[shared] * 10, nn.Flatten(), nn.Linear(4 * 36, 10))
+    x, y = torch.randn(8, 1, 6, 6), torch.randint(10, (8,))
+    assert check(model, lambda m: functional.cross_entropy(m(x), y)).flow.horizon is None

@@ -278,6 +278,7 @@ class Flow:
     activation_rms    root mean square of the site's output
     forward_gain      activation_rms over that of the site before it
     distinct          share of it, in root mean squares, that belongs to one token of one sample alone
+    varying           share of it that differs between the samples
     weighted          1 where the segment multiplies by weights: a layer in the sense of sigma^L"""
     splits: dict[int, Split] = field(default_factory=dict[int, Split])
     """Residual segments by the depth of the site that ends them."""

@@ -164,9 +164,9 @@ class Horizon:
     def findings(self) -> tuple[Finding, ...]:
         """What is wrong along time: RN601, RN602, RN603."""
         from isograd.diagnosis import Finding
-        from isograd.symptoms import closed_forget_gates, exploding_recurrence, short_horizon
+        from isograd.symptoms import closed_gates, exploding_recurrence, short_horizon
 
-        pages = (short_horizon, exploding_recurrence, closed_forget_gates)
+        pages = (short_horizon, exploding_recurrence, closed_gates)
         return tuple(o for page in pages for o in page.judge(self) if isinstance(o, Finding))
 
     def __repr__(self) -> str:

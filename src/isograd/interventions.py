@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from isograd.diagnosis import Diagnosis
 from isograd.flow import Flow
 from isograd.graph.operations import ACTIVATIONS, kind_of_call, parameter_of
+from isograd.layers import multiplied
 from isograd.prescription import Patient, Prescription, apply
 from isograd.remedies import batch_statistics, reset_norm_epsilon, reset_norm_gain
 from isograd.remedies.critical_initialisation import scale
@@ -153,10 +154,10 @@ def _made(rx: Prescription, model: nn.Module) -> None:
 @torch.no_grad()
 def _critical(model: nn.Module, flow: Flow, activation: str) -> None:
     """Scale the weights of every layer to the standard deviation that keeps the gradient at criticality."""
-    sigma_w, sigma_b = scale(activation)
+    (sigma_w, sigma_b), times = scale(activation), multiplied(flow)
     # by their order: a copied Keras model calls its parameters by other names
     for known, parameter in zip(flow.parameters, model.parameters(), strict=True):
-        deviation = sigma_w / math.sqrt(max(known.fan_in, 1))
+        deviation = sigma_w / math.sqrt(max(known.fan_in, 1)) / times.get(known.name.rpartition(".")[0], 1.0)
         if known.bias:
             nn.init.normal_(parameter, 0.0, sigma_b) if sigma_b else nn.init.zeros_(parameter)
         elif known.fan_in and (spread := float(parameter.float().std())) > 0:

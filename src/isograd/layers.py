@@ -6,12 +6,15 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import Tensor, nn
 
 from isograd.flow import Flow
 from isograd.graph.operations import ACTIVATIONS, WEIGHTED
 
+SAME = 1e-3
+"""Decades between what a multiplication does to the signal and to the gradient: none where it is by one number."""
 UNSEEN = 100
 """Time steps to remember where the length of the sequences was not seen."""
 
@@ -38,6 +41,8 @@ class Layer:
     convolution: bool = False
     half: bool = False
     """In a number format of 16 bits, in which torch factorises no matrices."""
+    times: float = 1.0
+    """Constant by which its output is multiplied before anything else, as in sin(30 W x): a part of its gain."""
 
     @property
     def fan_out(self) -> int:
@@ -68,7 +73,7 @@ def layers(flow: Flow, model: nn.Module, exchanged: Mapping[str, str] | None = N
     """
     line = list(_line(flow))
     after, calls = _after(line), Counter(p.module for p in line if p.kind in ("linear", "convolution"))
-    convolutions = {p.module for p in line if p.kind == "convolution"}
+    convolutions, times = {p.module for p in line if p.kind == "convolution"}, multiplied(flow)
     common = common_activation(flow)
     plain = not flow.splits and sum(p.kind == "activation" for p in line) > 0
     parameters = dict(model.named_parameters())
@@ -102,6 +107,7 @@ def layers(flow: Flow, model: nn.Module, exchanged: Mapping[str, str] | None = N
                 module in convolutions
                 or (not module and tensor.ndim > 2 and tensor[0].numel() == known.fan_in),
                 tensor.element_size() < 4,
+                1.0 if head else times.get(module, 1.0),
             )
         )
     return found
@@ -153,6 +159,18 @@ def common_activation(flow: Flow) -> str:
         a.function for a in flow.activations if a.carries and (a.site.depth < 0 or a.site in hidden)
     )
     return seen.most_common(1)[0][0] if seen else "linear"
+
+
+def multiplied(flow: Flow) -> dict[str, float]:
+    """Constants right behind a layer of the backbone, by its module: what scales signal and gradient alike."""
+    found: dict[str, float] = {}
+    backward, forward = flow.column("decades").tolist(), flow.column("forward_gain").tolist()
+    for i, (layer, site) in enumerate(pairwise(flow.sites), 1):
+        constant = site.operation in ("mul", "div") and not site.parameters and site.depth not in flow.ledgers
+        times = forward[i] if constant and layer.kind in ("linear", "convolution") else math.nan
+        if times > 0 and abs(backward[i] - math.log10(times)) < SAME:
+            found[layer.module] = times
+    return found
 
 
 def _line(flow: Flow) -> Iterator[_Place]:

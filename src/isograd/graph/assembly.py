@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
@@ -120,24 +120,25 @@ class Assembly:
             else next((self.rms[n] for n in s.nodes if n in self.rms), math.nan)
             for s in line.segments
         ]
-        distinct = [
-            next(
-                (_ratio(v, self.rms[n]) for n in s.nodes if (v := self.read.distinct.get(n)) is not None),
-                math.nan,
-            )
-            for s in line.segments
-        ]
         forward = [_ratio(a, b) for a, b in zip(rms, [*rms[1:], math.nan], strict=True)]
         columns = {
             "grad_norm_log10": logs,
             "gain": [math.inf if d >= 300 else 10**d for d in decades],
             "decades": decades,
             "activation_rms": rms,
-            "distinct": distinct,
+            "distinct": self._shares(line, self.read.distinct),
+            "varying": self._shares(line, self.read.varying),
             "forward_gain": forward,
             "weighted": [float(s.weighted and i >= line.exit) for i, s in enumerate(line.segments)],
         }
         return {name: torch.tensor(c[::-1], dtype=torch.float64) for name, c in columns.items()}
+
+    def _shares(self, line: Backbone, sizes: Mapping[Node, float]) -> list[float]:
+        """Of the signal at each site, how much of it a part of these sizes is."""
+        return [
+            next((_ratio(sizes[n], self.rms[n]) for n in segment.nodes if n in sizes), math.nan)
+            for segment in line.segments
+        ]
 
     def _level(self, segment: Segment) -> float:
         """log10 of the gradient norm at a segment's output; of several outlets, of their gradients together."""

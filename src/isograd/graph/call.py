@@ -53,6 +53,8 @@ class Made:
     rms: Tensor | None = None
     distinct: Tensor | None = None
     """Root mean square of what belongs to one token alone."""
+    varying: Tensor | None = None
+    """Root mean square of what differs between the samples."""
 
 
 @dataclass(slots=True)

@@ -24,6 +24,7 @@ class Readings:
         scale: log10 of true over rescaled gradient, by the backward's key.
         rms: of the result of every operation.
         distinct: of what belongs to one token alone in it, where it has tokens.
+        varying: of what differs between the samples in it.
         splits: norms of skip and branch contribution below a residual segment, as they passed, by its index.
         inputs, activations, losses, variances, given, spreads: the trace's statistics, in its order.
         weights: norm of every parameter, by name.
@@ -38,6 +39,7 @@ class Readings:
         exponents = {key: scalars.add(value) for key, value in passed.exponents.items()}
         rms = {n: scalars.add(made.rms) for n, made in trace.made.items() if made.rms is not None}
         distinct = {n: scalars.add(m.distinct) for n, m in trace.made.items() if m.distinct is not None}
+        varying = {n: scalars.add(m.varying) for n, m in trace.made.items() if m.varying is not None}
         splits = {i: (scalars.add(a), scalars.add(b)) for i, (a, b) in passed.splits.items()}
         inputs = {name: [scalars.add(v) for v in values] for name, values in trace.inputs.items()}
         weights = {name: scalars.add(norm([p])) for name, p in run.model.named_parameters() if p.numel()}
@@ -60,6 +62,7 @@ class Readings:
         }
         self.rms = {node: read[i] for node, i in rms.items()}
         self.distinct = {node: read[i] for node, i in distinct.items()}
+        self.varying = {node: read[i] for node, i in varying.items()}
         self.splits = {i: (read[a], read[b]) for i, (a, b) in splits.items()}
         self.inputs = {name: [read[i] for i in values] for name, values in inputs.items()}
         self.weights = {name: read[i] for name, i in weights.items()}

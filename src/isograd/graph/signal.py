@@ -15,6 +15,9 @@ ROOTS = ("rsqrt", "sqrt")
 """By these a normalisation that is written out divides."""
 MASKED = -1e9
 """A logit below it takes no part: masks are written as the lowest number of a format, or as -inf."""
+MANY = 100_000
+"""Elements by which samples are told apart, behind every operation: a measurement of a ResNet of 8 blocks takes a fifth
+more processor time with them, and twice as much with all elements."""
 LARGEST = 500_000
 """Elements that statistics are taken over, here and in the trace: beyond, whole samples are left out."""
 
@@ -29,6 +32,18 @@ def distinct(tensor: Tensor) -> Tensor | None:
         return None
     x = _sampled(tensor)
     return (x - x.mean(0) - x.mean(1, keepdim=True) + x.mean((0, 1))).square().mean().sqrt().double()
+
+
+def varying(tensor: Tensor) -> Tensor | None:
+    """Root mean square of what differs between the samples: (sample, ...) -> scalar. None: nothing to compare.
+
+    Source: Schoenholz et al. 2017, section 3: where all samples become alike, no depth can tell them apart again.
+    """
+    if tensor.ndim < 2 or len(tensor) < 2:
+        return None
+    x = _sampled(tensor, MANY)
+    apart = x - x[:1]  # of samples that are all but alike, a difference of squares would leave rounding alone
+    return (apart.square().mean() - apart.mean(0).square().mean()).clamp(min=0).sqrt().double()
 
 
 def denominator(
@@ -69,11 +84,11 @@ def _by_channel(x: Tensor) -> Tensor:
     return x.transpose(0, 1).flatten(1).var(1, correction=0)
 
 
-def _sampled(tensor: Tensor) -> Tensor:
+def _sampled(tensor: Tensor, most: int = LARGEST) -> Tensor:
     """Enough samples, in at least float32."""
     tensor = tensor.detach()
-    if tensor.numel() > LARGEST:
-        tensor = tensor[: max(2, LARGEST * len(tensor) // tensor.numel())]
+    if tensor.numel() > most:
+        tensor = tensor[: max(2, most * len(tensor) // tensor.numel())]
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 

@@ -183,7 +183,7 @@ class Trace(TorchFunctionMode):
             opened = leaf.clone()
             made = Made(self._call("input", "input"), tuple(value.shape), _name(value.dtype))
             made.rms = norm([value]) / value.numel() ** 0.5
-            made.distinct = signal.distinct(value)
+            made.distinct, made.varying = signal.distinct(value), signal.varying(value)
             made.call.user_input = True
             made.call.settings = (("name", name),)
             assert opened.grad_fn is not None
@@ -335,7 +335,7 @@ class Trace(TorchFunctionMode):
             return
         made.shape, made.dtype = tuple(tensor.shape), _name(tensor.dtype)
         if tensor.numel() and tensor.is_floating_point() and call.kind != "reshape":
-            made.rms = norm([tensor]) / tensor.numel() ** 0.5
+            made.rms, made.varying = norm([tensor]) / tensor.numel() ** 0.5, signal.varying(tensor)
             if made.call.unit_dim in (-1, tensor.ndim - 1):
                 made.distinct = signal.distinct(tensor)
 

@@ -42,6 +42,8 @@ class Use:
     kernel: Kernel | None = None
     gates: list[Tensor] = field(default_factory=list[Tensor])
     """Mean openness of the gate that keeps the state, one value a unit, for each step."""
+    passing: list[Tensor] = field(default_factory=list[Tensor])
+    """What the other gates let into the state and out again, likewise."""
 
 
 @dataclass
@@ -175,8 +177,11 @@ class Unrolled(TorchFunctionMode):
         use.steps += 1
         if kernel.gate is not None:
             given = _linear(x, weights, 0, biased) + _linear(state[0], weights, 1, biased)
-            gate = given.chunk(kernel.blocks, -1)[kernel.gate].sigmoid()
+            blocks = given.sigmoid().chunk(kernel.blocks, -1)
+            gate = blocks[kernel.gate]
+            passing = blocks[0] * blocks[3] if kernel.blocks == 4 else 1 - gate
             use.gates.append(gate.reshape(-1, gate.shape[-1]).mean(0))
+            use.passing.append(passing.reshape(-1, gate.shape[-1]).mean(0))
 
     # -- kernels -----------------------------------------------------------------------------------
 
@@ -331,7 +336,8 @@ KERNELS = {
 }
 
 
-PRODUCTS = frozenset("linear addmm mm mv matmul __matmul__ __rmatmul__ mul __mul__ __rmul__".split())
+CONVOLUTIONS = frozenset("conv1d conv2d conv3d".split())
+PRODUCTS = CONVOLUTIONS.union("linear addmm mm mv matmul __matmul__ __rmatmul__ mul __mul__ __rmul__".split())
 """Calls by which a state is multiplied."""
 
 

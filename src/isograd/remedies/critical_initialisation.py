@@ -45,9 +45,7 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         yield not_applicable(SLUG, "no trainable weight was seen to multiply the signal")
         return
     edits = [
-        weight(
-            layer, "nn.init.normal_", {"std": _round(scale(layer.activation)[0] / math.sqrt(layer.fan_in))}
-        )
+        weight(layer, "nn.init.normal_", {"std": _round(wanted(layer) / math.sqrt(layer.fan_in))})
         for layer in found
     ]
     yield Prescription(
@@ -76,6 +74,11 @@ def biases(found: list[Layer], zero: bool = False) -> Iterator[Edit]:
                 yield Edit(name, "fill", "nn.init.normal_", {"std": _round(sigma_b)})
             else:
                 yield Edit(name, "fill", "nn.init.zeros_")
+
+
+def wanted(layer: Layer) -> float:
+    """The sigma_w that brings a layer, with the constant behind it, to the critical point."""
+    return scale(layer.activation)[0] / layer.times
 
 
 @cache

@@ -27,7 +27,7 @@ from torch import nn
 
 from isograd.layers import Layer, layers
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
-from isograd.remedies.critical_initialisation import biases, expected, remaining, scale
+from isograd.remedies.critical_initialisation import biases, expected, remaining, wanted
 from isograd.remedies.orthogonal_initialisation import gain, orthogonal
 
 SLUG = "delta-orthogonal"
@@ -78,4 +78,4 @@ def _fits(module: nn.Module) -> bool:
 def _gain(layer: Layer) -> float:
     """The centre tap alone carries the signal: the fan-in is that of one position."""
     outputs, inputs = layer.shape[:2]
-    return float(f"{scale(layer.activation)[0] * math.sqrt(outputs / inputs):.6g}")
+    return float(f"{wanted(layer) * math.sqrt(outputs / inputs):.6g}")

@@ -2,7 +2,7 @@
 
 What it does
     Sets the bias of the gate that keeps the state to 1. PyTorch adds two biases, bias_ih and bias_hh: one is 1 there
-    and the other 0.
+    and the other 0. An input or output gate of an LSTM whose bias closes it is opened: both of its biases become 0.
 
 When it helps
     At a bias of 0 the gate is half open: half of the memory is lost at each step, 60 decades over 200. At 1 the cell
@@ -29,6 +29,8 @@ from isograd.prescription import Edit, Patient, Prescription, Reach, not_applica
 SLUG = "forget-bias"
 TREATS = ("initialisation", "VG101", "RN601", "RN602", "RN603")
 NONE = "the model has no LSTM or GRU of torch's with trainable biases"
+CLOSED = -4.6
+"""Bias at which a gate is 0.01 open."""
 Gated = nn.LSTM | nn.GRU | nn.LSTMCell | nn.GRUCell
 
 
@@ -70,10 +72,25 @@ def _biases(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _ones(path: str, module: nn.Module) -> Iterator[Edit]:
     """The gate that keeps the state lies in the second quarter (LSTM: i, f, g, o) or third (GRU: r, z, n)."""
-    for name, parameter in _biases(module):
-        gates = 4 if isinstance(module, nn.LSTM | nn.LSTMCell) else 3
+    biases, gates = dict(_biases(module)), 4 if isinstance(module, nn.LSTM | nn.LSTMCell) else 3
+    for name, parameter in biases.items():
         width = len(parameter) // gates
         value = 1.0 if name.startswith("bias_ih") else 0.0
         before = f"mean {float(parameter[width : 2 * width].detach().mean()):.3g}"
         place = f"{path}.{name}".lstrip(".")
         yield Edit(place, "fill", ".fill_", {"value": value}, rows=(width, 2 * width), before=before)
+        other = biases.get(
+            name.replace("bias_ih", "bias_hh") if value else name.replace("bias_hh", "bias_ih")
+        )
+        for first in (0, 3 * width) if gates == 4 else ():
+            rows = (first, first + width)
+            both = sum(float(b[slice(*rows)].detach().mean()) for b in (parameter, other) if b is not None)
+            if both < CLOSED:
+                yield Edit(
+                    place,
+                    "fill",
+                    ".fill_",
+                    {"value": 0.0},
+                    rows=rows,
+                    before=f"mean {both:.3g} with its pair",
+                )

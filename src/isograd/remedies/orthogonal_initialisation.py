@@ -26,7 +26,7 @@ from collections.abc import Iterator
 
 from isograd.layers import Layer, layers
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
-from isograd.remedies.critical_initialisation import biases, expected, remaining, scale, weight
+from isograd.remedies.critical_initialisation import biases, expected, remaining, wanted, weight
 
 SLUG = "orthogonal-initialisation"
 TREATS = ("initialisation", "VG101", "EG201", "EG202", "NF401", "NF402")
@@ -62,7 +62,8 @@ def orthogonal(layer: Layer, factor: float) -> Edit:
 def gain(layer: Layer) -> float:
     """What nn.init.orthogonal_ is to multiply by so that its elements have variance sigma_w^2 / fan_in.
 
-    A semi-orthogonal matrix has elements of variance 1 / max(fan_in, fan_out).
+    A semi-orthogonal matrix has elements of variance 1 / max(rows, columns). The rows are the parameter's first axis: an
+    operand of an einsum may sum over another.
     """
-    sigma_w = scale(layer.activation)[0]
-    return float(f"{sigma_w * math.sqrt(max(1.0, layer.fan_out / layer.fan_in)):.6g}")
+    rows, *rest = layer.shape[1:] if layer.stacked else layer.shape
+    return float(f"{wanted(layer) * math.sqrt(max(rows, math.prod(rest)) / layer.fan_in):.6g}")

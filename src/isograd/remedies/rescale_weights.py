@@ -29,7 +29,7 @@ from torch import Tensor
 
 from isograd.layers import layers
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
-from isograd.remedies.critical_initialisation import expected, remaining, scale
+from isograd.remedies.critical_initialisation import expected, remaining, wanted
 
 SLUG = "rescale-weights"
 TREATS = ("initialisation", "VG101", "EG201", "EG202")
@@ -41,7 +41,7 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     """One factor for each layer that is off."""
     found = layers(patient.flow, patient.model, patient.exchanged)
     factors = {
-        layer.weight: scale(layer.activation)[0] / layer.sigma_w
+        layer.weight: wanted(layer) / layer.sigma_w
         for layer in found
         if not layer.head and layer.calls <= 1 and 0 < layer.sigma_w < math.inf
     }

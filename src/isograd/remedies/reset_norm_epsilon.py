@@ -26,6 +26,7 @@ from torch import nn
 
 from isograd.layers import norms
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.symptoms.epsilon_above_variance import USUAL
 
 SLUG = "reset-norm-epsilon"
 TREATS = ("norm-epsilon", "VG101", "EG201", "EG202")
@@ -39,7 +40,7 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         Edit(f"{name}.{attribute}".lstrip("."), "set", arguments={"value": DEFAULT}, before=f"{value:g}")
         for name, module in norms(patient.model)
         for attribute, value in epsilons(module)
-        if not 1e-8 <= value <= 1e-2
+        if not USUAL[0] <= value <= USUAL[1]
     )
     if not edits:
         yield not_applicable(SLUG, "every normalisation layer has an epsilon between 1e-8 and 1e-2")

@@ -5,7 +5,7 @@ What it does
 
 When it helps
     Biases far below zero switch ReLU units off for every sample: such a unit passes no gradient and never
-    learns. Biases drawn wide saturate tanh and sigmoid.
+    learns. Biases drawn wide saturate tanh and sigmoid, and close the gates of a recurrence that is written out.
 
 Expected effect
     With zero biases and centred weights half of the ReLU units are on for any input.
@@ -27,7 +27,7 @@ from isograd.layers import norms, rms
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
 
 SLUG = "zero-biases"
-TREATS = ("dead-units", "SA302")
+TREATS = ("dead-units", "SA302", "RN601")
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:

@@ -51,7 +51,7 @@ NAMES = (
     "first_update_too_small",
     "short_horizon",
     "exploding_recurrence",
-    "closed_forget_gates",
+    "closed_gates",
 )
 
 STREAMED = (

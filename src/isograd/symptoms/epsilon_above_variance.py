@@ -36,6 +36,8 @@ NAME = "epsilon-above-variance"
 ERROR = 0.1
 """At a tenth of the scale a pre-norm decoder lost 42% of its lead and a residual CNN 82%, at a third 15% and 36%
 (`python -m benchmarks.twins.thresholds epsilon`)."""
+USUAL = (1e-8, 1e-2)
+"""Between these an epsilon is left alone: where it is above the variance, what is normalised has been drawn too small."""
 WARNING = 0.5
 """Epsilon at three times the variance: half of the scale is lost, and what it is then depends on the input's."""
 
@@ -53,6 +55,7 @@ def examine(flow: Flow) -> Iterator[Outcome]:
         yield Healthy(f"the median of {len(seen)} normalisations gives {middle:.2g} of unit scale")
         return
     told = [n for n in seen if n.kept < limit]
+    usual = all(USUAL[0] <= n.epsilon <= USUAL[1] for n in told)
     yield Finding(
         CODE,
         NAME,
@@ -60,7 +63,9 @@ def examine(flow: Flow) -> Iterator[Outcome]:
         f"epsilon is {worst.epsilon:.2g} where the variance is {worst.variance:.2g}: {worst.site.name} gives "
         f"{worst.kept:.2g} of unit scale; {len(told)} of {len(seen)} normalisations give less than "
         f"{limit}",
-        cause="the epsilon of the normalisation layers",
+        cause="weights or embeddings that are far too small"
+        if usual
+        else "the epsilon of the normalisation layers",
         sites=tuple(n.site.place for n in sorted(told, key=lambda n: n.kept)[:3]),
         evidence={
             "epsilon": worst.epsilon,
@@ -68,7 +73,7 @@ def examine(flow: Flow) -> Iterator[Outcome]:
             "kept": worst.kept,
             "threshold": limit,
             "normalisations": len(told),
-            "cause": "norm-epsilon",
+            "cause": "initialisation" if usual else "norm-epsilon",
         },
-        remedies=("reset-norm-epsilon", "scale-embeddings"),
+        remedies=("critical-initialisation" if usual else "reset-norm-epsilon", "scale-embeddings"),
     )

@@ -69,6 +69,12 @@ SLACK = 0.05
 """Share of the target's own range by which it may overstep: noise on a target in [0, 1] is no fault."""
 SATURATED = -3.0
 """Decades that one output function may cost, with the logarithm behind it: a logit of 7 in a sigmoid, p = 0.999."""
+ALIKE = 0.01
+"""Share of what differs between the samples that a saturated function of any name leaves: one that only scales its
+input, as a temperature does, costs decades too and leaves all of it."""
+ROUNDING = -7.0
+"""Decades below which probabilities are 0 and 1 to the last digit of float32: a policy that is sure in every state tries
+nothing else, so that its advantage, like the gradient of its logits, is zero."""
 
 
 def examine(flow: Flow) -> Iterator[Outcome]:
@@ -265,7 +271,68 @@ def _at_output(flow: Flow) -> Outcome:
                 evidence={"decades": cost, "threshold": SATURATED, "output": site.operation, "cause": "head"},
                 remedies=("pass logits to a loss that is safe in log space", "critical-initialisation"),
             )
-    return Healthy(f"the gradient at the model's output is not zero (log10 norm {log:.1f})")
+    sure = _flat(flow, costs) or _sure(flow)
+    return sure or Healthy(f"the gradient at the model's output is not zero (log10 norm {log:.1f})")
+
+
+def _flat(flow: Flow, costs: dict[int, float]) -> Finding | None:
+    """A saturated function behind the head that is no activation by name: the squashing of a capsule, a ratio."""
+    inside = [i for i, site in enumerate(flow.sites) if site.kind != "loss"]
+    told = flow.column("varying").tolist()
+    for i, cost in costs.items():
+        left = told[inside[-1]] / told[i - 1] if told[i - 1] > 0 else math.nan
+        if cost < SATURATED and i in inside and left < ALIKE:
+            site = flow.sites[i]
+            return Finding(
+                CODE,
+                NAME,
+                Severity.ERROR,
+                f"{site.name} behind the head is saturated: it alone costs {cost:+.1f} decades, and the output keeps "
+                f"{left:.1g} of what differs between the samples",
+                cause="what the head gives is too large for the function behind it",
+                sites=(site.place,),
+                evidence={
+                    "decades": cost,
+                    "threshold": SATURATED,
+                    "told_apart": left,
+                    "told_apart_threshold": ALIKE,
+                    "output": site.operation,
+                    "cause": "initialisation",
+                },
+                remedies=("critical-initialisation",),
+            )
+    return None
+
+
+def _sure(flow: Flow) -> Finding | None:
+    """A softmax or sigmoid that is certain of everything, beside another result that does get a gradient.
+
+    Certain by what it says: a term of the loss whose weight is still zero gets no gradient either.
+    """
+    for site in flow.sites:
+        inside = flow.ledgers.get(site.depth, ())
+        heads = [step.level for step in inside if step.site.kind == "linear" and step.level > -math.inf]
+        for step in inside:
+            beside = step.level - max(heads, default=math.nan)
+            certain = step.activation_rms > -ROUNDING * math.log(10)
+            if step.site.operation in NORMALISED_LOG and certain and beside < ROUNDING:
+                got = "nothing" if beside == -math.inf else f"10^{beside:.0f} of it"
+                return Finding(
+                    CODE,
+                    NAME,
+                    Severity.ERROR,
+                    f"{step.site.name} is certain of everything: where another result gets a gradient, it gets {got}",
+                    cause="the logits are so large that no sample is in doubt; the layers before the head are not to blame",
+                    sites=(step.site.place,),
+                    evidence={
+                        "decades": beside,
+                        "threshold": ROUNDING,
+                        "output": step.site.operation,
+                        "cause": "initialisation",
+                    },
+                    remedies=("critical-initialisation",),
+                )
+    return None
 
 
 def _shut(flow: Flow, head: int) -> bool:

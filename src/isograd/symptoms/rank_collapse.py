@@ -59,7 +59,8 @@ from 1.5 on nearly all (`python -m benchmarks.twins.thresholds loud`)."""
 
 def examine(flow: Flow) -> Iterator[Outcome]:
     """The share of a token's own along the main backbone and along those of the model's other inputs."""
-    found = [outcome for line in (flow, *flow.towers) if (outcome := _along(line)) is not None]
+    lines = (flow, *flow.towers)
+    found = [outcome for line in lines if (outcome := _along(line, _skip(line, flow))) is not None]
     alone = any(len(site.shape) == 3 and min(site.shape[:2]) == 1 for site in flow.sites)
     if not found and alone:
         yield Unexamined("one sample, or one token, has nothing to be compared with")
@@ -107,14 +108,20 @@ def own(line: Flow) -> Own | None:
     return Own(entered, halfway, left, tuple(i for _, i in falls))
 
 
-def _along(line: Flow) -> Outcome | None:
+def _skip(line: Flow, flow: Flow) -> float:
+    """What the median skip lets by of the gradient; only those of the main backbone are measured. 0: there is none."""
+    adds = any(site.kind == "residual add" for site in line.sites)
+    splits = line.splits or (flow.splits if adds else {})
+    return median(split.skip for split in splits.values()) if splits else 1.0 if adds else 0.0
+
+
+def _along(line: Flow, skip: float) -> Outcome | None:
     """None: no tokens from the entrance to the answer."""
     found = own(line)
     if found is None:
         return None
     ratio = found.ratio
     said = f"a token's own is {found.left:.2g} of the signal at the head, {found.entered:.2g} at the entrance"
-    skip = median(split.skip for split in line.splits.values()) if line.splits else 0.0
     loud = median(split.forward_ratio for split in line.splits.values()) if line.splits else math.nan
     drowned = skip >= DAMPED and loud > LOUD
     if drowned:  # what the first averages take is no luck of the embedding's size then

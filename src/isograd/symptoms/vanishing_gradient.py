@@ -14,7 +14,9 @@ Evidence
     backbone node, so that it neither underflows nor depends on the scale of the loss. The input layer and
     the head are left out where they change the width. A loss of 3 decades stopped SGD at every learning
     rate, and slowed AdamW, in 109 networks trained on digits (`python -m gallery.border`); at 30 layers
-    and more, 2 decades did. Luck of a narrow network (five times its finite-width spread) is never called sick.
+    and more, 2 decades did. 2 decades are enough, too, where the signal is lost as well: where at the head less than
+    a hundredth is left of what differs between the samples, adaptive steps make up for a gradient that is small and
+    not for inputs that are all alike. Luck of a narrow network (five times its finite-width spread) is never called sick.
     Where theory applies to all layers, `expected` is what it says of random weights of these sizes (docs/theory.md).
 
 What helps
@@ -42,6 +44,11 @@ ERROR = 3.0
 """Decades lost from which SGD trained at no learning rate and AdamW worse (gallery.border)."""
 ERROR_DEEP = 2.0
 """The same at 30 layers and more: 0.85 per layer over 30 layers left SGD at 24%, 0.85 over 20 at 70%."""
+ALIKE = 0.01
+"""Share that is left at the head of what differed between the samples at the input. Networks that lose 2 to 3 decades
+behind sigmoids or softsigns keep 0.0003 to 0.003 and lose a fifth to all of their lead; ReLUs on small weights, which
+lose as many, keep a third, and Adam trains them. Eight ReLU layers at torch's default, at 0.012, lose a sixth
+(`python -m benchmarks.twins run twin fault`). Shipped models start above 0.06."""
 WEIGHTED = ("linear", "convolution", "recurrent", "attention")
 """Kinds of the layers that learn."""
 WARNING = 2.0
@@ -94,13 +101,17 @@ def _along(flow: Flow) -> Iterator[Outcome]:
     if lost > -min(limit, max(WARNING, LUCK * flow.spread)):
         yield Healthy(f"{said} (an error from {-limit:.1f})")
         return
+    starved = _typical(flow) <= -limit and _starved(flow)
+    kept = _told_apart(flow)
+    alike = not starved and kept < ALIKE
     worst = sorted(range(len(flow.sites)), key=lambda i: _or_zero(float(flow.column("decades")[i])))[:3]
     step = next((flow.sites[i] for i in worst if flow.sites[i].operation in STEPS), None)
     yield Finding(
         CODE,
         NAME,
-        Severity.ERROR if _typical(flow) <= -limit and _starved(flow) else Severity.WARNING,
-        f"{said}; {_received(flow, lost)}",
+        Severity.ERROR if starved or alike else Severity.WARNING,
+        f"{said}; {_received(flow, lost)}"
+        + (f"; at the head {kept:.0e} of what tells the samples apart is left" if alike else ""),
         cause=f"the derivative of {step.operation} is zero everywhere" if step and lost == -math.inf else "",
         sites=tuple(flow.sites[i].place for i in worst if _or_zero(float(flow.column("decades")[i])) < 0),
         evidence={
@@ -108,7 +119,9 @@ def _along(flow: Flow) -> Iterator[Outcome]:
             "decades_end_to_end": flow.decades,
             "layers": flow.lost_over,
             "sigma": _sigma(flow),
-            "threshold": -limit,
+            "threshold": -WARNING if alike else -limit,
+            "told_apart": kept,
+            "told_apart_threshold": ALIKE,
             "finite_width_spread": flow.spread,
             **expected(flow),
             "from_to": where,
@@ -161,6 +174,17 @@ def _opens(flow: Flow) -> Site | None:
         for name in waking
     )
     return site if own and sum(weighted[:last]) <= 1 else None
+
+
+def _told_apart(flow: Flow) -> float:
+    """What is left at the input of the head of what differs between the samples, as a share of the signal; NaN: unknown.
+
+    Source: Schoenholz et al. 2017, section 3: in the ordered phase the correlation of any two inputs goes to 1.
+    """
+    layers = [i for i, flag in enumerate(flow.column("weighted").tolist()) if flag == 1]
+    before = flow.column("varying")[: layers[-1] if layers else 0]
+    known = before[before.isfinite()]
+    return float(known[-1] / known[0]) if len(known) > 1 and known[0] > 0 else math.nan
 
 
 def expected(flow: Flow) -> dict[str, float]:
