@@ -445,6 +445,16 @@ def test_parameters_that_joined_are_the_cause_of_what_follows() -> None:
         assert ("6 of 12 parameters, 0.weight first" in found.cause) == (cause == "unfrozen")
 
 
+def test_a_norm_that_drifts_after_parameters_have_joined() -> None:
+    steps = [made(i, step) for i, step in enumerate([*falling(300), *[Step(loss=0.25, grad=0.7)] * 8])]
+    keep = len(SITES) - 2
+    for i, one in enumerate(steps[:-7]):
+        columns = {name: values[:keep] for name, values in one.columns.items()}
+        steps[i] = replace(one, sites=SITES[:keep], columns=columns, shapes=SHAPES[:keep])
+    found = next(f for _, f in told(steps) if f.code == "EG204")
+    assert len(found.sites) == 3
+
+
 def test_inputs_that_changed_long_ago_are_not_the_cause() -> None:
     steps = [replace(s, scale=min(i / 100, 1.0)) for i, s in enumerate(falling(300))]
     steps += [replace(steps[-1], loss=3.0, grad=1.0)] * 8

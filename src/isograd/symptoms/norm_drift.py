@@ -56,7 +56,8 @@ class Drift(Detector):
         if base.rise < DRIFT or base.deviations < DEVIATIONS or not not_falling(history.losses, RECENT):
             return None
         columns = zip(*history.grads, strict=True)
-        risen = [median(column[-RECENT:]) - median(column[:-RECENT]) for column in columns]
+        # where parameters have just joined, less is known of the matrices than of all together
+        risen = [median(column[-RECENT:]) - median(column[:-RECENT] or column[:1]) for column in columns]
         return Finding(
             CODE,
             NAME,

@@ -10,9 +10,10 @@ Why it happens
 
 Evidence
     The medians of the two halves of the last 256 losses differ by less than 3 standard errors, 200 steps were taken
-    at full pace (those of warm-up and annealing do not count), and of the way from the start to zero, less than a tenth was gained, or more than half of
-    what had been gained is lost again. Losses whose noise is as large as their level, or that change sign, are
-    left alone: there a plateau cannot be told from noise.
+    at full pace, by their size or their learning rate (those of annealing do not count), and of the way from the start to
+    zero, less than a tenth was gained, or more than half of what had been gained is lost again. Losses whose noise is as
+    large as their level, or that change sign, are left alone: there a plateau cannot be told from noise. Where the first
+    steps replaced the weights, that is the cause.
 
 What helps
     `isograd check` on the model; the learning rate; the targets.
