@@ -62,7 +62,7 @@ class Deep:
             model = inner
         if any(is_sharded(p) for p in model.parameters()):
             self.refused = "the model is sharded"
-        if type(model).forward is nn.Module.forward:
+        if not self.refused and type(model).forward is nn.Module.forward:
             self.refused = "the script calls the parts one by one: there is no forward of the whole to repeat"
         self._model = model
         self._handles: list[Any] = []

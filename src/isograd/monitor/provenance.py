@@ -58,9 +58,8 @@ class Provenance:
         self.unversioned = any(is_sharded(p) for p in parameters())
         self.backwards = self._taken_after = 0
         self.added_up = False
-        self._left: tuple[weakref.ref[Tensor], tuple[int, int]] | None = None
-        """The parameter whose gradient came last, of those that are not zero as at the start of an adapter, and its
-        version as the step left it."""
+        self._left: list[tuple[weakref.ref[Tensor], tuple[int, int]]] = []
+        """Parameters in the order in which their gradients came, and the versions of these as the step left them."""
         self._heard: list[weakref.ref[Tensor]] = []
         """Parameters whose gradients came since the last step, in their order; in the first steps only."""
         self.listen(parameters())
@@ -123,8 +122,7 @@ class Provenance:
         self._steps += 1
         last = self._last() if self._last is not None else None
         self.added_up = False
-        latest = next((p for ref in reversed(self._heard) if (p := ref()) is not None and _any(p)), None)
-        self._left = (weakref.ref(latest), _version(latest)) if self.learning and latest is not None else None
+        self._left = _versions(self._heard) if self.learning else []
         self._heard.clear()
         if self._steps == LEARNING and last is not None:
             self.listen([last])
@@ -154,30 +152,35 @@ class Provenance:
 
     def _begins(self, reached: Tensor) -> None:
         """The first gradient of a backward is there. One that comes last is still as the step has left it, unless it was
-        cleared: written to, or taken away. `p.grad.data.zero_()` leaves no trace but zeros.
+        cleared: written to, or taken away. `p.grad.data.zero_()` leaves no trace but zeros; before heads and adapters that
+        start as zeros all others are zero too.
 
         A reentrant checkpoint is a backward within another: what came last before still does."""
-        if self._left is None or self.unversioned:
+        if not self._left or self.unversioned:
             self.added_up = False
             return
-        last, version = self._left[0](), self._left[1]
+        last, version = self._left[-1][0](), self._left[-1][1]
         if last is None or last is reached:
             return
         if _version(last) != version:
-            self.added_up, self._left = False, None
-        else:
-            self.added_up = _any(last)
+            self.added_up, self._left = False, []
+        else:  # only here are values looked at, which waits for a device
+            there = ((ref(), version) for ref, version in reversed(self._left))
+            self.added_up = any(p is not None and _version(p) == version and _any(p) for p, version in there)
 
     def _end(self) -> None:
         self.backwards += 1
         self._versions = self._now()
-        last = self._left[0]() if self._left is not None else None
-        if self.added_up and last is not None:  # the next micro-batch finds it as this one leaves it
-            self._left = weakref.ref(last), _version(last)
+        if self.added_up:  # the next micro-batch finds them as this one leaves them
+            self._left = _versions([ref for ref, _ in self._left])
         self._ended()
 
 
 def _nothing() -> None: ...
+
+
+def _versions(parameters: Sequence[weakref.ref[Tensor]]) -> list[tuple[weakref.ref[Tensor], tuple[int, int]]]:
+    return [(ref, _version(p)) for ref in parameters if (p := ref()) is not None]
 
 
 def _any(parameter: Tensor) -> bool:
