@@ -41,9 +41,8 @@ def varying(tensor: Tensor) -> Tensor | None:
     """
     if tensor.ndim < 2 or len(tensor) < 2:
         return None
-    x = _sampled(tensor, MANY)
-    apart = x - x[:1]  # of samples that are all but alike, a difference of squares would leave rounding alone
-    return (apart.square().mean() - apart.mean(0).square().mean()).clamp(min=0).sqrt().double()
+    # Welford's way: exact for samples that are all but alike, and without a copy of the signal.
+    return _sampled(tensor, MANY).var(0, correction=0).mean().sqrt().double()
 
 
 def denominator(
