@@ -22,7 +22,7 @@ from isograd.graph.preserve import copied
 from isograd.graph.traced import Loss
 from isograd.interventions import Intervention, both, candidates
 from isograd.measure import measure
-from isograd.remedies.exchange_activation import own_functions
+from isograd.remedies.exchange_activation import named, own_functions
 from isograd.symptoms.vanishing_gradient import stuck
 
 FAR = 400.0
@@ -101,8 +101,8 @@ def _own(flow: Flow, before: float) -> Iterator[Effect]:
     column = flow.column("decades").nan_to_num(0.0)
     cost = min(-float(sum(column[site.depth] for site in sites)), before)
     source = next((site.source for site in sites if site.source), "")
-    names = ", ".join(dict.fromkeys(site.operation for site in sites)) + (f" ({source})" if source else "")
-    yield Effect(f"{names} {OWN}", "activation", before, before - cost, cost)
+    called = f"{named(sites)} ({source})" if source else named(sites)
+    yield Effect(f"{called} {OWN}", "activation", before, before - cost, cost)
 
 
 def _shared(effects: list[Effect], together: float) -> list[Effect]:

@@ -65,7 +65,7 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     flat = sorted(set(functions(patient.flow)) - SELF_GATED)
     if not flat and (own := own_functions(patient.flow)):
         lines = {site.source: site.operation for site in own if site.source}
-        why = f"what stands in the place of an activation is a function of your own: {_named(own)}"
+        why = f"what stands in the place of an activation is a function of your own: {named(own)}"
         yield not_applicable(SLUG, why, *(_by_hand(source, name, "gelu") for source, name in lines.items()))
         return
     if not flat:
@@ -91,7 +91,8 @@ def own_functions(flow: Flow) -> list[Site]:
     return found if {site.operation for site in found} - FACTORS else []
 
 
-def _named(sites: Sequence[Site]) -> str:
+def named(sites: Sequence[Site]) -> str:
+    """Their operations, once each: `neg, exp, add, rdiv`."""
     return ", ".join(dict.fromkeys(site.operation for site in sites))
 
 

@@ -197,10 +197,10 @@ def expected(flow: Flow) -> dict[str, float]:
 
 def _typical(flow: Flow) -> float:
     """Decades lost; of weights that were lucky, within two standard deviations, what theory expects of their like."""
-    part = flow.expected.over(flow.lost_part)
-    if part is None or not part.whole or not 0 < flow.lost - part.decades <= 2 * part.spread:
+    theory = expected(flow)
+    if not theory or not 0 < flow.lost - theory["expected"] <= 2 * theory["expected_spread"]:
         return flow.lost
-    return part.decades
+    return theory["expected"]
 
 
 def _starved(flow: Flow) -> bool:
