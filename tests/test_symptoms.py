@@ -979,6 +979,28 @@ def test_units_that_depth_alone_turns_off_are_no_finding() -> None:
     assert "SA302" in diagnosis.healthy
 
 
+def test_relu_chains_too_narrow_for_their_depth_are_dead_in_many_draws() -> None:
+    """A layer of five ReLUs is off for all samples once in 32; sixteen of them two times in five (Lu et al. 2019)."""
+
+    def narrow(activation: type[nn.Module], layers: int) -> Finding | None:
+        torch.manual_seed(3)
+        hidden = [part for _ in range(layers) for part in (nn.Linear(5, 5), activation())]
+        for layer in hidden[::2]:
+            nn.init.kaiming_normal_(layer.weight)
+        seen = diagnosed(classified(nn.Sequential(nn.Linear(64, 5), *hidden, nn.Linear(5, 10))))
+        return next((f for f in seen.findings if f.code == "SA302" and "stillborn" in f.evidence), None)
+
+    deep = narrow(nn.ReLU, 16)
+    assert deep is not None
+    assert deep.severity is Severity.ERROR
+    assert deep.evidence["stillborn"] == pytest.approx(1 - (31 / 32) ** 16)
+    shorter = narrow(nn.ReLU, 6)
+    assert shorter is not None
+    assert shorter.severity is Severity.WARNING
+    assert narrow(nn.ReLU, 2) is None
+    assert narrow(nn.Tanh, 16) is None
+
+
 def test_a_failed_backward_leaves_depth_unexamined() -> None:
     torch.manual_seed(0)
     diagnosis = diagnosed(PAIRS["failed_backward"].sick())

@@ -49,7 +49,6 @@ MISSED = {
     "39525358_fixed": "two decades over one layer, half of its units dead: a warning, and training fails",
     "Circle_model_random_9a5b1683-667f-4399-87f4-661723016a61 #1": "a head of zero weights: what lies before it passes "
     "no gradient until the first step, and is said not to be examined",
-    "Circle_model_e8a6e959 #0": "5 units wide: one decade and a half is within its luck, and this seed fails",
     "Circle_model_mi_al_16 #1": "5 units wide: one decade and a half is within its luck, and this seed fails",
     "Circle_model_mi_al_16 #2": "5 units wide: one decade is within its luck, and this seed fails",
     "no norm, 12 layers": "3.5 decades where skips hold the signal: below the 4.5 that count there, and training fails",
