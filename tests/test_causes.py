@@ -238,6 +238,20 @@ class Logistic(torch.autograd.Function):
         return grads[0] * y * (1 - y)
 
 
+class Formula(nn.Module):
+    """A module of the user's that is an activation and nothing else."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1 / (1 + torch.exp(-x))
+
+
+class Shifted(nn.Module):
+    """A module of the user's that is no function: an affine map."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 0.1 * x + 0.2
+
+
 class Written(nn.Module):
     """Layers with a function of the user's own between them."""
 
@@ -276,6 +290,25 @@ def test_a_function_of_ones_own_is_blamed_for_what_it_costs(name: str) -> None:
     (rx,) = exchange_activation.prescribe(Patient(model, found, loss))
     assert name in rx.why_not
     assert any("test_causes.py" in line for line in rx.advice)
+
+
+def test_a_module_of_ones_own_that_is_an_activation_is_exchanged() -> None:
+    torch.manual_seed(0)
+    model, loss = classified(Written(Formula()))
+    before = check(model, loss)
+    rx = next(iter(exchange_activation.prescribe(Patient(model, before, loss))))
+    assert [(e.place, e.verb, e.of) for e in rx.edits] == [("function", "replace", "nn.ELU")]
+    assert "in place of Formula" in rx.title
+    mended = repair(model, loss)
+    assert mended.cured
+    assert isinstance(mended.model.function, nn.ELU)
+
+
+def test_an_affine_module_is_no_activation() -> None:
+    torch.manual_seed(0)
+    model, loss = classified(Written(Shifted()))
+    (rx,) = exchange_activation.prescribe(Patient(model, check(model, loss), loss))
+    assert "no saturating activation" in rx.why_not
 
 
 def test_a_model_that_cannot_be_copied_is_diagnosed_and_its_causes_are_untested() -> None:

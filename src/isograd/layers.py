@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -69,10 +69,11 @@ def layers(flow: Flow, model: nn.Module, exchanged: Mapping[str, str] | None = N
     Args:
         flow: measured on `model`.
         model: looked at only.
-        exchanged: activation functions that are to be another: {'sigmoid': 'tanh'}.
+        exchanged: activation functions that are to be another, the user's own among them: {'sigmoid': 'tanh'}.
     """
     line = list(_line(flow))
-    after, calls = _after(line), Counter(p.module for p in line if p.kind in ("linear", "convolution"))
+    after = _after(line, ACTIVATIONS.keys() | (exchanged or {}).keys())
+    calls = Counter(p.module for p in line if p.kind in ("linear", "convolution"))
     convolutions, times = {p.module for p in line if p.kind == "convolution"}, multiplied(flow)
     common = common_activation(flow)
     plain = not flow.splits and sum(p.kind == "activation" for p in line) > 0
@@ -181,7 +182,7 @@ def _line(flow: Flow) -> Iterator[_Place]:
         yield _Place(site.kind, site.operation, site.module)
 
 
-def _after(line: list[_Place]) -> dict[str, str]:
+def _after(line: list[_Place], activations: Collection[str]) -> dict[str, str]:
     """The activation between each layer's module and the next layer, where there is one."""
     found: dict[str, str] = {}
     module = ""
@@ -194,7 +195,7 @@ def _after(line: list[_Place]) -> dict[str, str]:
             if module:
                 found.setdefault(module, "linear")
             module = ""
-        elif place.operation in ACTIVATIONS and module:
+        elif place.operation in activations and module:
             found[module] = place.operation
             module = ""
     return found

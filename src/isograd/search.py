@@ -236,9 +236,7 @@ class Search:
         """Another activation alone, then with weights drawn for it: one function after the other, as they are asked for."""
         if not self.unsafe or not _treated(patient, exchange_activation.TREATS):
             return
-        flat = [
-            n for n in exchange_activation.functions(patient.flow) if n not in exchange_activation.SELF_GATED
-        ]
+        flat = exchange_activation.saturating(patient)
         for rx in exchange_activation.prescribe(patient):
             if not rx.applicable:
                 continue
@@ -252,7 +250,8 @@ class Search:
 
     def _smooth(self) -> Iterator[Prescription]:
         """ELU with orthogonal weights, for networks deeper than they are wide."""
-        names = [n for n in exchange_activation.functions(self.patient.flow) if n not in SMOOTH]
+        found = exchange_activation.functions(self.patient.flow)
+        names = [n for n in found or exchange_activation.own_operations(self.patient) if n not in SMOOTH]
         if not names:
             return
         rx = exchange_activation.exchange(self.patient, names, "elu")

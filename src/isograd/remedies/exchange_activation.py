@@ -2,7 +2,7 @@
 
 What it does
     Puts tanh, SELU, ReLU, GELU, SiLU, ELU or leaky ReLU in the place of every sigmoid, tanh, softplus … that the
-    whole hidden signal goes through. Modules are replaced; where `forward` calls torch.sigmoid itself, that
+    whole hidden signal goes through. Modules are replaced, your own as well if they do nothing else; where `forward` calls torch.sigmoid itself, that
     call at that line gives the other function's result, and the line to edit by hand is shown.
 
 When it helps
@@ -54,7 +54,21 @@ TARGETS = {
 """Function -> its module and what it is called."""
 FUSED = "activation_relu_or_gelu"
 """By this number the kernel that `nn.TransformerEncoderLayer` runs in eval() knows its activation; 0: there is none."""
-FACTORS = {"mul", "rmul", "imul", "div", "truediv", "itruediv", "neg"}
+AFFINE = {
+    "mul",
+    "rmul",
+    "imul",
+    "div",
+    "truediv",
+    "itruediv",
+    "neg",
+    "add",
+    "radd",
+    "iadd",
+    "sub",
+    "rsub",
+    "isub",
+}
 """Elementwise calls that are no function by themselves."""
 ODD = {"sigmoid", "tanh", "hardtanh", "hardsigmoid", "softsign"}
 """S-shaped: tanh is the nearest relative. The rest is one-sided, with ELU the nearest."""
@@ -62,7 +76,7 @@ ODD = {"sigmoid", "tanh", "hardtanh", "hardsigmoid", "softsign"}
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
     """One prescription a target, the nearest relative of what is exchanged first."""
-    flat = sorted(set(functions(patient.flow)) - SELF_GATED)
+    flat = saturating(patient)
     if not flat and (own := own_functions(patient.flow)):
         lines = {site.source: site.operation for site in own if site.source}
         why = f"what stands in the place of an activation is a function of your own: {named(own)}"
@@ -80,6 +94,11 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
             yield exchange(patient, [name for name in flat if name != target], target)
 
 
+def saturating(patient: Patient) -> list[str]:
+    """Functions that are none of the self-gated; without any, what the user's own modules compute."""
+    return sorted(set(functions(patient.flow)) - SELF_GATED) or own_operations(patient)
+
+
 def functions(flow: Flow) -> list[str]:
     """Activation functions that the hidden signal cannot get round, once each, in the order of the forward."""
     return list(dict.fromkeys(a.function for a in _hidden(flow)))
@@ -88,7 +107,27 @@ def functions(flow: Flow) -> list[str]:
 def own_functions(flow: Flow) -> list[Site]:
     """Sites of functions that torch has no name for, on the way of the hidden signal: a custom Function, a formula."""
     found = [site for site in flow.sites[flow.hidden] if site.kind in ("elementwise", "custom")]
-    return found if {site.operation for site in found} - FACTORS else []
+    return found if {site.operation for site in found} - AFFINE else []
+
+
+def own_operations(patient: Patient) -> list[str]:
+    """Operations of the user's own activation modules, once each, in the order of the forward."""
+    return list(dict.fromkeys(site.operation for sites in _own_modules(patient).values() for site in sites))
+
+
+def _own_modules(patient: Patient) -> dict[str, list[Site]]:
+    """Modules without parameters that work on each element of the hidden signal, by path, with what they do."""
+    own = own_functions(patient.flow)
+    inside = Counter(site.module for site in patient.flow.sites[patient.flow.hidden])
+    found: dict[str, list[Site]] = {}
+    for site in own:
+        if site.module and _is_activation(patient.model.get_submodule(site.module)):
+            found.setdefault(site.module, []).append(site)
+    return {
+        path: sites
+        for path, sites in found.items()
+        if len(sites) == inside[path] and {site.operation for site in sites} - AFFINE
+    }
 
 
 def named(sites: Sequence[Site]) -> str:
@@ -101,7 +140,7 @@ def exchange(
 ) -> Prescription:
     """`target` in place of the named functions; `not_applicable` where nothing of them can be exchanged."""
     edits, by_hand = exchanges(patient, names, target, *arguments)
-    called, old = TARGETS[target][1], ", ".join(names)
+    called, old = TARGETS[target][1], _said(patient, names)
     count = sum(not edit.place.endswith(FUSED) for edit in edits)
     if not edits:
         why = f"no call of {old} can be told from a gate or the output by its line"
@@ -129,6 +168,12 @@ def exchange(
         references=("Glorot and Bengio 2010",),
         advice=tuple(by_hand),
     )
+
+
+def _said(patient: Patient, names: Sequence[str]) -> str:
+    """What is exchanged: functions by their names, the user's own modules by their classes."""
+    own = [type(patient.model.get_submodule(path)).__name__ for path in _own_modules(patient)]
+    return ", ".join(dict.fromkeys(own if own and names == own_operations(patient) else names))
 
 
 def target_of(rx: Prescription) -> str:
@@ -179,6 +224,11 @@ def exchanges(
             by_hand.append(_by_hand(a.site.source, function, target, "a call here gates or is the output: "))
         else:
             calls.setdefault((path, function), []).append(a.site.source)
+    for path, sites in _own_modules(patient).items():
+        if {site.operation for site in sites} <= set(names):
+            edits[path] = Edit(
+                path, "replace", TARGETS[target][0], before=repr(patient.model.get_submodule(path))
+            )
     for (path, function), sources in calls.items():
         lines = tuple(sorted({_line(source) for source in sources}))
         for source in dict.fromkeys(sources):
