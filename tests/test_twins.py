@@ -16,6 +16,7 @@ from benchmarks.twins.cases import cases
 from benchmarks.twins.results import Store, forget
 from benchmarks.twins.table import _beaten, report
 from benchmarks.twins.trial import attempt, model_of, setting
+from isograd import check
 
 CASES = {case.name: case for case in cases()}
 DEFAULT = CASES["relu mlp 16 / torch's default initialisation"]
@@ -53,6 +54,24 @@ def test_a_model_that_is_balanced_otherwise_computes_the_same() -> None:
     x, _ = case.task().held_out
     twin, decoy = (case.build(0, faulty=faulty)(x) for faulty in (False, True))
     assert torch.allclose(twin, decoy, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "seed", "code"),
+    [
+        (
+            "post-norm decoder 3 / no skips",
+            1,
+            "VG105",
+        ),  # little is left to average: the second half takes less
+        ("lstm on rows, T=120 / recurrence x 8", 2, "RN602"),  # 1.3 decades
+    ],
+)
+def test_a_fault_is_found_in_the_luckiest_of_five_draws(name: str, seed: int, code: str) -> None:
+    case = CASES[name]
+    healthy, sick = (check(case.build(seed, faulty=f).train(), case.loss(seed)) for f in (False, True))
+    assert not healthy.errors
+    assert [f.code for f in sick.errors] == [code]
 
 
 def test_a_training_is_the_same_each_time() -> None:

@@ -51,6 +51,10 @@ ERROR = 0.6
 with whole skips the same decoders start above 0.7 (`python -m benchmarks.twins.thresholds skip`)."""
 WARNING = 0.5
 """Where the skips are whole, healthy stacks of twelve blocks start at a tenth to a half."""
+AVERAGED = 1 / 3
+"""What is left of it in all behind attentions without whole skips: decoders of two and three blocks without any start at 0.22 to 0.34
+and lose two fifths of their lead to all of it, of one block at 0.6 and lose a tenth. A third of it is less than what the pace of
+the second half says where little is left to be averaged."""
 LOUD = 0.9
 """rms of a branch over that of its stream, in the median of the skips that are whole. Post-norm decoders of 3 and 6 blocks stand
 at 0.47 as they are; at 1 they lose two thirds of their lead and all of it, a token's own being 0.53 and 0.30 of what it was,
@@ -60,7 +64,7 @@ from 1.5 on nearly all (`python -m benchmarks.twins.thresholds loud`)."""
 def examine(flow: Flow) -> Iterator[Outcome]:
     """The share of a token's own along the main backbone and along those of the model's other inputs."""
     lines = (flow, *flow.towers)
-    found = [outcome for line in lines if (outcome := _along(line, _skip(line, flow))) is not None]
+    found = [outcome for line in lines if (outcome := _along(line, flow)) is not None]
     alone = any(len(site.shape) == 3 and min(site.shape[:2]) == 1 for site in flow.sites)
     if not found and alone:
         yield Unexamined("one sample, or one token, has nothing to be compared with")
@@ -115,17 +119,18 @@ def _skip(line: Flow, flow: Flow) -> float:
     return median(split.skip for split in splits.values()) if splits else 1.0 if adds else 0.0
 
 
-def _along(line: Flow, skip: float) -> Outcome | None:
+def _along(line: Flow, flow: Flow) -> Outcome | None:
     """None: no tokens from the entrance to the answer."""
     found = own(line)
     if found is None:
         return None
-    ratio = found.ratio
+    left, skip = found.left / found.entered, _skip(line, flow)
     said = f"a token's own is {found.left:.2g} of the signal at the head, {found.entered:.2g} at the entrance"
     loud = median(split.forward_ratio for split in line.splits.values()) if line.splits else math.nan
     drowned = skip >= DAMPED and loud > LOUD
-    if drowned:  # what the first averages take is no luck of the embedding's size then
-        ratio = found.left / found.entered
+    averaged = skip < DAMPED and left < AVERAGED and bool(flow.attentions)
+    # What the first averages take is no luck of the embedding's size then.
+    ratio = left if drowned or averaged else found.ratio
     sick = ratio < ERROR and (skip < DAMPED or drowned)
     if not sick and ratio >= WARNING:
         return Healthy(f"{said} (an error below {ERROR:.0%} of it, where skips are damped)")
