@@ -412,6 +412,25 @@ def test_layers_side_by_side_make_a_network_no_deeper() -> None:
     assert depth_over_width(Patient(model, check(model, loss), loss)) == pytest.approx(5 / 64)
 
 
+def test_a_convolution_is_as_wide_as_it_has_channels() -> None:
+    torch.manual_seed(0)
+    body = [nn.Sequential(nn.Conv2d(1 if i == 0 else 8, 8, 3, padding=1), nn.ReLU()) for i in range(8)]
+    model = nn.Sequential(*body, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    for layer in model.modules():
+        if isinstance(layer, nn.Conv2d):
+            nn.init.normal_(layer.weight, std=0.02)
+    x, y = torch.randn(16, 1, 8, 8), torch.randint(10, (16,))
+
+    def loss(m: nn.Module) -> Tensor:
+        return functional.cross_entropy(m(x), y)
+
+    assert depth_over_width(Patient(model, check(model, loss), loss)) == pytest.approx(9 / 8)
+    found = repair(model, loss)
+    assert found.cured
+    assert found.prescription is not None
+    assert found.prescription.remedy == "orthogonal-initialisation + exchange-activation"
+
+
 def test_a_training_that_raises_loses_nothing() -> None:
     torch.manual_seed(0)
     model, loss = relu_large()
