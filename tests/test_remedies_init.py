@@ -374,10 +374,26 @@ def test_scaled_branches_cure_an_exploding_residual_net() -> None:
     assert {e.place.split(".")[-2] for e in rx.edits} == {"2"}  # the last layer of each branch
 
 
+def test_a_state_that_keeps_its_directions_keeps_its_biases() -> None:
+    torch.manual_seed(0)
+    cell = nn.RNN(4, 32, batch_first=True)
+    x, y = torch.randn(8, 40, 4), torch.randint(3, (8,))
+    nn.init.orthogonal_(cell.weight_hh_l0, 0.2)
+    known = patient((Read(cell), lambda m: functional.cross_entropy(m(x), y)))
+    multiplied = next(iter(recurrent_initialisation.prescribe(known)))
+    assert [(e.place, e.of) for e in multiplied.edits] == [("core.weight_hh_l0", ".mul_")]
+    nn.init.normal_(cell.weight_hh_l0, std=0.02)
+    drawn = next(iter(recurrent_initialisation.prescribe(known)))
+    assert [e.place for e in drawn.edits] == ["core.weight_hh_l0", "core.bias_ih_l0", "core.bias_hh_l0"]
+
+
 def test_a_recurrence_carries_its_gradient() -> None:
     known = seen(lambda: loop(100))
     alone, small, identity = recurrent_initialisation.prescribe(known)
-    assert {e.of for e in alone.edits} == {"nn.init.orthogonal_"}
+    assert {e.of for e in alone.edits} == {"nn.init.orthogonal_", "nn.init.zeros_"}
+    assert {e.place for e in alone.edits if e.of == "nn.init.zeros_"} == {
+        e.place.replace("weight", "bias") for e in alone.edits if e.of == "nn.init.orthogonal_"
+    }
     assert decades(known, small) == pytest.approx(-1, abs=0.5)
     assert decades(known, identity) > -1.5
     assert decades(known, next(iter(orthogonal_initialisation.prescribe(known)))) < -5

@@ -2,7 +2,8 @@
 
 What it does
     Brings the state's weights to the scale of an orthogonal matrix where they have another, gate by gate in LSTM and
-    GRU: independent draws are drawn anew, orthogonal, and what is more than that is multiplied. If that is not enough,
+    GRU: independent draws are drawn anew, orthogonal, with zero biases where no gates stand on them, and what is more
+    than that is multiplied. If that is not enough,
     either the input's as well, so small that tanh stays near its origin for all steps; or the state's the identity,
     with ReLU in place of tanh (IRNN), with input weights of deviation 1 / sqrt(T fan_in), at which the state has
     variance 1 after T steps (Le et al. take 0.001 for any T), and zero biases.
@@ -47,9 +48,10 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     fused = list(_fused(patient.model))
     found = layers(patient.flow, patient.model, patient.exchanged)
     states = [layer for layer in recurrent(found) if layer.activation != "linear" and not patient.flow.splits]
-    alone = [*_written_alone(states, dict(patient.model.named_parameters())), *_gates_alone(patient.model)]
+    parameters = dict(patient.model.named_parameters())
+    alone = [*_written_alone(states, parameters), *_gates_alone(patient.model)]
     if alone:
-        yield _alone(alone)
+        yield _alone(alone, [edit for edit in _biases(alone, states, fused) if parameters[edit.place].any()])
     if states:
         yield from _written_out(patient, found, states)
     elif fused:
@@ -84,6 +86,24 @@ def _gates_alone(model: nn.Module) -> Iterator[Edit]:
                     yield _to_scale(place, gate, sigma_w, rows)
 
 
+def _biases(
+    alone: list[Edit], states: list[Layer], fused: list[tuple[str, nn.RNN | nn.RNNCell]]
+) -> Iterator[Edit]:
+    """Of states that are drawn anew: tanh loses nothing at sigma_w 1 without biases, and a step for each of them."""
+    drawn = {edit.place for edit in alone if edit.of == "nn.init.orthogonal_"}
+    for layer in states:
+        if layer.weight in drawn:
+            yield from (Edit(bias, "fill", "nn.init.zeros_") for bias in layer.biases)
+    for path, module in fused:
+        if any(f"{path}.{name}".lstrip(".") in drawn for name, _ in _weights(module, "weight_hh")):
+            yield from _zero(path, module)
+
+
+def _zero(path: str, module: nn.Module) -> Iterator[Edit]:
+    for name, _ in _weights(module, "bias"):
+        yield Edit(f"{path}.{name}".lstrip("."), "fill", "nn.init.zeros_")
+
+
 def _to_scale(place: str, weight: Tensor, sigma_w: float, rows: tuple[int, int] | None = None) -> Edit:
     """Independent draws are exchanged for orthogonal ones; the directions of any other matrix are kept."""
     before = f"sigma_w {sigma_w:.3g}"
@@ -98,11 +118,12 @@ def _off(sigma_w: float) -> bool:
     return not 1 / OFF < sigma_w < OFF
 
 
-def _alone(edits: list[Edit]) -> Prescription:
+def _alone(edits: list[Edit], biases: list[Edit]) -> Prescription:
+    without = ", without biases" if biases else ""
     return Prescription(
         SLUG,
-        f"state at the scale of an orthogonal matrix: {len(edits)} matri{'ces' if len(edits) > 1 else 'x'}",
-        tuple(edits),
+        f"state at the scale of an orthogonal matrix: {len(edits)} matri{'ces' if len(edits) > 1 else 'x'}{without}",
+        (*edits, *biases),
         reach=Reach.INITIALISATION,
         treats=TREATS,
         expected="gain 1 per step but for the slope of the activation",
@@ -199,9 +220,7 @@ def _fused_edits(fused: list[tuple[str, nn.RNN | nn.RNNCell]], steps: int) -> li
         for name, p in _weights(module, "weight_ih"):
             std = float(f"{input_scale(steps) / math.sqrt(p.shape[1]):.6g}")
             edits.append(Edit(f"{path}.{name}".lstrip("."), "fill", "nn.init.normal_", {"std": std}))
-        edits += [
-            Edit(f"{path}.{n}".lstrip("."), "fill", "nn.init.zeros_") for n, _ in _weights(module, "bias")
-        ]
+        edits += _zero(path, module)
     return edits
 
 
@@ -220,7 +239,5 @@ def _irnn(fused: list[tuple[str, nn.RNN | nn.RNNCell]], steps: int) -> list[Edit
         for name, p in _weights(module, "weight_ih"):
             std = float(f"{1 / math.sqrt(steps * p.shape[1]):.6g}")
             edits.append(Edit(f"{path}.{name}".lstrip("."), "fill", "nn.init.normal_", {"std": std}))
-        edits += [
-            Edit(f"{path}.{n}".lstrip("."), "fill", "nn.init.zeros_") for n, _ in _weights(module, "bias")
-        ]
+        edits += _zero(path, module)
     return edits
