@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from isograd import check
+from isograd.candidates import depth_over_width
 from isograd.cli import main
 from isograd.judge import short_training
 from isograd.prescription import Patient, Reach
 from isograd.repair import Repair, repair
-from isograd.search import depth_over_width
 from tests.models import HE, Built, Residual, classified, mlp, relu_he, relu_large
 from tests.test_causes import lengths, past
 from tests.test_remedies_init import dead, functional_net, loop, normed

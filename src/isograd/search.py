@@ -1,66 +1,34 @@
-"""The search for a prescription: which candidates there are, in which order, and what each of them was found to be worth.
+"""The search for a prescription: candidates tried in their order, and what each of them was found to be worth.
 
-Prescriptions are tried in the order of their reach - weights before activations, activations before
-normalisation, residual connections, gates - and within it the specific before the general. What theory rules out is
-not measured. Where no single one is enough, an activation is exchanged together with weights drawn for the new one;
-then what remains after the best change is treated in its turn.
+What theory rules out is not measured. Where no single candidate is enough, what remains after the best change is
+treated in its turn.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from types import ModuleType
 
 from torch import nn
 
+from isograd.candidates import candidates, changes, changing, for_training, on_top
 from isograd.causes import distance
 from isograd.check import along_time
 from isograd.diagnosis import Diagnosis, Severity, diagnose
 from isograd.graph.traced import Loss
 from isograd.judge import Judge
-from isograd.layers import layers
 from isograd.measure import measure
-from isograd.prescription import Patient, Prescription, Reach, Safety, apply, combined, prescriptions
+from isograd.prescription import Patient, Prescription, apply, prescriptions
 from isograd.remedies import (
-    critical_initialisation,
-    exchange_activation,
-    insert_residual,
     lsuv,
-    orthogonal_initialisation,
     slugs,
 )
-from isograd.remedies.scale_residual_branches import without_skips
 from isograd.symptoms.vanishing_gradient import threshold
 
-ORDER: tuple[str, ...] = (
-    "batch-statistics", "standardise-input", "reset-norm-epsilon", "reset-norm-gain", "scale-embeddings", "zero-biases",
-    "recurrent-initialisation", "chrono-initialisation", "forget-bias", "scale-residual-branches",
-    "rescale-weights", "orthogonal-initialisation", "delta-orthogonal", "critical-initialisation", "classic-initialisation", "lsuv",
-)  # fmt: skip
-"""Of one reach: what mends one property that is off, before what draws everything anew; the rest follows."""
-MENDING = set(ORDER[: ORDER.index("orthogonal-initialisation")]) - {"zero-biases"}
-"""Those of the former kind that find out themselves whether the property is off."""
-FIRST = {*ORDER, "leaky-activation"}
-"""Remedies that leave the structure as it is; the others are not even looked for before these have failed."""
-NARROW = 1.0
-"""Depth over width from which a draw of the weights decides more than their gain: the logarithm of the gradient's norm
-has a variance of this order, a healthy mean says little of most directions, and every ReLU that is off takes one away
-(Hanin and Nica 2018, arXiv:1812.05994). Of AutoTrainer's networks on circles and blobs, tanh or ReLU at the right gain
-brought 2 of 17 within two points of the best control, this 15 of 18 (`python -m benchmarks.replay table`). Plain CNNs of
-eight channels train to .59 +- .2 as He draws them and to .83 at least with this (`python -m benchmarks.twins table`)."""
-NARROWED = ("VG101", "EG201", "EG202", "SA301", "SA302", "NF401", "NF402")
-"""Findings that in such networks are treated with a smooth function and orthogonal weights together."""
-SMOOTH = {"elu", "celu", "selu"}
 MOST = 40
 """Measurements after which a search gives up."""
-TRAINED = (
-    "residual-branch-growth", "post-norm", "activation", "missing-residual", "missing-normalisation",
-    "ungated-recurrence", "attention-logits", "initialisation",
-)  # fmt: skip
-"""Causes that a training is asked about where the flow is healthy: what a gradient at the start shows least comes first."""
 SPARE = 4
 """Further candidates of the same reach that are measured when one leaves a warning about depth, and no error."""
 HELP = 0.5
@@ -128,7 +96,7 @@ class Search:
         """For the errors of the best: what changes the training alone, and what the user would have to write."""
         if self.best.diagnosis.errors:
             for rx in prescriptions(self._patient_now(), among=set(slugs()) - {lsuv.SLUG}):
-                if (rx.advice and rx.why_not) or (rx.applicable and not _changing(rx)):
+                if (rx.advice and rx.why_not) or (rx.applicable and not changes(rx)):
                     yield rx
 
     def run(self) -> None:
@@ -201,107 +169,20 @@ class Search:
     # -- candidates --------------------------------------------------------------------------------
 
     def _candidates(self) -> Iterator[Prescription]:
-        if self.unsafe and _treated(self.patient, NARROWED) and depth_over_width(self.patient) >= NARROW:
-            yield from self._smooth()
-        if self.patient.flow.splits and without_skips(self.patient.flow):
-            # A skip that is there and damped is one property that is off; new weights would bridge it, not mend it.
-            yield from self.prescribed(self.patient, {insert_residual.SLUG})
-        activations: list[Prescription] = []
-        for slug in (
-            *ORDER,
-            "leaky-activation",
-        ):  # those behind the cure are not even looked for: LSUV runs the model
-            for rx in self.prescribed(self.patient, {slug}):
-                if rx.reach <= Reach.INITIALISATION:
-                    yield rx
-                else:
-                    activations.append(rx)
-        yield from activations
-        yield from self._exchanges(self.patient)
-        structural = self.prescribed(self.patient, set(slugs()) - FIRST - {exchange_activation.SLUG})
-        yield from structural
-        yield from self._with_weights(structural)
-        yield from self._further()
-
-    def prescribed(self, patient: Patient, among: set[str]) -> list[Prescription]:
-        """Applicable prescriptions of these remedies that change the model, in the order in which they are tried."""
-        return self._ordered(prescriptions(patient, among=among))
-
-    def _ordered(self, found: Iterable[Prescription]) -> list[Prescription]:
-        """Those that change the model, the least invasive first, and of one reach the specific first."""
-        allowed = [rx for rx in found if _changing(rx) and (self.unsafe or rx.safety is Safety.SAFE)]
-        rank = {slug: i for i, slug in enumerate(ORDER)}
-        return sorted(allowed, key=lambda rx: (rx.reach, rank.get(rx.remedy, len(ORDER))))
-
-    def _exchanges(self, patient: Patient) -> Iterator[Prescription]:
-        """Another activation alone, then with weights drawn for it: one function after the other, as they are asked for."""
-        if not self.unsafe or not _treated(patient, exchange_activation.TREATS):
-            return
-        flat = exchange_activation.saturating(patient)
-        for rx in exchange_activation.prescribe(patient):
-            if not rx.applicable:
-                continue
-            yield rx
-            if any(e.verb == "fill" for e in rx.edits):  # SELU brings its own weights
-                continue
-            exchanged = dict.fromkeys(flat, exchange_activation.target_of(rx))
-            yield from _with_drawn(
-                rx, patient, exchanged, (orthogonal_initialisation, critical_initialisation)
-            )
-
-    def _smooth(self) -> Iterator[Prescription]:
-        """ELU with orthogonal weights, for networks deeper than they are wide."""
-        found = exchange_activation.functions(self.patient.flow)
-        names = [n for n in found or exchange_activation.own_operations(self.patient) if n not in SMOOTH]
-        if not names:
-            return
-        rx = exchange_activation.exchange(self.patient, names, "elu")
-        if rx.applicable:
-            exchanged = dict.fromkeys(names, "elu")
-            yield from _with_drawn(rx, self.patient, exchanged, (orthogonal_initialisation,))
-
-    def _with_weights(self, structural: list[Prescription]) -> Iterator[Prescription]:
-        """A normalisation or skip together with orthogonal weights."""
-        for drawn in orthogonal_initialisation.prescribe(self.patient):
-            if drawn.applicable:
-                for rx in structural:
-                    try:
-                        yield combined([rx, replace(drawn, decades=math.nan)])
-                    except ValueError:  # it redraws or takes the place of the same weights
-                        continue
-
-    def _further(self) -> Iterator[Prescription]:
-        """What is prescribed for the best so far, on top of it."""
-        yield from self._on_top(self.best, self.prescribed(self._patient_now(), set(slugs())))
+        """All for the model as it came, then what is prescribed for the best so far, on top of it."""
+        yield from candidates(self.patient, unsafe=self.unsafe)
+        found = changing(self._patient_now(), set(slugs()), unsafe=self.unsafe)
+        yield from on_top(self.best.prescription, self.model, found)
 
     def _for_training(self) -> Iterator[Prescription]:
-        """What may change how a healthy flow trains: what is said against a warning, what mends one property, the rest.
-
-        One variant of each remedy, the first; on top of what has made the flow healthy.
-        """
-        healthy, patient = self.best, self._patient_now()
-        asked = set[str]() if healthy.prescription is None else {healthy.prescription.remedy}
-        for wanted in (None, MENDING, *({cause} for cause in TRAINED)):
-            found = [rx for rx in prescriptions(patient, wanted) if rx.applicable]
-            new = [rx for rx in self._ordered(found) if rx.remedy not in asked]
-            first = {rx.remedy: rx for rx in reversed(new)}
-            asked |= first.keys()
-            yield from self._on_top(healthy, [rx for rx in new if first[rx.remedy] is rx])
+        """What may train better than what is healthy by now, on top of it."""
+        base, patient = self.best.prescription, self._patient_now()
+        asked = set[str]() if base is None else {base.remedy}
+        for found in for_training(patient, asked, unsafe=self.unsafe):
+            yield from on_top(base, self.model, found)
 
     def _patient_now(self) -> Patient:
         return Patient(self.best.model, self.best.diagnosis, self.loss)
-
-    def _on_top(self, base: Outcome, found: Iterable[Prescription]) -> Iterator[Prescription]:
-        """What was prescribed for a changed model, together with what had changed it."""
-        rx = base.prescription
-        if rx is None:
-            yield from found
-        elif not rx.key_map(self.model):  # else names have changed: edits of both cannot be told together
-            for more in found:
-                try:
-                    yield replace(combined([rx, more]), decades=math.nan)
-                except ValueError:
-                    continue
 
     # -- one candidate -----------------------------------------------------------------------------
 
@@ -412,43 +293,6 @@ class Search:
 
     def _examined(self, model: nn.Module) -> Diagnosis:
         return diagnose(along_time(measure(model, self.loss), model, self.loss))
-
-
-def _changing(rx: Prescription) -> bool:
-    """Does it change the model, and not the training alone?"""
-    return any(edit.verb != "configure" for edit in rx.edits)
-
-
-def _with_drawn(
-    rx: Prescription, patient: Patient, exchanged: dict[str, str], remedies: Iterable[ModuleType]
-) -> Iterator[Prescription]:
-    """An exchange of activations together with weights drawn for the new ones."""
-    for remedy in remedies:
-        for drawn in remedy.prescribe(replace(patient, exchanged=exchanged)):
-            if drawn.applicable:
-                yield replace(combined([rx, drawn]), decades=drawn.decades, expected=drawn.expected)
-
-
-def depth_over_width(patient: Patient) -> float:
-    """Sum of 1 / fan-in over the layers of a chain; 0 where skips pass the signal by (Hanin and Nica 2018).
-
-    Of a convolution the channels count alone: along depth neighbouring positions come to carry the same. Layers side by
-    side, as in an Inception block, count once: the narrowest.
-    """
-    if patient.flow.splits:
-        return 0.0
-    depth = {parameter.name: parameter.depth for parameter in patient.flow.parameters}
-    along: dict[float, float] = {}
-    for layer in layers(patient.flow, patient.model, {}):
-        if layer.fan_in:
-            at = depth[layer.weight]
-            width = layer.shape[0] if layer.convolution and not layer.head else layer.fan_in
-            along[at] = max(along.get(at, 0.0), 1 / width)
-    return sum(along.values())
-
-
-def _treated(patient: Patient, treats: tuple[str, ...]) -> bool:
-    return any(finding.code in treats for finding in patient.diagnosis.findings)
 
 
 class _Spent(Exception):
