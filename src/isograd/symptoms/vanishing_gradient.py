@@ -36,6 +36,7 @@ from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow, Parameter, Site, per_layer
 from isograd.graph.operations import STEPS
 from isograd.symptoms import Healthy, Outcome, Unexamined
+from isograd.symptoms.no_gradient_at_loss import leave_out
 
 CODE = "VG101"
 NAME = "vanishing-gradient"
@@ -53,6 +54,9 @@ WEIGHTED = ("linear", "convolution", "recurrent", "attention")
 """Kinds of the layers that learn."""
 WARNING = 2.0
 """Decades lost from which SGD slows down in shallow nets while AdamW still trains."""
+
+FACTORS = 0.7
+"""Share of the decades that constants cost, from which they are named beside what could make up for them."""
 
 LUCK = 5.0
 """Standard deviations of a critical network of these widths: networks 5 units wide have heavy tails, and
@@ -89,8 +93,8 @@ def _along(flow: Flow) -> Iterator[Outcome]:
         return
     if opening := _opens(flow):
         yield Unexamined(
-            f"{opening.name} starts at zero, as the second matrix of a low-rank adapter does, and only one layer lies "
-            "behind it: check again after one step"
+            f"{opening.name} starts at zero, as the second matrix of a low-rank adapter does, and opens with the first "
+            "step: check again after it"
         )
         return
     if math.isnan(lost):
@@ -129,12 +133,25 @@ def _along(flow: Flow) -> Iterator[Outcome]:
         remedies=("straight-through",)
         if step and lost == -math.inf
         else (
+            *_factors(flow, lost),
             "critical-initialisation",
             "exchange-activation",
             "insert-normalisation",
             "insert-residual",
         ),
     )
+
+
+def _factors(flow: Flow, lost: float) -> Iterator[str]:
+    """What to do about constants that cost most of what is lost."""
+    sites = damped(flow)
+    if sum(math.log10(flow.factors[site.depth]) for site in sites) <= FACTORS * lost:
+        yield from dict.fromkeys(leave_out(site) for site in sites)
+
+
+def damped(flow: Flow) -> list[Site]:
+    """Where the signal is multiplied by a constant below 1 between the input layer and the head."""
+    return [site for site in flow.sites[flow.hidden] if flow.factors.get(site.depth, 1.0) < 1]
 
 
 def stuck(flow: Flow) -> list[Parameter]:
@@ -162,18 +179,25 @@ def _all_zero(zero: list[Parameter]) -> Finding:
 
 
 def _opens(flow: Flow) -> Site | None:
-    """A layer of zeros that alone holds back the gradient of the one behind it, and receives one itself."""
+    """A layer of zeros that alone holds back the gradient of the one behind it, and receives one itself.
+
+    Of several behind it, where the model's input reaches the loss by another way: its signal is not lost with theirs.
+    """
     if flow.lost != -math.inf:
         return None
     decades, weighted = flow.column("decades").tolist(), flow.column("weighted").tolist()
     last = max(i for i, lost in enumerate(decades) if lost == -math.inf)
     waking = [p.name for p in flow.parameters if p.weight_norm == 0 and p.grad_norm_log10 > -math.inf]
     site = flow.sites[last]
+    around = bool(flow.inputs) and flow.sites[0].kind not in (
+        "input",
+        "embedding",
+    )  # coupling layers pass data by
     own = any(
         name in site.parameters or (not site.parameters and name.rpartition(".")[0] == site.module)
         for name in waking
     )
-    return site if own and sum(weighted[:last]) <= 1 else None
+    return site if own and (around or sum(weighted[:last]) <= 1) else None
 
 
 def _told_apart(flow: Flow) -> float:
