@@ -1277,3 +1277,54 @@ def test_coupling_layers_that_start_at_the_identity_are_healthy() -> None:
         return (0.5 * z.square().sum(-1) - volume).mean()
 
     assert diagnosed((Flows(), loss)).verdict == "healthy"
+
+
+class TwoWays(nn.Module):
+    """Normalises, and mixes tokens and then features of each token through two layers."""
+
+    def __init__(self, activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.tokens = nn.Sequential(nn.Linear(16, 32), activation(), nn.Linear(32, 16))
+        self.features = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), activation(), nn.Linear(64, 32))
+        self.norm = nn.LayerNorm(32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(self.tokens(self.norm(x).transpose(1, 2)).transpose(1, 2))
+
+
+def forgetting(activation: type[nn.Module]) -> Built:
+    """Blocks without skips, whose normalisations restore the size of the signal and of the gradient."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(4, 32), *(TwoWays(activation) for _ in range(7)), nn.LayerNorm(32))
+    head = nn.Sequential(nn.Flatten(), nn.Linear(512, 10))
+    return classified(nn.Sequential(nn.Unflatten(1, (16, 4)), body, head))
+
+
+def test_samples_that_become_alike_on_the_way_are_an_error_though_the_gradient_keeps_its_size() -> None:
+    (finding,) = diagnosed(forgetting(nn.Sigmoid)).errors
+    assert finding.code == "VG101"
+    assert finding.evidence["decades"] > -2
+    assert diagnosed(forgetting(nn.GELU)).verdict == "healthy"
+    found = repair(*forgetting(nn.Sigmoid))
+    assert found.cured
+
+
+@pytest.mark.parametrize(("first", "codes"), [(1.0, []), (0.0, ["VG101"])])
+def test_adapters_of_zeros_alone_never_open_though_the_head_learns(first: float, codes: list[str]) -> None:
+    torch.manual_seed(0)
+    parts = [nn.Sequential(Adapted(nn.Linear(64, 64)), nn.ReLU()) for _ in range(3)]
+    with torch.no_grad():
+        for part in parts:
+            part[0].down.weight.mul_(first)  # pyright: ignore
+    built = classified(nn.Sequential(*parts, nn.Linear(64, 10)))
+    assert [f.code for f in diagnosed(built).errors] == codes
+
+
+def test_adapters_behind_a_frozen_head_of_zeros_are_not_to_blame() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Adapted(nn.Linear(64, 64)) for _ in range(3)), nn.Linear(64, 10))
+    nn.init.zeros_(model[-1].weight).requires_grad_(False)  # pyright: ignore
+    found = repair(*classified(model))
+    assert [f.code for f in found.before.errors] == ["VG102"]
+    assert found.prescription is None
+    assert "train the head" in str(found)

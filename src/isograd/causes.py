@@ -23,7 +23,7 @@ from isograd.graph.traced import Loss
 from isograd.interventions import Intervention, both, candidates
 from isograd.measure import measure
 from isograd.remedies.exchange_activation import named, own_functions
-from isograd.symptoms.vanishing_gradient import damped, stuck
+from isograd.symptoms.vanishing_gradient import FORGOTTEN, damped, stuck
 
 FAR = 400.0
 """Decades that stand for a gradient that is exactly zero or not finite: beyond any that is measured."""
@@ -41,7 +41,7 @@ TELLING = 0.2
 
 def explained(diagnosis: Diagnosis, model: nn.Module, loss: Loss) -> Diagnosis:
     """The same diagnosis with the causes of its errors about depth tested by intervention."""
-    depth = [f for f in diagnosis.errors if f.code in ("VG101", "EG201", "EG202")]
+    depth = [f for f in diagnosis.errors if f.code in ("VG101", "EG201", "EG202") and f.cause != FORGOTTEN]
     if not depth or any(f.code == "VG102" for f in diagnosis.errors):
         return diagnosis
     before = distance(diagnosis.flow)
