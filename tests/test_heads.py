@@ -163,8 +163,10 @@ def test_a_function_behind_the_head_that_leaves_the_samples_alike_is_saturated(
 
 
 def test_a_temperature_is_no_saturation() -> None:
-    """It costs decades, and all that tells the samples apart is left."""
-    assert (
-        check(*headed(4, lambda p: functional.cross_entropy(p, CLASSES), lambda x: x / 1e6)).verdict
-        == "healthy"
+    """It costs decades, and all that tells the samples apart is left: what is named is the factor."""
+    cold, mild = (
+        check(*headed(4, lambda p: functional.cross_entropy(p, CLASSES), lambda x, c=c: x / c))
+        for c in (1e6, 8)
     )
+    assert [f.evidence["cause"] for f in cold.errors] == ["factor"]
+    assert mild.verdict == "healthy"

@@ -257,6 +257,14 @@ def large_epsilon(norm: nn.BatchNorm1d) -> None:
     norm.eps = 1e3
 
 
+def headed(gain: float) -> Built:
+    """A healthy body whose head is drawn larger."""
+    model = mlp(nn.ReLU, 3, HE)
+    with torch.no_grad():
+        model[-1].weight.mul_(gain)  # pyright: ignore
+    return classified(model)
+
+
 relu_recurrence = partial(nn.RNN, nonlinearity="relu")
 
 PAIRS: dict[str, Pair] = {
@@ -273,6 +281,7 @@ PAIRS: dict[str, Pair] = {
     "damped_skips": Pair(lambda: skipping(0.3), lambda: skipping(1.0)),
     "exploding_gradient": Pair(relu_large, relu_he),
     "exploding_activation": Pair(relu_large, relu_he),
+    "far_start": Pair(lambda: headed(100.0), lambda: headed(1.0)),
     "gradient_underflow": Pair(half(1e-7), half(1.0)),
     "dead_units": Pair(biased(-30.0), biased(0.0)),
     "saturated_units": Pair(tanh_of(30.0), tanh_of(1.0), Severity.WARNING),
@@ -446,7 +455,9 @@ def flows(draw: st.DrawFn) -> Flow:
         )
         for i in range(draw(st.integers(0, 6)))
     )
-    call = LossCall(SITE, "cross_entropy", "softmax", 4, 8, *(draw(NUMBERS) for _ in range(6)), "classes")
+    call = LossCall(
+        SITE, "cross_entropy", "softmax", 4, 8, *(draw(NUMBERS) for _ in range(6)), "classes", draw(NUMBERS)
+    )
     return Flow(
         sites,
         {name: column() for name in draw(st.sets(st.sampled_from(["grad_norm_log10", "decades", "activation_rms"])))}
@@ -1146,3 +1157,196 @@ def test_a_convolution_of_several_layers_is_none() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 1), *[shared] * 10, nn.Flatten(), nn.Linear(4 * 36, 10))
     x, y = torch.randn(8, 1, 6, 6), torch.randint(10, (8,))
     assert check(model, lambda m: functional.cross_entropy(m(x), y)).flow.horizon is None
+
+
+# -- far-start, constants and cuts -----------------------------------------------------------------
+
+
+def regressed(outputs: float, targets: float, offset: float = 0.0) -> Built:
+    """A body whose outputs and targets scatter by given amounts, the targets around an offset."""
+    torch.manual_seed(0)
+    model, x = mlp(nn.Tanh, 3, 1.0), torch.randn(64, 64)
+    with torch.no_grad():
+        model[-1].weight.mul_(outputs / model(x).std())  # pyright: ignore
+        model[-1].bias.zero_()  # pyright: ignore
+    y = offset + targets * torch.randn(64, 10)
+    return model, lambda m: functional.mse_loss(m(x), y)
+
+
+@pytest.mark.parametrize(("outputs", "targets"), [(30.0, 1.0), (1.0, 0.03)])
+def test_outputs_are_far_where_they_scatter_beyond_the_targets(outputs: float, targets: float) -> None:
+    model, loss = regressed(outputs, targets)
+    (call,) = measure(model, loss).losses
+    assert call.excess == pytest.approx(outputs / targets, rel=0.1)
+    assert [f.code for f in diagnosed((model, loss)).errors] == ["EG205"]
+
+
+def test_targets_away_from_zero_do_not_make_an_output_large() -> None:
+    assert diagnosed(regressed(1.0, 1.0, offset=100.0)).verdict == "healthy"
+    assert diagnosed(regressed(0.1, 0.1, offset=1.0)).verdict == "healthy"  # first values of a Q network
+
+
+def test_a_scale_of_the_loss_changes_nothing_of_how_far_it_starts() -> None:
+    model, loss = headed(100.0)
+    scaled = [(model, lambda m, c=c: loss(m) * c) for c in (1e-8, 1.0, 1e4)]
+    codes = [[f.code for f in diagnosed(built).errors] for built in scaled]
+    assert codes == [["EG205"]] * 3
+
+
+def scaled_output(times: float) -> Built:
+    model, x, y = mlp(nn.ReLU, 3, HE), torch.randn(32, 64), torch.randint(10, (32,))
+    return model, lambda m: functional.cross_entropy(m(x) * times, y)
+
+
+def test_a_constant_behind_the_head_is_named_with_its_line_where_it_leaves_nothing_of_the_logits() -> None:
+    torch.manual_seed(0)
+    (finding,) = diagnosed(scaled_output(0.003)).errors
+    assert finding.code == "VG102"
+    assert finding.evidence["factor"] == pytest.approx(0.003)
+    assert "test_symptoms.py" in finding.remedies[0]
+    (finding,) = diagnosed(scaled_output(300.0)).errors
+    assert finding.code == "EG205"
+    assert "test_symptoms.py" in finding.remedies[0]
+    assert diagnosed(scaled_output(0.2)).verdict == "healthy"
+
+
+def test_constants_on_the_way_are_named_where_they_cost_the_decades() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(64, 64), nn.Tanh(), Apply(lambda x: 0.3 * x)) for _ in range(8)]
+    for layer in layers:
+        nn.init.orthogonal_(layer[0].weight)  # pyright: ignore
+    (finding,) = diagnosed(classified(nn.Sequential(*layers, nn.Linear(64, 10)))).errors
+    assert "leave the factor out" in finding.remedies[0]
+
+
+def test_a_softmax_in_front_of_a_log_softmax_inside_of_the_model_is_found() -> None:
+    torch.manual_seed(0)
+    model = mlp(nn.ReLU, 3, HE).extend([nn.Softmax(-1), nn.LogSoftmax(-1)])
+    x, y = torch.randn(32, 64), torch.randint(10, (32,))
+    found = diagnosed((model, lambda m: functional.nll_loss(m(x), y)))
+    assert "VG102" in [f.code for f in found.errors]
+
+
+class Cut(nn.Module):
+    """A body whose result goes on without its gradient."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.body, self.head, self.how = mlp(nn.Tanh, 3, 1.0), nn.Linear(10, 10), how
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        if self.how == "no_grad":
+            with torch.no_grad():
+                y = 2 * y
+        return self.head(y.detach() if self.how == "detach" else y.data if self.how == "data" else y)
+
+
+@pytest.mark.parametrize("how", ["detach", "data", "no_grad"])
+def test_the_line_that_cuts_off_the_gradient_is_named(how: str) -> None:
+    (finding,) = diagnosed(classified(Cut(how))).errors
+    assert finding.code == "UP501"
+    assert "test_symptoms.py" in finding.cause
+    assert how in finding.cause
+    assert "take the" in finding.remedies[0]
+
+
+def test_what_is_detached_beside_a_way_that_passes_is_no_cut() -> None:
+    model, x, y = mlp(nn.Tanh, 3, 1.0), torch.randn(32, 64), torch.randint(10, (32,))
+
+    def loss(m: nn.Module) -> Tensor:
+        out = m(x)
+        weight = out.detach().abs().mean()  # what a loss often does
+        return functional.cross_entropy(out, y) * weight
+
+    assert measure(model, loss).cuts == ()
+
+
+class Coupling(nn.Module):
+    """x + f(half of x), f's last layer zero: it says nothing at first, and x passes by."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 16))
+        nn.init.zeros_(self.net[-1].weight)  # pyright: ignore
+        nn.init.zeros_(self.net[-1].bias)  # pyright: ignore
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = x.chunk(2, -1)
+        scale, shift = self.net(a).chunk(2, -1)
+        return torch.cat([b * scale.tanh().exp() + shift, a], -1), scale.tanh().sum(-1)
+
+
+class Flows(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(Coupling() for _ in range(4))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        volume = torch.zeros(len(x))
+        for part in self.parts:
+            x, grown = part(x)
+            volume = volume + grown
+        return x, volume
+
+
+def test_coupling_layers_that_start_at_the_identity_are_healthy() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 16)
+
+    def loss(m: nn.Module) -> Tensor:
+        z, volume = m(x)
+        return (0.5 * z.square().sum(-1) - volume).mean()
+
+    assert diagnosed((Flows(), loss)).verdict == "healthy"
+
+
+class TwoWays(nn.Module):
+    """Normalises, and mixes tokens and then features of each token through two layers."""
+
+    def __init__(self, activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.tokens = nn.Sequential(nn.Linear(16, 32), activation(), nn.Linear(32, 16))
+        self.features = nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 64), activation(), nn.Linear(64, 32))
+        self.norm = nn.LayerNorm(32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.features(self.tokens(self.norm(x).transpose(1, 2)).transpose(1, 2))
+
+
+def forgetting(activation: type[nn.Module]) -> Built:
+    """Blocks without skips, whose normalisations restore the size of the signal and of the gradient."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(4, 32), *(TwoWays(activation) for _ in range(7)), nn.LayerNorm(32))
+    head = nn.Sequential(nn.Flatten(), nn.Linear(512, 10))
+    return classified(nn.Sequential(nn.Unflatten(1, (16, 4)), body, head))
+
+
+def test_samples_that_become_alike_on_the_way_are_an_error_though_the_gradient_keeps_its_size() -> None:
+    (finding,) = diagnosed(forgetting(nn.Sigmoid)).errors
+    assert finding.code == "VG101"
+    assert finding.evidence["decades"] > -2
+    assert diagnosed(forgetting(nn.GELU)).verdict == "healthy"
+    found = repair(*forgetting(nn.Sigmoid))
+    assert found.cured
+
+
+@pytest.mark.parametrize(("first", "codes"), [(1.0, []), (0.0, ["VG101"])])
+def test_adapters_of_zeros_alone_never_open_though_the_head_learns(first: float, codes: list[str]) -> None:
+    torch.manual_seed(0)
+    parts = [nn.Sequential(Adapted(nn.Linear(64, 64)), nn.ReLU()) for _ in range(3)]
+    with torch.no_grad():
+        for part in parts:
+            part[0].down.weight.mul_(first)  # pyright: ignore
+    built = classified(nn.Sequential(*parts, nn.Linear(64, 10)))
+    assert [f.code for f in diagnosed(built).errors] == codes
+
+
+def test_adapters_behind_a_frozen_head_of_zeros_are_not_to_blame() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Adapted(nn.Linear(64, 64)) for _ in range(3)), nn.Linear(64, 10))
+    nn.init.zeros_(model[-1].weight).requires_grad_(False)  # pyright: ignore
+    found = repair(*classified(model))
+    assert [f.code for f in found.before.errors] == ["VG102"]
+    assert found.prescription is None
+    assert "train the head" in str(found)

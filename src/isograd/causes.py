@@ -23,7 +23,7 @@ from isograd.graph.traced import Loss
 from isograd.interventions import Intervention, both, candidates
 from isograd.measure import measure
 from isograd.remedies.exchange_activation import named, own_functions
-from isograd.symptoms.vanishing_gradient import stuck
+from isograd.symptoms.vanishing_gradient import FORGOTTEN, damped, stuck
 
 FAR = 400.0
 """Decades that stand for a gradient that is exactly zero or not finite: beyond any that is measured."""
@@ -41,7 +41,7 @@ TELLING = 0.2
 
 def explained(diagnosis: Diagnosis, model: nn.Module, loss: Loss) -> Diagnosis:
     """The same diagnosis with the causes of its errors about depth tested by intervention."""
-    depth = [f for f in diagnosis.errors if f.code in ("VG101", "EG201", "EG202")]
+    depth = [f for f in diagnosis.errors if f.code in ("VG101", "EG201", "EG202") and f.cause != FORGOTTEN]
     if not depth or any(f.code == "VG102" for f in diagnosis.errors):
         return diagnosis
     before = distance(diagnosis.flow)
@@ -94,9 +94,19 @@ def _try(intervention: Intervention, model: nn.Module, loss: Loss) -> float:
 
 
 def _own(flow: Flow, before: float) -> Iterator[Effect]:
-    """What functions of the user's own cost, in the place of an activation: nobody knows what to exchange them for."""
+    """What functions of the user's own cost, in the place of an activation: nobody knows what to exchange them for.
+
+    And what constants cost that the signal is multiplied by.
+    """
+    if not flow.lost < 0:
+        return
+    damping = damped(flow)
+    if damping:
+        cost = min(-sum(math.log10(flow.factors[site.depth]) for site in damping), before)
+        where = dict.fromkeys(site.source or site.name for site in damping)
+        yield Effect(f"the factors at {', '.join(where)} {OWN}", "factor", before, before - cost, cost)
     sites = own_functions(flow)
-    if not sites or not flow.lost < 0:
+    if not sites:
         return
     column = flow.column("decades").nan_to_num(0.0)
     cost = min(-float(sum(column[site.depth] for site in sites)), before)
@@ -143,7 +153,7 @@ def _told(finding: Finding, effects: tuple[Effect, ...], before: float) -> Findi
         causes = sorted((e for e in telling if e.cause in PAIR), key=lambda e: -e.given_back)
     others = [e for e in telling if e not in causes and e.given_back >= MOST * most]
     own = first.intervention.endswith(OWN)
-    blamed = {**_BLAME, "activation": first.intervention.removesuffix(f" {OWN}")} if own else _BLAME
+    blamed = {**_BLAME, first.cause: first.intervention.removesuffix(f" {OWN}")} if own else _BLAME
     said = ", ".join(f"{blamed[e.cause]} {_cost(e, before)}" for e in causes)
     how = "read off the backbone" if own else "measured by exchange on a copy"
     also = f"; so does another way: {others[0].intervention}" if others else ""
@@ -165,6 +175,7 @@ def _cost(effect: Effect, before: float) -> str:
 
 
 _BLAME = {
+    "factor": "constant factors",
     "activation": "the activations",
     "initialisation": "the initialisation",
     "missing-normalisation": "missing normalisation",
@@ -180,6 +191,7 @@ _BLAME = {
 }
 
 _REMEDY = {
+    "factor": "leave the factors out, or scale the branches instead: x + f(x) with a whole skip",
     "activation": "exchange-activation",
     "initialisation": "critical-initialisation",
     "missing-normalisation": "insert-normalisation",

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 if TYPE_CHECKING:
     from isograd.horizon import Horizon
 
+FACTORS = {"mul", "rmul", "imul", "div", "truediv", "itruediv", "neg"}
+"""Elementwise operations that are no function by themselves."""
+SAME = 1e-3
+"""Decades between what a multiplication does to the signal and to the gradient: none where it is by one number."""
+
 
 @dataclass(frozen=True, slots=True)
 class Site:
@@ -212,6 +217,9 @@ class LossCall:
     target_max: float
     target: str
     """'classes' or 'values'."""
+    excess: float = math.nan
+    """How far beyond a constant answer it starts: of classes the loss over that of equal probabilities, of values how far
+    the outputs scatter, in standard deviations of the targets; NaN: not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,6 +312,8 @@ class Flow:
     """The same for the model's other inputs (a decoder's tokens, a second tower): sites and columns."""
     inputs: dict[str, InputStatistics] = field(default_factory=dict[str, InputStatistics])
     """Statistics of the float inputs, by name."""
+    cuts: tuple[str, ...] = ()
+    """Where the gradient of parameters that it does not reach was cut off: `detach at net.py:17`, in the order of the forward."""
     nonfinite: NonFinite | None = None
     failure: Failure | None = None
     notes: tuple[str, ...] = ()
@@ -338,6 +348,18 @@ class Flow:
     def sigma(self) -> float:
         """Geometric mean gain per layer: 10 ** (decades / layers)."""
         return per_layer(self.decades, self.layers)
+
+    @cached_property
+    def factors(self) -> dict[int, float]:
+        """Constants that the signal is multiplied by, by the depth of the site: they scale signal and gradient alike."""
+        found: dict[int, float] = {}
+        rms, levels = self.column("activation_rms").tolist(), self.column("grad_norm_log10").tolist()
+        for i, site in enumerate(self.sites[1:], 1):
+            alone = site.operation in FACTORS and site.shape and not site.parameters and i not in self.ledgers
+            times = rms[i] / rms[i - 1] if alone and rms[i - 1] > 0 else math.nan
+            if times > 0 and abs(levels[i - 1] - levels[i] - math.log10(times)) < SAME:
+                found[i] = times
+        return found
 
     @property
     def hidden(self) -> slice:

@@ -13,8 +13,6 @@ from torch import Tensor, nn
 from isograd.flow import Flow
 from isograd.graph.operations import ACTIVATIONS, WEIGHTED
 
-SAME = 1e-3
-"""Decades between what a multiplication does to the signal and to the gradient: none where it is by one number."""
 UNSEEN = 100
 """Time steps to remember where the length of the sequences was not seen."""
 
@@ -164,14 +162,12 @@ def common_activation(flow: Flow) -> str:
 
 def multiplied(flow: Flow) -> dict[str, float]:
     """Constants right behind a layer of the backbone, by its module: what scales signal and gradient alike."""
-    found: dict[str, float] = {}
-    backward, forward = flow.column("decades").tolist(), flow.column("forward_gain").tolist()
-    for i, (layer, site) in enumerate(pairwise(flow.sites), 1):
-        constant = site.operation in ("mul", "div") and not site.parameters and site.depth not in flow.ledgers
-        times = forward[i] if constant and layer.kind in ("linear", "convolution") else math.nan
-        if times > 0 and abs(backward[i] - math.log10(times)) < SAME:
-            found[layer.module] = times
-    return found
+    before = {site.depth: layer for layer, site in pairwise(flow.sites)}
+    return {
+        before[depth].module: times
+        for depth, times in flow.factors.items()
+        if before[depth].kind in ("linear", "convolution")
+    }
 
 
 def _line(flow: Flow) -> Iterator[_Place]:

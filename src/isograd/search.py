@@ -20,7 +20,7 @@ from isograd.diagnosis import Diagnosis, Severity, diagnose
 from isograd.graph.traced import Loss
 from isograd.judge import Judge
 from isograd.measure import measure
-from isograd.prescription import Patient, Prescription, apply, prescriptions
+from isograd.prescription import Patient, Prescription, Reach, Safety, apply, prescriptions
 from isograd.remedies import (
     lsuv,
     slugs,
@@ -94,10 +94,23 @@ class Search:
 
     def by_hand(self) -> Iterator[Prescription]:
         """For the errors of the best: what changes the training alone, and what the user would have to write."""
-        if self.best.diagnosis.errors:
-            for rx in prescriptions(self._patient_now(), among=set(slugs()) - {lsuv.SLUG}):
-                if (rx.advice and rx.why_not) or (rx.applicable and not changes(rx)):
-                    yield rx
+        left = self.best.diagnosis.errors
+        seen = replace(self.best.diagnosis, findings=tuple(left))
+        said = set[str]()
+        for rx in prescriptions(Patient(self.best.model, seen, self.loss), among=set(slugs()) - {lsuv.SLUG}):
+            if (rx.advice and rx.why_not) or (rx.applicable and not changes(rx)):
+                said.update(rx.advice)
+                yield rx
+        for finding in left:  # what no remedy stands for
+            words = [remedy for remedy in finding.remedies if remedy not in slugs() and remedy not in said]
+            if words:
+                yield Prescription(
+                    finding.name,
+                    finding.message,
+                    safety=Safety.ADVICE,
+                    reach=Reach.TRAINING,
+                    advice=tuple(words),
+                )
 
     def run(self) -> None:
         """Try candidates until one is healthy; with a healthy flow, what a training may prefer, on top of it."""

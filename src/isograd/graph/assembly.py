@@ -92,6 +92,7 @@ class Assembly:
             losses=tuple(
                 self._loss(call, values) for call, values in zip(trace.losses, read.losses, strict=True)
             ),
+            cuts=self._cuts(),
             cut=bool(trace.given) and not any(m.call.user_input for m in trace.made.values()),
             calls=max(trace.calls, 1),
             outputs=tuple(step_site(trace.made[n]) for n in dict.fromkeys(trace.results) if n in trace.made),
@@ -269,6 +270,11 @@ class Assembly:
             )
         return tuple(found)
 
+    def _cuts(self) -> tuple[str, ...]:
+        """Where the gradient of parameters that none reaches was cut off."""
+        lost = {id(p) for p in self.run.model.parameters() if p.requires_grad} - self._accumulators.keys()
+        return tuple(place for place, behind in self.trace.cuts.items() if behind & lost)
+
     def _modules(self) -> tuple[ModuleSignal, ...]:
         signals: list[ModuleSignal] = []
         for path, module in self.run.model.named_modules():
@@ -287,7 +293,7 @@ class Assembly:
             )
         source = self.trace.made[node].call.operation if node in self.trace.made else ""
         site = step_site(self.trace.made[call.node])
-        low, high, error, spread, target_low, target_high = values
+        low, high, error, spread, target_low, target_high, excess = values
         rows, width = call.shape
         return LossCall(
             site,
@@ -302,6 +308,7 @@ class Assembly:
             target_low,
             target_high,
             call.target,
+            excess,
         )
 
     def _unexamined(self) -> dict[str, str]:

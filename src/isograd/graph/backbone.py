@@ -360,6 +360,7 @@ def _exit(graph: Graph, segments: list[Segment], trace: Trace) -> int:
     for i in layers:
         if i + 1 < len(segments) and (outlets := _outlets(graph, segments[i], segments[i + 1], results)):
             segments[i].outlets = outlets
+            segments[i].skip = set()  # two terms of a loss are no block with a skip around it
             segments[i].site = replace(segments[i].site, operation="outputs", kind="elementwise")
             return i
         if segments[i].site.shape != ():

@@ -99,6 +99,6 @@ class LossCall:
     input_node: Node | None
     shape: tuple[int, ...]
     values: Tensor
-    """input min, max, largest |row sum - 1|, std; target min, max."""
+    """input min, max, largest |row sum - 1|, std; target min, max; excess: see `signal.excess`."""
     target: str
     """'classes', 'values' or ''."""

@@ -34,9 +34,12 @@ from isograd.graph.call import (
 )
 from isograd.graph.operations import ACTIVATIONS, LOSSES, kind_of_call, operation_of, parameter_of
 
+_GET_DATA = vars(torch._C.TensorBase)["data"].__get__
 _SET_REQUIRES_GRAD = vars(torch._C.TensorBase)["requires_grad"].__set__
 TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
 OWN_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+MOST_WALKED = 200_000
+"""Nodes that are looked at for what lies behind detached tensors: a tenth of a second."""
 IN_MODELS = tuple(OWN_FOLDER + name for name in ("modules.py", "surgery.py", "calls.py"))
 """Our files that run inside a repaired model."""
 
@@ -96,6 +99,8 @@ class Trace(TorchFunctionMode):
     """Paths of the modules that were called with gradients enabled."""
     closed: set[str] = field(default_factory=set[str])
     """Paths of the modules that were called without."""
+    cuts: dict[str, set[int]] = field(default_factory=dict[str, set[int]])
+    """How and where tensors were detached, with the ids of the parameters behind them."""
     entered: int = 0
     calls: int = 0
     """Of the model as a whole."""
@@ -105,6 +110,7 @@ class Trace(TorchFunctionMode):
         self._names = {id(module): name for name, module in self.model.named_modules()}
         self._stack: list[tuple[str, int, str]] = []
         self._order = 0
+        self._walked = 0
         self._mixing: set[Node] = set()  # softmaxes that multiply other activations: attention written out
         self._parameters = {id(p): name for name, p in self.model.named_parameters()}
 
@@ -206,6 +212,8 @@ class Trace(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name == "__set__" and func == _SET_REQUIRES_GRAD and args[1] and not args[0].is_leaf:
             return None  # some models switch their input's gradient on; it is on already
+        if name in ("detach", "detach_", "numpy") or func == _GET_DATA:
+            self._cut("data" if func == _GET_DATA else name.rstrip("_"), args[:1])
         if name in ("__get__", "__set__", "size", "dim", "numel", "__len__", "is_floating_point"):
             return func(*args, **kwargs)
         if name == "hardtanh" and (kwargs.get("min_val", args[1] if len(args) > 1 else -1.0)) == 0:
@@ -218,6 +226,7 @@ class Trace(TorchFunctionMode):
             self.attribute_custom(args)
         out = func(*args, **kwargs)
         if not torch.is_grad_enabled():
+            self._cut("no_grad", (*args, *kwargs.values()))
             return out
         tensors = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.grad_fn is not None]
         if not tensors:
@@ -237,6 +246,26 @@ class Trace(TorchFunctionMode):
             elif not self._stack and name.strip("_") in ("sub", "rsub") and len(args) == 2:
                 self._difference(args, tensors[0])
         return out
+
+    def _cut(self, how: str, args: Iterable[Any]) -> None:
+        """Remember which parameters lie behind tensors that go on without their gradient."""
+        given = [a for a in args if isinstance(a, Tensor)]
+        stack: list[Node | Tensor] = [a if a.grad_fn is None else a.grad_fn for a in given]
+        stack = [entry for entry in stack if not isinstance(entry, Tensor) or id(entry) in self._parameters]
+        if not stack or self._walked > MOST_WALKED or not (source := _source()):
+            return
+        behind = self.cuts.setdefault(f"{how} at {source}", set())
+        seen = set[Any]()
+        while stack:
+            node = stack.pop()
+            if isinstance(node, Tensor):
+                behind.add(id(node))
+            elif node not in seen:
+                seen.add(node)
+                if (variable := getattr(node, "variable", None)) is not None:
+                    behind.add(id(variable))
+                stack.extend(child for child, _ in node.next_functions if child is not None)
+        self._walked += len(seen)
 
     def _call(self, name: str, kind: str) -> Call:
         module, invocation, leaf = self._stack[-1] if self._stack else ("", 0, "")
@@ -388,7 +417,10 @@ class Trace(TorchFunctionMode):
         sums = rows.sum(1).sub(1).abs().amax()
         spread = rows.std(0, correction=0).amax() if rows.shape[0] > 1 else torch.zeros_like(sums)
         seen = target.detach().float() if target.numel() else torch.zeros(1)
-        values = torch.stack([rows.amin(), rows.amax(), sums, spread, seen.amin(), seen.amax()]).double()
+        excess = signal.excess(name, rows, target.detach())
+        values = torch.stack(
+            [rows.amin(), rows.amax(), sums, spread, seen.amin(), seen.amax(), excess]
+        ).double()
         kind = "values" if target.is_floating_point() else "classes"
         shape = (given.numel() // max(rows.shape[1], 1), rows.shape[1])
         self.losses.append(LossCall(name, out.grad_fn, given.grad_fn, shape, values, kind))

@@ -33,7 +33,7 @@ from isograd.layers import Layer, batch_norms, is_chain, layers
 from isograd.prescription import Edit, Patient, Prescription, Reach, Value, not_applicable
 
 SLUG = "critical-initialisation"
-TREATS = ("initialisation", "VG101", "EG201", "EG202", "NF401", "NF402")
+TREATS = ("initialisation", "VG101", "EG201", "EG202", "EG205", "NF401", "NF402")
 SATURATED = 2.0
 """A critical sigma_w beyond this lies deep in saturation (the sigmoid's 10.1): nothing trains there."""
 

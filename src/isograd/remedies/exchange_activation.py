@@ -32,7 +32,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from isograd.flow import Activation, Flow, Site
+from isograd.flow import FACTORS, Activation, Flow, Site
 from isograd.graph.operations import ACTIVATIONS
 from isograd.layers import Layer, is_chain, layers
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
@@ -54,21 +54,7 @@ TARGETS = {
 """Function -> its module and what it is called."""
 FUSED = "activation_relu_or_gelu"
 """By this number the kernel that `nn.TransformerEncoderLayer` runs in eval() knows its activation; 0: there is none."""
-AFFINE = {
-    "mul",
-    "rmul",
-    "imul",
-    "div",
-    "truediv",
-    "itruediv",
-    "neg",
-    "add",
-    "radd",
-    "iadd",
-    "sub",
-    "rsub",
-    "isub",
-}
+AFFINE = FACTORS | {"add", "radd", "iadd", "sub", "rsub", "isub"}
 """Elementwise calls that are no function by themselves."""
 ODD = {"sigmoid", "tanh", "hardtanh", "hardsigmoid", "softsign"}
 """S-shaped: tanh is the nearest relative. The rest is one-sided, with ELU the nearest."""
@@ -105,8 +91,15 @@ def functions(flow: Flow) -> list[str]:
 
 
 def own_functions(flow: Flow) -> list[Site]:
-    """Sites of functions that torch has no name for, on the way of the hidden signal: a custom Function, a formula."""
-    found = [site for site in flow.sites[flow.hidden] if site.kind in ("elementwise", "custom")]
+    """Sites of functions that torch has no name for, on the way of the hidden signal: a custom Function, a formula.
+
+    Where parameters take part, their scale is no property of the function: a sum of branches, a state space.
+    """
+    found = [
+        site
+        for site in flow.sites[flow.hidden]
+        if site.kind in ("elementwise", "custom") and not _parametrised(flow, site)
+    ]
     return found if {site.operation for site in found} - AFFINE else []
 
 
@@ -128,6 +121,11 @@ def _own_modules(patient: Patient) -> dict[str, list[Site]]:
         for path, sites in found.items()
         if len(sites) == inside[path] and {site.operation for site in sites} - AFFINE
     }
+
+
+def _parametrised(flow: Flow, site: Site) -> bool:
+    steps = (step.site for step in flow.ledgers.get(site.depth, ()))
+    return float(flow.column("weighted")[site.depth]) == 1 or any(s.parameters for s in (site, *steps))
 
 
 def named(sites: Sequence[Site]) -> str:

@@ -29,7 +29,7 @@ from isograd.prescription import Edit, Patient, Prescription, Reach, not_applica
 from isograd.remedies.critical_initialisation import biases, expected, remaining, wanted, weight
 
 SLUG = "orthogonal-initialisation"
-TREATS = ("initialisation", "VG101", "EG201", "EG202", "NF401", "NF402")
+TREATS = ("initialisation", "VG101", "EG201", "EG202", "EG205", "NF401", "NF402")
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:

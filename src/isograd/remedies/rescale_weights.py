@@ -14,7 +14,8 @@ Expected effect
     Gain 1 per layer, as `critical-initialisation` has it, with the scatter of the weights as they were drawn.
 
 Safety
-    Unsafe: the model computes another function. Frozen parameters, the head and recurrences are left alone.
+    Unsafe: the model computes another function. Frozen parameters, recurrences and a head are left alone, but for one
+    that is ten times too loud.
 
 References
     Schoenholz et al. 2017, arXiv:1611.01232; He et al. 2015, arXiv:1502.01852.
@@ -27,14 +28,18 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
-from isograd.layers import layers
+from isograd.layers import Layer, layers
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
 from isograd.remedies.critical_initialisation import expected, remaining, wanted
 
 SLUG = "rescale-weights"
-TREATS = ("initialisation", "VG101", "EG201", "EG202")
+TREATS = ("initialisation", "VG101", "EG201", "EG202", "EG205")
 OFF = 1.25
 """Factor beyond which a layer's scale is off: a draw of 48 x 48 weights scatters by 2%, tanh trains at 1 to 1.2."""
+
+LOUD = 10.0
+"""Factor beyond which a layer is scaled down alone, and a head at all, which may start at zero or small: at ten times its
+gain a loss starts at several times a constant answer."""
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
@@ -43,7 +48,7 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     factors = {
         layer.weight: wanted(layer) / layer.sigma_w
         for layer in found
-        if not layer.head and layer.calls <= 1 and 0 < layer.sigma_w < math.inf
+        if layer.calls <= 1 and 0 < layer.sigma_w < math.inf and (not layer.head or _loud(layer))
     }
     off = {name: factor for name, factor in factors.items() if abs(math.log(factor)) > math.log(OFF)}
     if not off:
@@ -54,16 +59,23 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         )
         yield not_applicable(SLUG, f"{why}, or none that a factor could give it")
         return
+    loud = {name: factor for name, factor in off.items() if factor < 1 / LOUD}
+    if 0 < 2 * len(loud) <= len(factors) and len(loud) < len(off):  # the rest may be as it is meant to be
+        yield _scaled(patient, found, loud, len(factors))
     parameters = dict(patient.model.named_parameters())
     if 2 * len(off) > len(factors) and all(
         parameters[name].ndim == 2 and independent(parameters[name]) for name in off
     ):
         yield not_applicable(SLUG, "the weights are independent draws: drawn anew, they lose nothing")
         return
+    yield _scaled(patient, found, off, len(factors))
+
+
+def _scaled(patient: Patient, found: list[Layer], off: dict[str, float], count: int) -> Prescription:
     before = {layer.weight: f"sigma_w {layer.sigma_w:.3g}" for layer in found}
-    yield Prescription(
+    return Prescription(
         SLUG,
-        f"{len(off)} of {len(factors)} layers scaled to the critical gain",
+        f"{len(off)} of {count} layers scaled to the critical gain",
         tuple(
             Edit(name, "fill", ".mul_", {"other": float(f"{factor:.6g}")}, before=before[name])
             for name, factor in off.items()
@@ -74,6 +86,10 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         decades=remaining(patient.flow, found),
         references=("Schoenholz et al. 2017, arXiv:1611.01232", "He et al. 2015, arXiv:1502.01852"),
     )
+
+
+def _loud(head: Layer) -> bool:
+    return head.sigma_w > LOUD * wanted(head)
 
 
 def independent(weight: Tensor) -> bool:

@@ -33,7 +33,7 @@ from isograd.prescription import Edit, Patient, Prescription, Reach, not_applica
 from isograd.remedies.critical_initialisation import scale
 
 SLUG = "reset-norm-gain"
-TREATS = ("norm-gain", "VG101", "EG201", "EG202")
+TREATS = ("norm-gain", "VG101", "EG201", "EG202", "EG205")
 NEAR = (0.3, 3.0)
 """RMS gains between these cost less than half a decade: trained networks have them."""
 

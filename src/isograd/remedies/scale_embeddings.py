@@ -30,7 +30,7 @@ from isograd.layers import rms
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
 
 SLUG = "scale-embeddings"
-TREATS = ("embedding", "VG101", "EG201", "EG202")
+TREATS = ("embedding", "VG101", "EG201", "EG202", "EG205")
 FAR = (1e-3, 3.0)
 """Published models start between 0.006 and 1."""
 

@@ -32,7 +32,7 @@ from isograd.graph.preserve import preserved
 from isograd.prescription import Edit, Patient, Prescription, Reach, Value, not_applicable
 
 SLUG = "standardise-input"
-TREATS = ("unnormalised-input", "VG101", "EG201", "EG202")
+TREATS = ("unnormalised-input", "VG101", "EG201", "EG202", "EG205")
 NEAR = (0.1, 3.0)
 """RMS between which an input is in the range that initialisations are made for."""
 MOST = 64

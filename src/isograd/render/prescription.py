@@ -45,7 +45,7 @@ def document(rx: Prescription) -> Text:
 def _advice(rx: Prescription) -> Text:
     text = Text()
     for line in rx.advice:
-        text.append("\n  by hand   ", "dim").append(line)
+        text.append("\n  by hand   ", "dim").append(in_words(line))
     return text
 
 

@@ -42,6 +42,7 @@ NAMES = (
     "damped_skips",
     "exploding_gradient",
     "exploding_activation",
+    "far_start",
     "gradient_underflow",
     "dead_units",
     "saturated_units",

@@ -29,11 +29,12 @@ import math
 from collections.abc import Iterator
 
 from isograd.diagnosis import Finding, Severity
-from isograd.flow import Flow
+from isograd.flow import Flow, Parameter
 from isograd.symptoms import Healthy, Outcome, Unexamined
 
 CODE = "UP501"
 NAME = "parameter-without-gradient"
+DETACHED = "detached: .detach(), .data, numpy or an argmax between them and the loss"
 
 
 def examine(flow: Flow) -> Iterator[Outcome]:
@@ -57,14 +58,13 @@ def examine(flow: Flow) -> Iterator[Outcome]:
             f"the loss does not depend on {len(unused)} of {len(trainable)} trainable parameters"
             + (f"; the modules of {len(detached)} ran, and their gradient is cut off" if detached else "")
             + ("; no gradient path leads to the model's input" if detached and flow.cut else ""),
-            cause="detached: .detach(), .data, numpy or an argmax between them and the loss"
-            if detached
-            else "their modules ran under no_grad"
-            if any(p.state == "no-grad" for p in unused)
-            else "their modules did not run in this forward pass",
+            cause=_why(flow, unused),
             sites=tuple(p.name for p in unused[:5]),
             evidence={"unused": len(unused), "detached": len(detached), "trainable": len(trainable)},
-            remedies=("use-or-freeze",),
+            remedies=(
+                *(f"{_undo(cut)}, or freeze what lies before it" for cut in flow.cuts[:3]),
+                "use-or-freeze",
+            ),
         )
     if stepped:
         weights = any(len(p.shape) > 1 for p in stepped)
@@ -89,3 +89,20 @@ def examine(flow: Flow) -> Iterator[Outcome]:
             sites=tuple(p.name for p in zero[:5]),
             evidence={"zero": len(zero), "trainable": len(trainable)},
         )
+
+
+def _why(flow: Flow, unused: list[Parameter]) -> str:
+    """How the loss came not to depend on them, and where, if that was seen."""
+    states, where = {p.state for p in unused}, ", ".join(flow.cuts[:3])
+    if "detached" in states:
+        return f"cut off by {where}" if where else DETACHED
+    if "no-grad" in states:
+        return f"their modules ran under no_grad{': ' if where else ''}{where}"
+    return "their modules did not run in this forward pass"
+
+
+def _undo(cut: str) -> str:
+    """`net.py:17: take the detach() out`."""
+    how, _, source = cut.partition(" at ")
+    what = {"data": ".data", "no_grad": "torch.no_grad()"}.get(how, f".{how}()")
+    return f"{source}: take the {what} out"

@@ -32,10 +32,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from torch import Tensor
+
 from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow, Parameter, Site, per_layer
 from isograd.graph.operations import STEPS
 from isograd.symptoms import Healthy, Outcome, Unexamined
+from isograd.symptoms.no_gradient_at_loss import leave_out
 
 CODE = "VG101"
 NAME = "vanishing-gradient"
@@ -49,10 +52,19 @@ ALIKE = 0.01
 behind sigmoids or softsigns keep 0.0003 to 0.003 and lose a fifth to all of their lead; ReLUs on small weights, which
 lose as many, keep a third, and Adam trains them. Eight ReLU layers at torch's default, at 0.012, lose a sixth
 (`python -m benchmarks.twins run twin fault`). Shipped models start above 0.06."""
+FORGOTTEN = (
+    "every layer passes on what all samples have in common and less of what tells them apart (not tested)"
+)
 WEIGHTED = ("linear", "convolution", "recurrent", "attention")
 """Kinds of the layers that learn."""
+SEVERAL = 6
+"""Layers from which a fall of what differs is one of the depth. In fewer it is that of one layer, which learns to undo it:
+embeddings and input weights of a GRU times 1e-3 and 1e-4 train as well as others."""
 WARNING = 2.0
 """Decades lost from which SGD slows down in shallow nets while AdamW still trains."""
+
+FACTORS = 0.7
+"""Share of the decades that constants cost, from which they are named beside what could make up for them."""
 
 LUCK = 5.0
 """Standard deviations of a critical network of these widths: networks 5 units wide have heavy tails, and
@@ -89,8 +101,8 @@ def _along(flow: Flow) -> Iterator[Outcome]:
         return
     if opening := _opens(flow):
         yield Unexamined(
-            f"{opening.name} starts at zero, as the second matrix of a low-rank adapter does, and only one layer lies "
-            "behind it: check again after one step"
+            f"{opening.name} starts at zero, as the second matrix of a low-rank adapter does, and opens with the first "
+            "step: check again after it"
         )
         return
     if math.isnan(lost):
@@ -98,12 +110,13 @@ def _along(flow: Flow) -> Iterator[Outcome]:
         return
     where = f"{flow.sites[0].name} … {flow.sites[-1].name}"
     said = f"{lost:+.1f} decades over {flow.lost_over} layers, sigma {_sigma(flow):.3g} per layer"
-    if lost > -min(limit, max(WARNING, LUCK * flow.spread)):
+    fading = flow.layers >= SEVERAL and _fading(flow) < ALIKE
+    if lost > -min(limit, max(WARNING, LUCK * flow.spread)) and not fading:
         yield Healthy(f"{said} (an error from {-limit:.1f})")
         return
     starved = _typical(flow) <= -limit and _starved(flow)
     kept = _told_apart(flow)
-    alike = not starved and kept < ALIKE
+    alike = fading or (not starved and kept < ALIKE)
     worst = sorted(range(len(flow.sites)), key=lambda i: _or_zero(float(flow.column("decades")[i])))[:3]
     step = next((flow.sites[i] for i in worst if flow.sites[i].operation in STEPS), None)
     yield Finding(
@@ -112,7 +125,11 @@ def _along(flow: Flow) -> Iterator[Outcome]:
         Severity.ERROR if starved or alike else Severity.WARNING,
         f"{said}; {_received(flow, lost)}"
         + (f"; at the head {kept:.0e} of what tells the samples apart is left" if alike else ""),
-        cause=f"the derivative of {step.operation} is zero everywhere" if step and lost == -math.inf else "",
+        cause=f"the derivative of {step.operation} is zero everywhere"
+        if step and lost == -math.inf
+        else FORGOTTEN
+        if fading and lost > -WARNING
+        else "",
         sites=tuple(flow.sites[i].place for i in worst if _or_zero(float(flow.column("decades")[i])) < 0),
         evidence={
             "decades": lost,
@@ -129,6 +146,7 @@ def _along(flow: Flow) -> Iterator[Outcome]:
         remedies=("straight-through",)
         if step and lost == -math.inf
         else (
+            *_factors(flow, lost),
             "critical-initialisation",
             "exchange-activation",
             "insert-normalisation",
@@ -137,15 +155,31 @@ def _along(flow: Flow) -> Iterator[Outcome]:
     )
 
 
-def stuck(flow: Flow) -> list[Parameter]:
-    """Weights that start at zero, where for that no weight at all receives a gradient.
+def _factors(flow: Flow, lost: float) -> Iterator[str]:
+    """What to do about constants that cost most of what is lost."""
+    sites = damped(flow)
+    if sum(math.log10(flow.factors[site.depth]) for site in sites) <= FACTORS * lost:
+        yield from dict.fromkeys(leave_out(site) for site in sites)
 
-    A single layer of zeros receives one and opens with the first step. Where a second lies before it, each is the
-    reason why the other receives nothing.
+
+def damped(flow: Flow) -> list[Site]:
+    """Where the signal is multiplied by a constant below 1 between the input layer and the head."""
+    return [site for site in flow.sites[flow.hidden] if flow.factors.get(site.depth, 1.0) < 1]
+
+
+def stuck(flow: Flow) -> list[Parameter]:
+    """Weights that start at zero, where none that does receives a gradient.
+
+    A single layer of zeros receives one and opens with the first step, and then what lies before it. Where a second
+    one does, as in an adapter of which both matrices are zero, each is the reason why the other receives nothing.
     """
-    weights = [p for p in flow.parameters if p.state == "measured" and len(p.shape) > 1]
-    zero = [p for p in weights if p.weight_norm == 0]
-    return zero if len(zero) > 1 and all(p.grad_norm_log10 == -math.inf for p in weights) else []
+    zero = [p for p in flow.parameters if p.weight_norm == 0 and not p.bias and not p.name.endswith("bias")]
+    opens = any(p.state == "measured" and p.grad_norm_log10 > -math.inf for p in zero)
+    shut = any(p.state == "frozen" and len(p.shape) > 1 for p in zero)
+    closed = [
+        p for p in zero if p.state == "measured" and p.grad_norm_log10 == -math.inf and len(p.shape) > 1
+    ]
+    return closed if len(closed) > 1 and not opens and not shut else []
 
 
 def _all_zero(zero: list[Parameter]) -> Finding:
@@ -153,7 +187,7 @@ def _all_zero(zero: list[Parameter]) -> Finding:
         CODE,
         NAME,
         Severity.ERROR,
-        f"{len(zero)} weights start at exactly zero, one behind the other: no weight receives any gradient",
+        f"{len(zero)} weights start at exactly zero, one behind the other: none of them receives any gradient, for good",
         cause="each of these weights is the reason why the others receive nothing: drawn at random they do",
         sites=tuple(p.name for p in zero[:3]),
         evidence={"decades": -math.inf, "zero_weights": len(zero), "cause": "initialisation"},
@@ -162,18 +196,25 @@ def _all_zero(zero: list[Parameter]) -> Finding:
 
 
 def _opens(flow: Flow) -> Site | None:
-    """A layer of zeros that alone holds back the gradient of the one behind it, and receives one itself."""
+    """A layer of zeros that alone holds back the gradient of the one behind it, and receives one itself.
+
+    Of several behind it, where the model's input reaches the loss by another way: its signal is not lost with theirs.
+    """
     if flow.lost != -math.inf:
         return None
     decades, weighted = flow.column("decades").tolist(), flow.column("weighted").tolist()
     last = max(i for i, lost in enumerate(decades) if lost == -math.inf)
     waking = [p.name for p in flow.parameters if p.weight_norm == 0 and p.grad_norm_log10 > -math.inf]
     site = flow.sites[last]
+    around = bool(flow.inputs) and flow.sites[0].kind not in (
+        "input",
+        "embedding",
+    )  # coupling layers pass data by
     own = any(
         name in site.parameters or (not site.parameters and name.rpartition(".")[0] == site.module)
         for name in waking
     )
-    return site if own and sum(weighted[:last]) <= 1 else None
+    return site if own and (around or sum(weighted[:last]) <= 1) else None
 
 
 def _told_apart(flow: Flow) -> float:
@@ -181,10 +222,27 @@ def _told_apart(flow: Flow) -> float:
 
     Source: Schoenholz et al. 2017, section 3: in the ordered phase the correlation of any two inputs goes to 1.
     """
+    known = _differing(flow)
+    return float(known[-1] / known[0]) if len(known) > 1 and known[0] > 0 else math.nan
+
+
+def _fading(flow: Flow) -> float:
+    """The same, if it fell all the way as it does from the first half of the sites to the second, where that is more.
+
+    An embedding that is small beside the first bias loses as much at once, and grows back.
+    """
+    known = _differing(flow)
+    first, second = known[: len(known) // 2], known[len(known) // 2 :]
+    if not len(first) or not float(first.median()) > 0:
+        return _told_apart(flow)
+    return max(_told_apart(flow), float(second.median() / first.median()) ** 2)
+
+
+def _differing(flow: Flow) -> Tensor:
+    """Share of the signal that differs between the samples at each site before the head where that is known."""
     layers = [i for i, flag in enumerate(flow.column("weighted").tolist()) if flag == 1]
     before = flow.column("varying")[: layers[-1] if layers else 0]
-    known = before[before.isfinite()]
-    return float(known[-1] / known[0]) if len(known) > 1 and known[0] > 0 else math.nan
+    return before[before.isfinite()]
 
 
 def expected(flow: Flow) -> dict[str, float]:
