@@ -173,7 +173,8 @@ def stuck(flow: Flow) -> list[Parameter]:
     A single layer of zeros receives one and opens with the first step, and then what lies before it. Where a second
     one does, as in an adapter of which both matrices are zero, each is the reason why the other receives nothing.
     """
-    zero = [p for p in flow.parameters if p.weight_norm == 0 and not p.bias and not p.name.endswith("bias")]
+    biases = {p.name for p in flow.parameters if p.bias or p.name.rpartition(".")[2].startswith("bias")}
+    zero = [p for p in flow.parameters if p.weight_norm == 0 and p.name not in biases]
     opens = any(p.state == "measured" and p.grad_norm_log10 > -math.inf for p in zero)
     shut = any(p.state == "frozen" and len(p.shape) > 1 for p in zero)
     closed = [
