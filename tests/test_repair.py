@@ -343,6 +343,37 @@ def test_of_errors_that_are_left_it_is_said_what_to_write_and_of_warnings_nothin
     assert "take the .detach() out" in str(found)
 
 
+class Field(nn.Module):
+    """Calls one function at one line, layer by layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList([nn.Linear(4, 32), nn.Linear(32, 32), nn.Linear(32, 32)])
+        self.head = nn.Linear(32, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.inner:
+            x = torch.relu(layer(x))
+        return self.head(x)
+
+
+def test_kinks_of_a_model_that_the_loss_differentiates_are_exchanged_in_all_its_runs() -> None:
+    torch.manual_seed(0)
+    points, border = torch.rand(64, 4), torch.zeros(2, 4)
+
+    def loss(m: nn.Module) -> torch.Tensor:
+        x = points.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(m(x).sum(), x, create_graph=True)
+        (curved,) = torch.autograd.grad(slope.sum(), x, create_graph=True)
+        return (curved.sum(1) - 1).square().mean() + m(border).square().mean()
+
+    found = repair(Field(), loss)
+    assert found.before.verdict == "vanishing"
+    assert found.cured
+    assert found.prescription is not None
+    assert "exchange-activation" in found.prescription.remedy
+
+
 def test_json_tells_all() -> None:
     torch.manual_seed(0)
     told = json.loads(repair(*relu_large()).to_json())

@@ -249,9 +249,7 @@ class Search:
         """Another activation alone, then with weights drawn for it: one function after the other, as they are asked for."""
         if not self.unsafe or not _treated(patient, exchange_activation.TREATS):
             return
-        flat = [
-            n for n in exchange_activation.functions(patient.flow) if n not in exchange_activation.SELF_GATED
-        ]
+        flat = exchange_activation.flat_functions(patient.flow)
         for rx in exchange_activation.prescribe(patient):
             if not rx.applicable:
                 continue

@@ -54,13 +54,15 @@ TARGETS = {
 """Function -> its module and what it is called."""
 FUSED = "activation_relu_or_gelu"
 """By this number the kernel that `nn.TransformerEncoderLayer` runs in eval() knows its activation; 0: there is none."""
+PIECEWISE = {"relu", "leaky_relu", "relu6", "hardtanh", "hardsigmoid"}
+"""Linear, piece by piece: without a second derivative."""
 ODD = {"sigmoid", "tanh", "hardtanh", "hardsigmoid", "softsign"}
 """S-shaped: tanh is the nearest relative. The rest is one-sided, with ELU the nearest."""
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
     """One prescription a target, the nearest relative of what is exchanged first."""
-    flat = sorted(set(functions(patient.flow)) - SELF_GATED)
+    flat = flat_functions(patient.flow)
     if not flat and (own := own_functions(patient.flow)):
         lines = {site.source: site.operation for site in own if site.source}
         why = f"what stands in the place of an activation is a function of your own: {named(own)}"
@@ -69,13 +71,30 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     if not flat:
         yield not_applicable(SLUG, "no saturating activation lies on the way of the hidden signal")
         return
-    odd = set(flat) <= ODD
     order = ["tanh", "selu", "relu", "gelu", "silu", "elu", "leaky_relu"]
-    if not odd:
+    if differentiated(patient.flow):
+        order = ["tanh", "silu", "gelu"]
+    elif not set(flat) <= ODD:
         order = ["elu", "relu", "selu", "gelu", "silu", "leaky_relu", "tanh"]
     for target in order:
         if [target] != flat:
             yield exchange(patient, [name for name in flat if name != target], target)
+
+
+def flat_functions(flow: Flow) -> list[str]:
+    """Those of the hidden signal whose derivative can vanish.
+
+    Where the loss differentiates the model itself, as that of a differential equation does, what passes back are
+    second derivatives: those of piecewise linear functions are zero.
+    """
+    names = set(functions(flow))
+    return sorted(names - SELF_GATED | (names & PIECEWISE if differentiated(flow) else set()))
+
+
+def differentiated(flow: Flow) -> bool:
+    """Does the loss differentiate the model?"""
+    sites = (*flow.sites, *(step.site for steps in flow.ledgers.values() for step in steps))
+    return any(site.operation == "grad" for site in sites)
 
 
 def functions(flow: Flow) -> list[str]:
@@ -156,10 +175,12 @@ def exchanges(
     calls: dict[tuple[str, str], list[str]] = {}
     hidden = _hidden(patient.flow)
     called = Counter((a.site.module, a.function) for a in patient.flow.activations)
-    elsewhere = {  # a call that each run of the model makes once stands where it stands in all of them
+    seen = Counter((a.site.module, a.function) for a in hidden)
+    elsewhere = {  # a call that each run of the model makes stands where it stands in all of them
         (a.site.module, a.function, a.site.source)
         for a in patient.flow.activations
-        if a not in hidden and called[a.site.module, a.function] > patient.flow.calls
+        if a not in hidden
+        and called[a.site.module, a.function] > patient.flow.calls * max(seen[a.site.module, a.function], 1)
     }
     gating = {(path, function) for path, function, _ in elsewhere}
     for a in hidden:
