@@ -1197,6 +1197,22 @@ def test_constants_on_the_way_are_named_where_they_cost_the_decades() -> None:
     assert "leave the factor out" in finding.remedies[0]
 
 
+@pytest.mark.parametrize(("bound", "codes"), [(1e-3, ["VG102"]), (10.0, [])])
+def test_logits_that_are_clipped_to_next_to_nothing_are_found(bound: float, codes: list[str]) -> None:
+    torch.manual_seed(0)
+    built = behind(lambda x: (0.1 * x).clamp(-bound, bound))()
+    assert [f.code for f in diagnosed(built).errors] == codes
+
+
+def test_a_first_layer_of_zeros_that_is_frozen_lets_nothing_of_the_input_by() -> None:
+    model, loss = relu_he()
+    nn.init.zeros_(model[0].weight).requires_grad_(False)  # pyright: ignore
+    nn.init.normal_(model[0].bias)  # pyright: ignore
+    found = diagnosed((model, loss))
+    assert found.verdict == "broken"
+    assert "zero and frozen" in next(f.message for f in found.errors if f.code == "VG102")
+
+
 def test_a_softmax_in_front_of_a_log_softmax_inside_of_the_model_is_found() -> None:
     torch.manual_seed(0)
     model = mlp(nn.ReLU, 3, HE).extend([nn.Softmax(-1), nn.LogSoftmax(-1)])

@@ -78,6 +78,7 @@ input, as a temperature does, costs decades too and leaves all of it."""
 FACTOR = 0.03
 """Constant behind the head: at 0.1 a classifier of digits still learns in 150 steps of Adam at 1e-3, at 0.03 it has lost a
 sixth of its lead, at 0.01 half of it, and SGD two thirds at all of them. Published multipliers lie above 0.04."""
+CLIPS = {"clamp", "clip", "hardtanh"}
 FLAT = 0.3
 """Logits, from the smallest to the largest, that make all classes alike; of values the share of the targets' scatter."""
 ROUNDING = -7.0
@@ -112,7 +113,7 @@ def examine(flow: Flow) -> Iterator[Outcome]:
             remedies=(remedy,),
         )
     if not found:
-        yield _twice(flow) or _shrunk(flow) or _at_output(flow)
+        yield _twice(flow) or _shrunk(flow) or _confined(flow) or _at_output(flow)
 
 
 def taken(flow: Flow) -> str:
@@ -212,6 +213,31 @@ def _shrunk(flow: Flow) -> Finding | None:
     )
 
 
+def _confined(flow: Flow) -> Finding | None:
+    """Logits that are clipped to so small a range that no class can win."""
+    inside = [site for site in flow.sites if site.kind != "loss" and site.operation not in VIEWS]
+    if (
+        not inside
+        or inside[-1].operation not in CLIPS
+        or not any(c.function in OF_LOGITS for c in flow.losses)
+    ):
+        return None
+    site = inside[-1]
+    bounds = [v for _, v in site.settings if isinstance(v, int | float) and not isinstance(v, bool)]
+    if len(bounds) != 2 or max(bounds) - min(bounds) >= FLAT:
+        return None
+    return Finding(
+        CODE,
+        NAME,
+        Severity.ERROR,
+        f"{site.name} leaves the logits a range of {max(bounds) - min(bounds):.2g}, in which no class can win",
+        cause=f"a {site.operation} before a loss of logits; the layers are not to blame",
+        sites=(site.place,),
+        evidence={"low": min(bounds), "high": max(bounds), "threshold": FLAT, "cause": "head"},
+        remedies=(f"{site.source or site.name}: pass the logits as they are",),
+    )
+
+
 def leave_out(site: Site) -> str:
     """What to do about a constant that the user's code multiplies by."""
     return f"{site.source or site.name}: leave the factor out, or bring it nearer to 1"
@@ -288,17 +314,18 @@ def _at_output(flow: Flow) -> Outcome:
             evidence={"output": site.operation, "width": (site.shape or (1,))[-1], "cause": "head"},
             remedies=("one unit per class, or a sigmoid for one unit" if one else "pass logits to the loss",),
         )
-    if layers and _shut(flow, head):
-        site = flow.sites[head]
+    shut = next((i for i in reversed(layers) if _shut(flow, i)), None)
+    if shut is not None:
+        site, what = flow.sites[shut], "head" if shut == head else "layer"
         return Finding(
             CODE,
             NAME,
             Severity.ERROR,
             f"no gradient passes {site.place}: its weights are zero and frozen",
-            cause="a head of zeros that does not learn",
+            cause=f"a {what} of zeros that does not learn",
             sites=(site.place,),
             evidence={"output": site.operation, "cause": "head"},
-            remedies=("train the head, requires_grad_(True), or draw its weights",),
+            remedies=(f"train the {what}, requires_grad_(True), or draw its weights",),
         )
     levels = flow.column("grad_norm_log10").tolist()
     for i in range(top + 1, len(flow.sites)):  # an output function that stands in the loss
@@ -385,11 +412,11 @@ def _sure(flow: Flow) -> Finding | None:
     return None
 
 
-def _shut(flow: Flow, head: int) -> bool:
+def _shut(flow: Flow, index: int) -> bool:
     """Weights of zero pass no gradient before their first step; frozen ones never do."""
-    weights = [p for p in flow.parameters if p.name in flow.sites[head].parameters and len(p.shape) > 1]
+    weights = [p for p in flow.parameters if p.name in flow.sites[index].parameters and len(p.shape) > 1]
     shut = bool(weights) and all(p.weight_norm == 0 and p.state == "frozen" for p in weights)
-    return shut and float(flow.column("decades")[head]) == -math.inf
+    return shut and float(flow.column("decades")[index]) == -math.inf
 
 
 def _with_logarithm(flow: Flow, index: int, cost: float) -> float:
