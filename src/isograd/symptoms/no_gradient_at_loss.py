@@ -8,8 +8,7 @@ What it means
 Why it happens
     Softmax over one unit (always 1, so no gradient at all); softmax or sigmoid before a loss that applies
     it again; a bounded output (sigmoid, tanh, softmax, ReLU) for targets outside of its bounds; an
-    output that is saturated before a loss that does not undo it, or clipped; a constant factor, as a temperature
-    is, that leaves next to nothing of it.
+    output that is saturated before a loss that does not undo it, or clipped.
 
 Evidence
     Exact facts rather than thresholds: the operation that made the loss's input and its width, the range
@@ -34,7 +33,6 @@ from itertools import pairwise
 
 from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow, LossCall, Site
-from isograd.graph.operations import LOSSES
 from isograd.symptoms import Healthy, Outcome, Unexamined
 
 CODE = "VG102"
@@ -75,12 +73,6 @@ SATURATED = -3.0
 ALIKE = 0.01
 """Share of what differs between the samples that a saturated function of any name leaves: one that only scales its
 input, as a temperature does, costs decades too and leaves all of it."""
-FACTOR = 0.03
-"""Constant behind the head: at 0.1 a classifier of digits still learns in 150 steps of Adam at 1e-3, at 0.03 it has lost a
-sixth of its lead, at 0.01 half of it, and SGD two thirds at all of them. Published multipliers lie above 0.04."""
-CLIPS = {"clamp", "clip", "hardtanh"}
-FLAT = 0.3
-"""Logits, from the smallest to the largest, that make all classes alike; of values the share of the targets' scatter."""
 ROUNDING = -7.0
 """Decades below which probabilities are 0 and 1 to the last digit of float32: a policy that is sure in every state tries
 nothing else, so that its advantage, like the gradient of its logits, is zero."""
@@ -113,7 +105,7 @@ def examine(flow: Flow) -> Iterator[Outcome]:
             remedies=(remedy,),
         )
     if not found:
-        yield _twice(flow) or _shrunk(flow) or _confined(flow) or _at_output(flow)
+        yield _twice(flow) or _at_output(flow)
 
 
 def taken(flow: Flow) -> str:
@@ -176,71 +168,6 @@ def _doubled(output: Site, log: Site) -> Finding:
         evidence={"loss": log.operation, "output": output.operation, "cause": "head"},
         remedies=(f"pass logits: remove the {output.operation}",),
     )
-
-
-def _shrunk(flow: Flow) -> Finding | None:
-    """A constant behind the head by which hardly anything of its output reaches the loss: a temperature, a forgotten scale."""
-    call = next((c for c in flow.losses if c.function in OF_LOGITS | REGRESSIONS), None)
-    layers = [i for i, flag in enumerate(flow.column("weighted").tolist()) if flag == 1]
-    if call is None or not layers:
-        return None
-    small = call.input_max - call.input_min if call.function in OF_LOGITS else call.excess
-    behind: list[Site] = []
-    for site in flow.sites[layers[-1] + 1 :]:
-        if site.operation in LOSSES | NORMALISED_LOG:
-            break
-        behind += [site] if site.depth in flow.factors else []
-    times = math.prod(flow.factors[site.depth] for site in behind)
-    if not small < FLAT or times > FACTOR:
-        return None
-    site = min(behind, key=lambda one: flow.factors[one.depth])
-    return Finding(
-        CODE,
-        NAME,
-        Severity.ERROR,
-        f"what the head gives is multiplied by {times:.2g} before {call.function}: its weights have to grow "
-        f"{1 / times:.0f} times before the loss can fall",
-        cause=f"the factor of {site.name}; the layers are not to blame",
-        sites=(site.place,),
-        evidence={
-            "factor": times,
-            "threshold": FACTOR,
-            "spread": small,
-            "cause": "factor",
-            "causes": "factor",
-        },
-        remedies=(leave_out(site),),
-    )
-
-
-def _confined(flow: Flow) -> Finding | None:
-    """Logits that are clipped to so small a range that no class can win."""
-    inside = [site for site in flow.sites if site.kind != "loss" and site.operation not in VIEWS]
-    if (
-        not inside
-        or inside[-1].operation not in CLIPS
-        or not any(c.function in OF_LOGITS for c in flow.losses)
-    ):
-        return None
-    site = inside[-1]
-    bounds = [v for _, v in site.settings if isinstance(v, int | float) and not isinstance(v, bool)]
-    if len(bounds) != 2 or max(bounds) - min(bounds) >= FLAT:
-        return None
-    return Finding(
-        CODE,
-        NAME,
-        Severity.ERROR,
-        f"{site.name} leaves the logits a range of {max(bounds) - min(bounds):.2g}, in which no class can win",
-        cause=f"a {site.operation} before a loss of logits; the layers are not to blame",
-        sites=(site.place,),
-        evidence={"low": min(bounds), "high": max(bounds), "threshold": FLAT, "cause": "head"},
-        remedies=(f"{site.source or site.name}: pass the logits as they are",),
-    )
-
-
-def leave_out(site: Site) -> str:
-    """What to do about a constant that the user's code multiplies by."""
-    return f"{site.source or site.name}: leave the factor out, or bring it nearer to 1"
 
 
 def _misfit(call: LossCall) -> tuple[str, str, str] | None:

@@ -38,7 +38,7 @@ from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow, Parameter, Site, per_layer
 from isograd.graph.operations import STEPS
 from isograd.symptoms import Healthy, Outcome, Unexamined
-from isograd.symptoms.no_gradient_at_loss import leave_out
+from isograd.symptoms.shrunk_output import leave_out
 
 CODE = "VG101"
 NAME = "vanishing-gradient"
