@@ -116,7 +116,7 @@ def _along(flow: Flow) -> Iterator[Outcome]:
         return
     starved = _typical(flow) <= -limit and _starved(flow)
     kept = _told_apart(flow)
-    alike = fading or (not starved and kept < ALIKE)
+    alike = not starved and (fading or kept < ALIKE)
     worst = sorted(range(len(flow.sites)), key=lambda i: _or_zero(float(flow.column("decades")[i])))[:3]
     step = next((flow.sites[i] for i in worst if flow.sites[i].operation in STEPS), None)
     yield Finding(
