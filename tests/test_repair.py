@@ -24,7 +24,6 @@ from isograd.cli import main
 from isograd.judge import short_training
 from isograd.prescription import Patient, Reach
 from isograd.repair import Repair, repair
-from tests.models import HE, Built, Residual, classified, mlp, relu_he, relu_large
 from tests.test_causes import lengths, past
 from tests.test_remedies_init import dead, functional_net, loop, normed
 from tests.test_symptoms import skipping
@@ -294,6 +293,84 @@ def test_what_only_the_user_can_do_is_said_where_nothing_cures() -> None:
     assert rx.remedy == "reset-norm-gain"
     assert "thaw" in str(found)
     assert [told["remedy"] for told in json.loads(found.to_json())["by_hand"]] == [rx.remedy]
+
+
+def test_what_alone_is_too_loud_is_scaled_alone() -> None:
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.ReLU()) for _ in range(4)]
+    model, loss = classified(nn.Sequential(*layers, nn.Linear(64, 10)))
+    with torch.no_grad():
+        model[-1].weight.mul_(200)  # pyright: ignore
+    found = repair(model, loss)
+    assert found.cured
+    assert found.prescription is not None
+    assert [edit.place for edit in found.prescription.edits] == ["4.weight"]
+
+
+class Attending(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.norm, self.inner = nn.LayerNorm(16), nn.MultiheadAttention(16, 2, batch_first=True)
+        with torch.no_grad():
+            self.inner.in_proj_weight[:32].mul_(factor)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.norm(x)
+        return x + self.inner(y, y, y, need_weights=False)[0]
+
+
+def test_queries_and_keys_that_are_packed_in_an_attention_are_scaled_and_its_values_kept() -> None:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Unflatten(1, (4, 16)), Attending(30.0), Attending(30.0), nn.Flatten())
+    model, loss = classified(nn.Sequential(body, nn.Linear(64, 10)))
+    found = repair(model, loss)
+    assert [f.code for f in found.before.errors] == ["SA304"]
+    assert found.cured
+    assert found.prescription is not None
+    assert {edit.rows for edit in found.prescription.edits} == {(0, 32)}
+
+
+def test_of_errors_that_are_left_it_is_said_what_to_write_and_of_warnings_nothing() -> None:
+    """The cut is an error, what is lost behind it a warning."""
+    torch.manual_seed(0)
+    parts = [nn.Sequential(nn.Linear(64, 64), nn.Sigmoid()) for _ in range(2)]
+    cut = Apply(lambda x: x.detach())
+    found = repair(*classified(nn.Sequential(nn.Linear(64, 64), cut, *parts, nn.Linear(64, 10))))
+    assert not found.cured
+    (rx,) = found.by_hand
+    assert rx.remedy == "parameter-without-gradient"
+    assert "take the .detach() out" in str(found)
+
+
+class Field(nn.Module):
+    """Calls one function at one line, layer by layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList([nn.Linear(4, 32), nn.Linear(32, 32), nn.Linear(32, 32)])
+        self.head = nn.Linear(32, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.inner:
+            x = torch.relu(layer(x))
+        return self.head(x)
+
+
+def test_kinks_of_a_model_that_the_loss_differentiates_are_exchanged_in_all_its_runs() -> None:
+    torch.manual_seed(0)
+    points, border = torch.rand(64, 4), torch.zeros(2, 4)
+
+    def loss(m: nn.Module) -> torch.Tensor:
+        x = points.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(m(x).sum(), x, create_graph=True)
+        (curved,) = torch.autograd.grad(slope.sum(), x, create_graph=True)
+        return (curved.sum(1) - 1).square().mean() + m(border).square().mean()
+
+    found = repair(Field(), loss)
+    assert found.before.verdict == "vanishing"
+    assert found.cured
+    assert found.prescription is not None
+    assert "exchange-activation" in found.prescription.remedy
 
 
 def test_json_tells_all() -> None:

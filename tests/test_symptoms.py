@@ -265,6 +265,11 @@ def headed(gain: float) -> Built:
     return classified(model)
 
 
+def scaled_output(times: float) -> Built:
+    model, x, y = mlp(nn.ReLU, 3, HE), torch.randn(32, 64), torch.randint(10, (32,))
+    return model, lambda m: functional.cross_entropy(m(x) * times, y)
+
+
 relu_recurrence = partial(nn.RNN, nonlinearity="relu")
 
 PAIRS: dict[str, Pair] = {
@@ -279,6 +284,7 @@ PAIRS: dict[str, Pair] = {
     "rank_collapse": Pair(lambda: tokens(0.0), lambda: tokens(1.0)),
     "muted_normalisation": Pair(lambda: normalised(drawn_near_zero), normalised),
     "damped_skips": Pair(lambda: skipping(0.3), lambda: skipping(1.0)),
+    "shrunk_output": Pair(lambda: scaled_output(0.003), lambda: scaled_output(1.0)),
     "exploding_gradient": Pair(relu_large, relu_he),
     "exploding_activation": Pair(relu_large, relu_he),
     "far_start": Pair(lambda: headed(100.0), lambda: headed(1.0)),
@@ -1193,15 +1199,10 @@ def test_a_scale_of_the_loss_changes_nothing_of_how_far_it_starts() -> None:
     assert codes == [["EG205"]] * 3
 
 
-def scaled_output(times: float) -> Built:
-    model, x, y = mlp(nn.ReLU, 3, HE), torch.randn(32, 64), torch.randint(10, (32,))
-    return model, lambda m: functional.cross_entropy(m(x) * times, y)
-
-
 def test_a_constant_behind_the_head_is_named_with_its_line_where_it_leaves_nothing_of_the_logits() -> None:
     torch.manual_seed(0)
     (finding,) = diagnosed(scaled_output(0.003)).errors
-    assert finding.code == "VG102"
+    assert finding.code == "VG108"
     assert finding.evidence["factor"] == pytest.approx(0.003)
     assert "test_symptoms.py" in finding.remedies[0]
     (finding,) = diagnosed(scaled_output(300.0)).errors
@@ -1217,6 +1218,22 @@ def test_constants_on_the_way_are_named_where_they_cost_the_decades() -> None:
         nn.init.orthogonal_(layer[0].weight)  # pyright: ignore
     (finding,) = diagnosed(classified(nn.Sequential(*layers, nn.Linear(64, 10)))).errors
     assert "leave the factor out" in finding.remedies[0]
+
+
+@pytest.mark.parametrize(("bound", "codes"), [(1e-3, ["VG108"]), (10.0, [])])
+def test_logits_that_are_clipped_to_next_to_nothing_are_found(bound: float, codes: list[str]) -> None:
+    torch.manual_seed(0)
+    built = behind(lambda x: (0.1 * x).clamp(-bound, bound))()
+    assert [f.code for f in diagnosed(built).errors] == codes
+
+
+def test_a_first_layer_of_zeros_that_is_frozen_lets_nothing_of_the_input_by() -> None:
+    model, loss = relu_he()
+    nn.init.zeros_(model[0].weight).requires_grad_(False)  # pyright: ignore
+    nn.init.normal_(model[0].bias)  # pyright: ignore
+    found = diagnosed((model, loss))
+    assert found.verdict == "broken"
+    assert "zero and frozen" in next(f.message for f in found.errors if f.code == "VG102")
 
 
 def test_a_softmax_in_front_of_a_log_softmax_inside_of_the_model_is_found() -> None:

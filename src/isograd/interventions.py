@@ -26,6 +26,7 @@ from isograd.layers import multiplied
 from isograd.prescription import Patient, Prescription, apply
 from isograd.remedies import batch_statistics, reset_norm_epsilon, reset_norm_gain
 from isograd.remedies.critical_initialisation import scale
+from isograd.remedies.exchange_activation import differentiated, flat_functions
 from isograd.remedies.scale_residual_branches import ends
 
 
@@ -41,11 +42,7 @@ class Intervention:
     mode: Callable[[], TorchFunctionMode] | None = None
 
 
-SELF_GATED = {"relu", "leaky_relu", "gelu", "elu", "silu", "selu", "celu", "mish", "hardswish", "relu6"}
-"""Activations that pass about half of their input unchanged: exchanging them for ReLU tests nothing."""
 CALLED = {"relu": "ReLU", "silu": "SiLU"}
-PIECEWISE = {"relu", "leaky_relu", "relu6", "hardtanh", "hardsigmoid"}
-"""Linear, piece by piece: without a second derivative."""
 
 
 def _functions(flow: Flow) -> Counter[str]:
@@ -57,15 +54,8 @@ def _functions(flow: Flow) -> Counter[str]:
 
 
 def _flat(flow: Flow) -> tuple[set[str], str]:
-    """Functions whose derivative can vanish, and what takes their place.
-
-    Where the loss differentiates the model itself, as that of a differential equation does, what passes back are
-    second derivatives: those of piecewise linear functions are zero.
-    """
-    sites = (*flow.sites, *(step.site for steps in flow.ledgers.values() for step in steps))
-    twice = any(site.operation == "grad" for site in sites)
-    names = set(_functions(flow)) - SELF_GATED
-    return (names | PIECEWISE & set(_functions(flow)), "silu") if twice else (names, "relu")
+    """Functions whose derivative can vanish, and what takes their place."""
+    return set(flat_functions(flow)), "silu" if differentiated(flow) else "relu"
 
 
 def both(flow: Flow) -> Intervention:

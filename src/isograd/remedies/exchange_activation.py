@@ -56,6 +56,8 @@ FUSED = "activation_relu_or_gelu"
 """By this number the kernel that `nn.TransformerEncoderLayer` runs in eval() knows its activation; 0: there is none."""
 AFFINE = FACTORS | {"add", "radd", "iadd", "sub", "rsub", "isub"}
 """Elementwise calls that are no function by themselves."""
+PIECEWISE = {"relu", "leaky_relu", "relu6", "hardtanh", "hardsigmoid"}
+"""Linear, piece by piece: without a second derivative."""
 ODD = {"sigmoid", "tanh", "hardtanh", "hardsigmoid", "softsign"}
 """S-shaped: tanh is the nearest relative. The rest is one-sided, with ELU the nearest."""
 
@@ -71,9 +73,10 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     if not flat:
         yield not_applicable(SLUG, "no saturating activation lies on the way of the hidden signal")
         return
-    odd = set(flat) <= ODD
     order = ["tanh", "selu", "relu", "gelu", "silu", "elu", "leaky_relu"]
-    if not odd:
+    if differentiated(patient.flow):
+        order = ["tanh", "silu", "gelu"]
+    elif not set(flat) <= ODD:
         order = ["elu", "relu", "selu", "gelu", "silu", "leaky_relu", "tanh"]
     for target in order:
         if [target] != flat:
@@ -81,8 +84,24 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
 
 
 def saturating(patient: Patient) -> list[str]:
-    """Functions that are none of the self-gated; without any, what the user's own modules compute."""
-    return sorted(set(functions(patient.flow)) - SELF_GATED) or own_operations(patient)
+    """Functions whose derivative can vanish; without any, what the user's own modules compute."""
+    return flat_functions(patient.flow) or own_operations(patient)
+
+
+def flat_functions(flow: Flow) -> list[str]:
+    """Those of the hidden signal whose derivative can vanish.
+
+    Where the loss differentiates the model itself, as that of a differential equation does, what passes back are
+    second derivatives: those of piecewise linear functions are zero.
+    """
+    names = set(functions(flow))
+    return sorted(names - SELF_GATED | (names & PIECEWISE if differentiated(flow) else set()))
+
+
+def differentiated(flow: Flow) -> bool:
+    """Does the loss differentiate the model?"""
+    sites = (*flow.sites, *(step.site for steps in flow.ledgers.values() for step in steps))
+    return any(site.operation == "grad" for site in sites)
 
 
 def functions(flow: Flow) -> list[str]:
@@ -189,10 +208,12 @@ def exchanges(
     calls: dict[tuple[str, str], list[str]] = {}
     hidden = _hidden(patient.flow)
     called = Counter((a.site.module, a.function) for a in patient.flow.activations)
-    elsewhere = {  # a call that each run of the model makes once stands where it stands in all of them
+    seen = Counter((a.site.module, a.function) for a in hidden)
+    elsewhere = {  # a call that each run of the model makes stands where it stands in all of them
         (a.site.module, a.function, a.site.source)
         for a in patient.flow.activations
-        if a not in hidden and called[a.site.module, a.function] > patient.flow.calls
+        if a not in hidden
+        and called[a.site.module, a.function] > patient.flow.calls * max(seen[a.site.module, a.function], 1)
     }
     gating = {(path, function) for path, function, _ in elsewhere}
     for a in hidden:

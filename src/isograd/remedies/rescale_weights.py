@@ -5,7 +5,7 @@ What it does
     the critical sigma_w of the activation after it. Layers that are right, and all biases, stay as they are.
 
 When it helps
-    Where the size of the weights is wrong and their directions are not: one layer that was scaled down, orthogonal
+    Where the size of the weights is wrong and their directions are not (what is ten times too loud is scaled alone first): one layer that was scaled down, orthogonal
     weights of the wrong gain, a checkpoint converted with a factor. What was learned is kept. Where most layers are
     off and all are matrices of independent draws there is nothing to keep, and orthogonal weights train deep narrow
     chains better. An orthogonal kernel is no orthogonal convolution: those are multiplied.
@@ -24,16 +24,16 @@ References
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from isograd.layers import Layer, layers
+from isograd.layers import Layer, layers, rms
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
 from isograd.remedies.critical_initialisation import expected, remaining, wanted
 
 SLUG = "rescale-weights"
-TREATS = ("initialisation", "VG101", "EG201", "EG202", "EG205")
+TREATS = ("initialisation", "VG101", "EG201", "EG202", "EG205", "attention-logits")
 OFF = 1.25
 """Factor beyond which a layer's scale is off: a draw of 48 x 48 weights scatters by 2%, tanh trains at 1 to 1.2."""
 
@@ -51,6 +51,12 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         if layer.calls <= 1 and 0 < layer.sigma_w < math.inf and (not layer.head or _loud(layer))
     }
     off = {name: factor for name, factor in factors.items() if abs(math.log(factor)) > math.log(OFF)}
+    loud = {name: factor for name, factor in off.items() if factor < 1 / LOUD}
+    if len(loud) == len(off) or 2 * len(loud) > len(factors):
+        loud = {}
+    packed = list(_packed(patient.model))
+    if loud or packed:  # the rest may be as it is meant to be
+        yield _scaled(patient, found, loud, len(factors), packed)
     if not off:
         why = (
             "every weight has the critical gain of its activation"
@@ -59,9 +65,6 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         )
         yield not_applicable(SLUG, f"{why}, or none that a factor could give it")
         return
-    loud = {name: factor for name, factor in off.items() if factor < 1 / LOUD}
-    if 0 < 2 * len(loud) <= len(factors) and len(loud) < len(off):  # the rest may be as it is meant to be
-        yield _scaled(patient, found, loud, len(factors))
     parameters = dict(patient.model.named_parameters())
     if 2 * len(off) > len(factors) and all(
         parameters[name].ndim == 2 and independent(parameters[name]) for name in off
@@ -71,14 +74,40 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     yield _scaled(patient, found, off, len(factors))
 
 
-def _scaled(patient: Patient, found: list[Layer], off: dict[str, float], count: int) -> Prescription:
+def _packed(model: nn.Module) -> Iterator[Edit]:
+    """Loud queries and keys of `nn.MultiheadAttention`, which projects inside of one call, to sigma_w 1."""
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.MultiheadAttention):
+            continue
+        width = module.embed_dim
+        weights = ("in_proj_weight", (0, 2 * width)), ("q_proj_weight", None), ("k_proj_weight", None)
+        for leaf, rows in weights:
+            weight = getattr(module, leaf)
+            if isinstance(weight, Tensor) and weight.requires_grad:
+                part = weight if rows is None else weight[slice(*rows)]
+                sigma_w = rms(part) * math.sqrt(part.shape[1])
+                if LOUD < sigma_w < math.inf:
+                    factor = {"other": float(f"{1 / sigma_w:.6g}")}
+                    place = f"{name}.{leaf}".lstrip(".")
+                    yield Edit(place, "fill", ".mul_", factor, rows, before=f"sigma_w {sigma_w:.3g}")
+
+
+def _scaled(
+    patient: Patient, found: list[Layer], off: dict[str, float], count: int, packed: Sequence[Edit] = ()
+) -> Prescription:
     before = {layer.weight: f"sigma_w {layer.sigma_w:.3g}" for layer in found}
     return Prescription(
         SLUG,
-        f"{len(off)} of {count} layers scaled to the critical gain",
-        tuple(
-            Edit(name, "fill", ".mul_", {"other": float(f"{factor:.6g}")}, before=before[name])
-            for name, factor in off.items()
+        " and ".join(
+            [f"{len(off)} of {count} layers scaled to the critical gain"] * bool(off)
+            + [f"queries and keys of {len(packed)} attentions scaled to gain 1"] * bool(packed)
+        ),
+        (
+            *(
+                Edit(name, "fill", ".mul_", {"other": float(f"{factor:.6g}")}, before=before[name])
+                for name, factor in off.items()
+            ),
+            *packed,
         ),
         reach=Reach.INITIALISATION,
         treats=TREATS,

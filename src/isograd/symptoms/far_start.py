@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow, LossCall, Site
 from isograd.symptoms import Healthy, Outcome, Unexamined
-from isograd.symptoms.no_gradient_at_loss import leave_out
+from isograd.symptoms.shrunk_output import leave_out
 
 CODE = "EG205"
 NAME = "far-start"

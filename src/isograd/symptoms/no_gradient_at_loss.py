@@ -8,8 +8,7 @@ What it means
 Why it happens
     Softmax over one unit (always 1, so no gradient at all); softmax or sigmoid before a loss that applies
     it again; a bounded output (sigmoid, tanh, softmax, ReLU) for targets outside of its bounds; an
-    output that is saturated before a loss that does not undo it, or clipped; a constant factor, as a temperature
-    is, that leaves next to nothing of it.
+    output that is saturated before a loss that does not undo it, or clipped.
 
 Evidence
     Exact facts rather than thresholds: the operation that made the loss's input and its width, the range
@@ -34,7 +33,6 @@ from itertools import pairwise
 
 from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow, LossCall, Site
-from isograd.graph.operations import LOSSES
 from isograd.symptoms import Healthy, Outcome, Unexamined
 
 CODE = "VG102"
@@ -75,11 +73,6 @@ SATURATED = -3.0
 ALIKE = 0.01
 """Share of what differs between the samples that a saturated function of any name leaves: one that only scales its
 input, as a temperature does, costs decades too and leaves all of it."""
-FACTOR = 0.03
-"""Constant behind the head: at 0.1 a classifier of digits still learns in 150 steps of Adam at 1e-3, at 0.03 it has lost a
-sixth of its lead, at 0.01 half of it, and SGD two thirds at all of them. Published multipliers lie above 0.04."""
-FLAT = 0.3
-"""Logits, from the smallest to the largest, that make all classes alike; of values the share of the targets' scatter."""
 ROUNDING = -7.0
 """Decades below which probabilities are 0 and 1 to the last digit of float32: a policy that is sure in every state tries
 nothing else, so that its advantage, like the gradient of its logits, is zero."""
@@ -112,7 +105,7 @@ def examine(flow: Flow) -> Iterator[Outcome]:
             remedies=(remedy,),
         )
     if not found:
-        yield _twice(flow) or _shrunk(flow) or _at_output(flow)
+        yield _twice(flow) or _at_output(flow)
 
 
 def taken(flow: Flow) -> str:
@@ -175,46 +168,6 @@ def _doubled(output: Site, log: Site) -> Finding:
         evidence={"loss": log.operation, "output": output.operation, "cause": "head"},
         remedies=(f"pass logits: remove the {output.operation}",),
     )
-
-
-def _shrunk(flow: Flow) -> Finding | None:
-    """A constant behind the head by which hardly anything of its output reaches the loss: a temperature, a forgotten scale."""
-    call = next((c for c in flow.losses if c.function in OF_LOGITS | REGRESSIONS), None)
-    layers = [i for i, flag in enumerate(flow.column("weighted").tolist()) if flag == 1]
-    if call is None or not layers:
-        return None
-    small = call.input_max - call.input_min if call.function in OF_LOGITS else call.excess
-    behind: list[Site] = []
-    for site in flow.sites[layers[-1] + 1 :]:
-        if site.operation in LOSSES | NORMALISED_LOG:
-            break
-        behind += [site] if site.depth in flow.factors else []
-    times = math.prod(flow.factors[site.depth] for site in behind)
-    if not small < FLAT or times > FACTOR:
-        return None
-    site = min(behind, key=lambda one: flow.factors[one.depth])
-    return Finding(
-        CODE,
-        NAME,
-        Severity.ERROR,
-        f"what the head gives is multiplied by {times:.2g} before {call.function}: its weights have to grow "
-        f"{1 / times:.0f} times before the loss can fall",
-        cause=f"the factor of {site.name}; the layers are not to blame",
-        sites=(site.place,),
-        evidence={
-            "factor": times,
-            "threshold": FACTOR,
-            "spread": small,
-            "cause": "factor",
-            "causes": "factor",
-        },
-        remedies=(leave_out(site),),
-    )
-
-
-def leave_out(site: Site) -> str:
-    """What to do about a constant that the user's code multiplies by."""
-    return f"{site.source or site.name}: leave the factor out, or bring it nearer to 1"
 
 
 def _misfit(call: LossCall) -> tuple[str, str, str] | None:
@@ -288,17 +241,18 @@ def _at_output(flow: Flow) -> Outcome:
             evidence={"output": site.operation, "width": (site.shape or (1,))[-1], "cause": "head"},
             remedies=("one unit per class, or a sigmoid for one unit" if one else "pass logits to the loss",),
         )
-    if layers and _shut(flow, head):
-        site = flow.sites[head]
+    shut = next((i for i in reversed(layers) if _shut(flow, i)), None)
+    if shut is not None:
+        site, what = flow.sites[shut], "head" if shut == head else "layer"
         return Finding(
             CODE,
             NAME,
             Severity.ERROR,
             f"no gradient passes {site.place}: its weights are zero and frozen",
-            cause="a head of zeros that does not learn",
+            cause=f"a {what} of zeros that does not learn",
             sites=(site.place,),
             evidence={"output": site.operation, "cause": "head"},
-            remedies=("train the head, requires_grad_(True), or draw its weights",),
+            remedies=(f"train the {what}, requires_grad_(True), or draw its weights",),
         )
     levels = flow.column("grad_norm_log10").tolist()
     for i in range(top + 1, len(flow.sites)):  # an output function that stands in the loss
@@ -385,11 +339,11 @@ def _sure(flow: Flow) -> Finding | None:
     return None
 
 
-def _shut(flow: Flow, head: int) -> bool:
+def _shut(flow: Flow, index: int) -> bool:
     """Weights of zero pass no gradient before their first step; frozen ones never do."""
-    weights = [p for p in flow.parameters if p.name in flow.sites[head].parameters and len(p.shape) > 1]
+    weights = [p for p in flow.parameters if p.name in flow.sites[index].parameters and len(p.shape) > 1]
     shut = bool(weights) and all(p.weight_norm == 0 and p.state == "frozen" for p in weights)
-    return shut and float(flow.column("decades")[head]) == -math.inf
+    return shut and float(flow.column("decades")[index]) == -math.inf
 
 
 def _with_logarithm(flow: Flow, index: int, cost: float) -> float:

@@ -38,7 +38,7 @@ from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow, Parameter, Site, per_layer
 from isograd.graph.operations import STEPS
 from isograd.symptoms import Healthy, Outcome, Unexamined
-from isograd.symptoms.no_gradient_at_loss import leave_out
+from isograd.symptoms.shrunk_output import leave_out
 
 CODE = "VG101"
 NAME = "vanishing-gradient"
@@ -116,7 +116,7 @@ def _along(flow: Flow) -> Iterator[Outcome]:
         return
     starved = _typical(flow) <= -limit and _starved(flow)
     kept = _told_apart(flow)
-    alike = fading or (not starved and kept < ALIKE)
+    alike = not starved and (fading or kept < ALIKE)
     worst = sorted(range(len(flow.sites)), key=lambda i: _or_zero(float(flow.column("decades")[i])))[:3]
     step = next((flow.sites[i] for i in worst if flow.sites[i].operation in STEPS), None)
     yield Finding(
@@ -173,7 +173,8 @@ def stuck(flow: Flow) -> list[Parameter]:
     A single layer of zeros receives one and opens with the first step, and then what lies before it. Where a second
     one does, as in an adapter of which both matrices are zero, each is the reason why the other receives nothing.
     """
-    zero = [p for p in flow.parameters if p.weight_norm == 0 and not p.bias and not p.name.endswith("bias")]
+    biases = {p.name for p in flow.parameters if p.bias or p.name.rpartition(".")[2].startswith("bias")}
+    zero = [p for p in flow.parameters if p.weight_norm == 0 and p.name not in biases]
     opens = any(p.state == "measured" and p.grad_norm_log10 > -math.inf for p in zero)
     shut = any(p.state == "frozen" and len(p.shape) > 1 for p in zero)
     closed = [

@@ -1,0 +1,116 @@
+"""VG108 shrunk-output: next to nothing of what the head says reaches the loss.
+
+What it means
+    Between the head and the loss the output is multiplied by a small constant, or clipped to a narrow range. All
+    classes look alike to the loss, and it falls only once the weights of the head have grown by as much as was taken,
+    which SGD never does and Adam takes thousands of steps for. No gradient is lost between the layers.
+
+Why it happens
+    A temperature that divides where it should multiply, a scale that was meant for another head, a clamp to the
+    range of something else. A factor that is learned, or small beside what the head gives, is healthy.
+
+Evidence
+    The product of all constants behind the last layer with weights, which scale signal and gradient alike, and the range
+    of what the loss is given. A factor of the loss itself is none of the output.
+
+What helps
+    Without the factor, or with one nearer to 1.
+
+References
+    Hinton et al. 2015, Distilling the Knowledge in a Neural Network, on temperatures; Yang et al. 2022, Tensor Programs V,
+    on the multiplier of the output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from isograd.diagnosis import Finding, Severity
+from isograd.flow import Flow, Site
+from isograd.graph.operations import LOSSES
+from isograd.symptoms import Healthy, Outcome, Unexamined
+from isograd.symptoms.no_gradient_at_loss import NORMALISED_LOG, OF_LOGITS, REGRESSIONS, VIEWS
+
+CODE = "VG108"
+NAME = "shrunk-output"
+
+FACTOR = 0.03
+"""Constant behind the head: at 0.1 a classifier of digits still learns in 150 steps of Adam at 1e-3, at 0.03 it has lost a
+sixth of its lead, at 0.01 half of it, and SGD two thirds at all of them. Published multipliers lie above 0.04."""
+CLIPS = {"clamp", "clip", "hardtanh"}
+FLAT = 0.3
+"""Logits, from the smallest to the largest, that make all classes alike; of values the share of the targets' scatter."""
+
+
+def examine(flow: Flow) -> Iterator[Outcome]:
+    """Constants and clips between the head and the loss."""
+    if flow.failure is not None or not math.isfinite(flow.loss):
+        yield Unexamined("the loss is not finite or the backward failed")
+        return
+    yield _shrunk(flow) or _confined(flow) or Healthy("no constant behind the head shrinks what it says")
+
+
+def _shrunk(flow: Flow) -> Finding | None:
+    """A constant behind the head by which hardly anything of its output reaches the loss: a temperature, a forgotten scale."""
+    call = next((c for c in flow.losses if c.function in OF_LOGITS | REGRESSIONS), None)
+    layers = [i for i, flag in enumerate(flow.column("weighted").tolist()) if flag == 1]
+    if call is None or not layers:
+        return None
+    small = call.input_max - call.input_min if call.function in OF_LOGITS else call.excess
+    behind: list[Site] = []
+    for site in flow.sites[layers[-1] + 1 :]:
+        if site.operation in LOSSES | NORMALISED_LOG:
+            break
+        behind += [site] if site.depth in flow.factors else []
+    times = math.prod(flow.factors[site.depth] for site in behind)
+    if not small < FLAT or times > FACTOR:
+        return None
+    site = min(behind, key=lambda one: flow.factors[one.depth])
+    return Finding(
+        CODE,
+        NAME,
+        Severity.ERROR,
+        f"what the head gives is multiplied by {times:.2g} before {call.function}: its weights have to grow "
+        f"{1 / times:.0f} times before the loss can fall",
+        cause=f"the factor of {site.name}; the layers are not to blame",
+        sites=(site.place,),
+        evidence={
+            "factor": times,
+            "threshold": FACTOR,
+            "spread": small,
+            "cause": "factor",
+            "causes": "factor",
+        },
+        remedies=(leave_out(site),),
+    )
+
+
+def _confined(flow: Flow) -> Finding | None:
+    """Logits that are clipped to so small a range that no class can win."""
+    inside = [site for site in flow.sites if site.kind != "loss" and site.operation not in VIEWS]
+    if (
+        not inside
+        or inside[-1].operation not in CLIPS
+        or not any(c.function in OF_LOGITS for c in flow.losses)
+    ):
+        return None
+    site = inside[-1]
+    bounds = [v for _, v in site.settings if isinstance(v, int | float) and not isinstance(v, bool)]
+    if len(bounds) != 2 or max(bounds) - min(bounds) >= FLAT:
+        return None
+    return Finding(
+        CODE,
+        NAME,
+        Severity.ERROR,
+        f"{site.name} leaves the logits a range of {max(bounds) - min(bounds):.2g}, in which no class can win",
+        cause=f"a {site.operation} before a loss of logits; the layers are not to blame",
+        sites=(site.place,),
+        evidence={"low": min(bounds), "high": max(bounds), "threshold": FLAT, "cause": "clipped-output"},
+        remedies=(f"{site.source or site.name}: pass the logits as they are",),
+    )
+
+
+def leave_out(site: Site) -> str:
+    """What to do about a constant that the user's code multiplies by."""
+    return f"{site.source or site.name}: leave the factor out, or bring it nearer to 1"
