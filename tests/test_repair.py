@@ -24,6 +24,7 @@ from isograd.cli import main
 from isograd.judge import short_training
 from isograd.prescription import Patient, Reach
 from isograd.repair import Repair, repair
+from tests.models import HE, Apply, Built, Residual, classified, mlp, relu_he, relu_large
 from tests.test_causes import lengths, past
 from tests.test_remedies_init import dead, functional_net, loop, normed
 from tests.test_symptoms import skipping
