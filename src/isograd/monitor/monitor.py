@@ -105,7 +105,7 @@ class Monitor:
         model: nn.Module,
         optimizers: Sequence[Optimizer],
         *,
-        run: str | PathLike[str] | Record | None = None,
+        run: str | PathLike[str] | Record | Callable[[Detectors], Record] | None = None,
         every: int = 1,
         deep_every: int | None = None,
         budget: float = 0.01,
@@ -132,7 +132,10 @@ class Monitor:
         self._detectors = detectors = Detectors()
         record: Record | None = None
         if rank() == 0:  # the readings are the same in all processes
-            record = Run.create(Path(run), detectors=detectors) if isinstance(run, str | PathLike) else run
+            if isinstance(run, str | PathLike):
+                record = Run.create(Path(run), detectors=detectors)
+            else:
+                record = run(detectors) if callable(run) else run
         self.run = record
         if isinstance(record, Run):
             self._step = record.last + 1

@@ -63,6 +63,23 @@ class Progress:
     """It was closed; neither writing nor ended: it was cut off."""
 
 
+def beside(path: Path) -> Iterator[Path]:
+    """Where runs go that ask for the same directory: a, a-2, a-3 and so on."""
+    yield path
+    yield from (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+
+
+def begun(path: Path) -> float:
+    """When the newest process began to record there, in seconds since the epoch; -inf: none did."""
+    try:
+        with Run.open(path) as run:
+            return max(
+                (run.info[key] for key in ("started", "resumed") if key in run.info), default=-math.inf
+            )
+    except NotARun:
+        return -math.inf
+
+
 class Run:
     """The record of a watched training. Made by `Run.create` to write, by `Run.open` to read; a context manager."""
 
@@ -101,7 +118,12 @@ class Run:
 
     @classmethod
     def create(
-        cls, path: str | Path | None = None, *, detectors: Memory | None = None, limit: int = LIMIT
+        cls,
+        path: str | Path | None = None,
+        *,
+        detectors: Memory | None = None,
+        limit: int = LIMIT,
+        since: float = math.inf,
     ) -> Run:
         """A run to write: new, or the one at `path` continued with the detectors' state as it was.
 
@@ -114,6 +136,8 @@ class Run:
             detectors: what is restored now and saved every 256 steps and at the end.
             limit: bytes. Beyond it every second step of the older half goes, again and again; steps on
                 which something was found stay.
+            since: a record that was begun at this time or later is of another training, and left alone as if it
+                were being written: the processes of one sweep ask for the same directory one after the other.
 
         Raises:
             ValueError: `path` is a file, or holds a record of a newer format.
@@ -122,7 +146,7 @@ class Run:
         if wanted.is_file():
             raise ValueError(f"{wanted} is a file: a run is a directory")
         try:
-            run = cls._on_disk(wanted, detectors, limit)
+            run = cls._on_disk(wanted, detectors, limit, since)
         except (OSError, sqlite3.Error) as error:
             warnings.warn(
                 f"isograd cannot record this run in {wanted} ({error}): its newest steps are kept in memory only",
@@ -134,14 +158,19 @@ class Run:
         return run
 
     @classmethod
-    def _on_disk(cls, wanted: Path, detectors: Memory | None, limit: int) -> Run:
-        for number in itertools.count(1):
-            path = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+    def _on_disk(cls, wanted: Path, detectors: Memory | None, limit: int, since: float) -> Run:
+        strangers = False
+        for path in beside(wanted):
             path.mkdir(parents=True, exist_ok=True)
             held = database.lock(path)
-            if held is None:
+            if begun(path) >= since:
+                if held is not None:
+                    held.close()
                 continue
-            if number > 1:
+            if held is None:
+                strangers = True
+                continue
+            if strangers:
                 warnings.warn(
                     f"another process is recording into {wanted}: this run goes to {path}", stacklevel=3
                 )
