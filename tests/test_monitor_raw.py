@@ -743,3 +743,17 @@ def test_gradients_that_nothing_clears_are_told(clear: str | None, micro_batches
             if clear is not None:
                 CLEARED[clear](model)
     assert [f.code for f in monitor.diagnosis().findings] == ["UP509"] * (clear is None)
+
+
+@pytest.mark.parametrize("clear", [None, "to None", "to zero"])
+def test_sparse_gradients_that_nothing_clears_are_told(clear: str | None) -> None:
+    model = nn.ModuleList(nn.Embedding(20, 4, sparse=True) for _ in range(2))
+    optimizer = torch.optim.SparseAdam(list(model.parameters()), lr=0.01)
+    with isograd.watch(model, optimizer) as monitor:
+        for _ in range(6):
+            words = torch.randint(0, 20, (8,))
+            (model[0](words) * model[1](words)).square().mean().backward()
+            optimizer.step()
+            if clear is not None:
+                CLEARED[clear](model)
+    assert [f.code for f in monitor.diagnosis().findings] == ["UP509"] * (clear is None)
