@@ -654,6 +654,31 @@ def test_an_error_inside_is_one_warning_and_the_training_goes_on(monkeypatch: py
     assert [str(w.message).startswith("isograd.watch failed") for w in told] == [True]
 
 
+def test_where_warnings_are_errors_the_training_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As under `python -W error`: neither the step nor the thread that takes the readings may raise."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def sink(scalars: dict[str, float], step: int) -> None:
+        raise OSError("no network")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with isograd.watch(model, optimizer, sinks=[sink]) as monitor:
+            for batch in batches(3):
+                loss_of(model, batch).backward()
+                optimizer.step()
+            assert monitor.latest().step == 2
+            monkeypatch.setattr(torch, "_foreach_norm", lambda *_, **__: 1 / 0)
+            loss_of(model, next(iter(batches(1)))).backward()
+            optimizer.step()
+    told = capsys.readouterr().err
+    assert told.count("no network") == 1
+    assert told.count("has stopped watching") == 1
+
+
 def test_a_sink_that_fails_is_one_warning() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

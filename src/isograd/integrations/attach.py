@@ -15,7 +15,6 @@ import os
 import sys
 import threading
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from isograd.integrations.loss import AccumulatedLoss
 from isograd.monitor import Monitor, scaling
 from isograd.record import Run
 from isograd.record.verdict import verdict
+from isograd.warning import warn
 
 VARIABLE = "ISOGRAD_WATCH"
 """Environment variable with the `Settings`, as JSON."""
@@ -197,7 +197,7 @@ class Attachment:
             action()
         except Exception as error:
             self.broken = True
-            warnings.warn(f"isograd stopped watching: {type(error).__name__}: {error}", stacklevel=2)
+            warn(f"isograd stopped watching: {type(error).__name__}: {error}", stacklevel=2)
 
     def _before_backward(self) -> None:
         if self.made:
@@ -409,6 +409,8 @@ def _report(watched: _Watched, deep: bool) -> None:
         return
     print(diagnosis, file=sys.stderr)
     kept = f"recorded: isograd report {record.path}" if record.recording else "watched, and not recorded"
+    if record.recording and record.missed:
+        kept = f"watched, the last {record.missed} of them not recorded: isograd report {record.path}"
     _say(f"{steps} steps of {watched.name} {kept}")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -34,6 +33,7 @@ from isograd.monitor.unexamined import together, unexamined
 from isograd.monitor.updates import number
 from isograd.record import Run
 from isograd.record.verdict import examined
+from isograd.warning import warn
 
 FIRST = 10
 """Steps that are read in full whatever it costs: faults of the initialisation show in them."""
@@ -289,7 +289,7 @@ class Monitor:
             self._closed = True
             for tap in self._taps:
                 tap.remove()
-            warnings.warn(
+            warn(
                 f"isograd.watch failed and has stopped watching; the training goes on unchanged. {type(error).__name__}: {error}",
                 stacklevel=2,
             )

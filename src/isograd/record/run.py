@@ -10,7 +10,6 @@ import sqlite3
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from isograd.record import database
 from isograd.record.database import NotARun
 from isograd.record.home import home, name
 from isograd.record.row import Layout, Row, Told, content, encoded
+from isograd.warning import warn
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -101,7 +101,8 @@ class Run:
         self._read: dict[int, Layout] = {}
         self._offset: int | None = None
         self._appended = 0
-        self._missed = 0
+        self.missed = 0
+        """Steps that could not be recorded, since the last that could."""
         self._warned = self._closed = False
         self._writable = False
 
@@ -148,7 +149,7 @@ class Run:
         try:
             run = cls._on_disk(wanted, detectors, limit, since)
         except (OSError, sqlite3.Error) as error:
-            warnings.warn(
+            warn(
                 f"isograd cannot record this run in {wanted} ({error}): its newest steps are kept in memory only",
                 stacklevel=2,
             )
@@ -171,9 +172,7 @@ class Run:
                 strangers = True
                 continue
             if strangers:
-                warnings.warn(
-                    f"another process is recording into {wanted}: this run goes to {path}", stacklevel=3
-                )
+                warn(f"another process is recording into {wanted}: this run goes to {path}", stacklevel=3)
             try:
                 return cls(path, database.connect(path), held, memory=detectors, limit=limit)
             except BaseException:
@@ -232,14 +231,15 @@ class Run:
         due = self._appended // EVERY > before // EVERY
         layouts: dict[Layout, int] = {}  # those that are written here: they count once they are committed
         with database.transaction(self._db):
-            missed = self._missed
+            missed = self.missed
             for reading, findings in steps:
                 self._write(reading, tuple(findings), offset + reading.step, missed, layouts)
                 missed = 0
             if due:
                 self._save(offset + steps[-1][0].step)
         self._layouts |= layouts
-        self._missed = 0
+        self.missed = 0
+        """Steps that could not be recorded, since the last that could."""
         if due and database.size(self._db) > self._limit:
             database.thin(self._db)
 
@@ -276,10 +276,10 @@ class Run:
 
     def _failed(self, error: sqlite3.Error, steps: int = 1) -> None:
         """Later steps are tried again: somebody may have made room."""
-        self._missed += steps
+        self.missed += steps
         if not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"isograd cannot record into {self.path} ({error}): training goes on, steps are missing "
                 "from the record until the disk takes them again",
                 stacklevel=4,
