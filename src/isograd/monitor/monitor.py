@@ -32,6 +32,7 @@ from isograd.monitor.tap import Tap
 from isograd.monitor.unexamined import together, unexamined
 from isograd.monitor.updates import number
 from isograd.record import Run
+from isograd.record.row import BEGINS
 from isograd.record.verdict import examined
 from isograd.warning import warn
 
@@ -139,6 +140,8 @@ class Monitor:
         self.run = record
         if isinstance(record, Run):
             self._step = record.last + 1
+        self._behind = self._step > 0
+        """The record has steps already: of this training, or of another."""
         sinks = [bound(sink) for sink in sinks] if rank() == 0 else []
         self._host = Host(detectors, record, sinks, Pace(budget / 2, self._cost))
         for optimizer in optimizers:
@@ -334,7 +337,9 @@ class Monitor:
         parts, self._open = self._open, []
         settled, self._settled = self._settled, {}
         step = Ended(self._step, (), (), [], settled, [], time.time(), logged_early=set(settled))
-        full = False
+        if self._behind and all(tap.begins for tap in self._taps):
+            step.notes.append(BEGINS)
+        self._behind = full = False
         for _, part in parts:
             full |= part.full
             step.suspicious |= any(bucket.suspicious for bucket in part.buckets)
