@@ -782,3 +782,13 @@ def test_sparse_gradients_that_nothing_clears_are_told(clear: str | None) -> Non
             if clear is not None:
                 CLEARED[clear](model)
     assert [f.code for f in monitor.diagnosis().findings] == ["UP509"] * (clear is None)
+
+
+def test_the_state_of_an_optimizer_gets_nothing_from_being_watched() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with isograd.watch(model, optimizer):
+        for batch in batches(3):
+            loss_of(model, batch).backward()
+            optimizer.step()
+    assert optimizer.state_dict()["state"] == {}
