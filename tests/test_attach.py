@@ -357,6 +357,14 @@ def test_a_script_without_an_optimizer_is_told_so(tmp_path: Path) -> None:
     assert b"monitor.step()" in done.stderr
 
 
+def test_a_script_that_fails_before_its_first_step_is_not_told_what_a_loop_needs(tmp_path: Path) -> None:
+    code = "import torch; torch.optim.SGD([torch.zeros(1)], lr=-1)"
+    beside, _ = watched([sys.executable, "-c", code], tmp_path)
+    assert beside.returncode == 1
+    assert "nothing was recorded: the script ended with ValueError before" in beside.stderr
+    assert "monitor.step()" not in beside.stderr
+
+
 WORKERS = """
 import torch
 from torch.utils.data import DataLoader
