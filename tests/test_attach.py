@@ -99,14 +99,20 @@ def test_the_exit_status_passes(tmp_path: Path) -> None:
     assert len(norms(record)) == 30
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_signals_pass(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_signals_pass_and_what_was_found_is_told(tmp_path: Path, number: signal.Signals) -> None:
     record = tmp_path / "run"
-    command = [*ISOGRAD, "watch", "--run", str(record), "--", *script("plain", "--steps", 1000000)]
-    process = subprocess.Popen(command, cwd=tmp_path, env=QUIET, stderr=subprocess.PIPE, text=True)
+    training = script("plain", "--steps", 1000000, "--lr", "1e5")
+    process = subprocess.Popen(
+        [*ISOGRAD, "watch", "--run", str(record), "--", *training],
+        cwd=tmp_path,
+        env=QUIET,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     for _ in range(600):
-        with contextlib.suppress(NotARun):  # until its first step is committed
-            if len(norms(record)) > 3:
+        with contextlib.suppress(NotARun):  # until its first steps are committed
+            if len(norms(record)) > 9:
                 break
         time.sleep(0.1)
     process.send_signal(number)
@@ -115,8 +121,30 @@ def test_signals_pass(tmp_path: Path, number: signal.Signals) -> None:
         assert "KeyboardInterrupt" in errors
         assert process.returncode in (-signal.SIGINT, 1, 130)
     else:
-        assert process.returncode == -signal.SIGTERM
-    assert len(norms(record)) > 3
+        assert process.returncode == -number
+        if hasattr(os, "pidfd_open"):
+            assert "of a process that was killed" in errors
+    if number == signal.SIGINT or hasattr(os, "pidfd_open"):
+        assert errors.count("TR703 diverging  error") == 1
+    assert len(norms(record)) > 9
+
+
+SWEEP = """
+import subprocess, sys
+for rate in ("0.1", "0.01"):
+    subprocess.run([sys.executable, sys.argv[1], "--lr", rate, "--steps", "5"], check=True)
+"""
+
+
+def test_trainings_of_one_script_have_a_record_each(tmp_path: Path) -> None:
+    (tmp_path / "sweep.py").write_text(SWEEP)
+    command = [sys.executable, "sweep.py", str(SCRIPTS / "plain.py")]
+    for times in (1, 2):  # the second time each goes on where it was
+        beside, record = watched(command, tmp_path)
+        assert "another process" not in beside.stderr
+        for path, rate in ((record, 0.1), (record.with_name("run-2"), 0.01)):
+            with Run.open(path) as kept:
+                assert kept.series("lr")[1] == pytest.approx([rate] * 5 * times)
 
 
 def test_a_module_and_a_script_without_python_before_it(tmp_path: Path) -> None:
@@ -327,6 +355,14 @@ def test_a_script_without_an_optimizer_is_told_so(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (3, bytes(range(256)))
     assert b"nothing was recorded: no optimizer of torch took a step" in done.stderr
     assert b"monitor.step()" in done.stderr
+
+
+def test_a_script_that_fails_before_its_first_step_is_not_told_what_a_loop_needs(tmp_path: Path) -> None:
+    code = "import torch; torch.optim.SGD([torch.zeros(1)], lr=-1)"
+    beside, _ = watched([sys.executable, "-c", code], tmp_path)
+    assert beside.returncode == 1
+    assert "nothing was recorded: the script ended with ValueError before" in beside.stderr
+    assert "monitor.step()" not in beside.stderr
 
 
 WORKERS = """

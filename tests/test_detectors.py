@@ -700,3 +700,70 @@ def test_a_clean_training_is_left_alone(watched: Watched) -> None:
         f for r in readings(watched.start(7), 7) for f in detectors.observe(r) if f.severity > Severity.INFO
     ]
     assert found == []
+
+
+# -- what is given, and what lies beside ----------------------------------------------------------------------
+
+
+def test_a_norm_that_came_with_other_data_has_not_grown() -> None:
+    """As where the targets are computed anew: the loss rises by more than the step explains, and so does the norm."""
+    before, new = falling(200, grad=-3.0), [replace(LOW, loss=1.8, grad=-1.8)]
+    assert not codes(before + new * 60) & {"EG203", "EG204"}
+    rising = [replace(LOW, loss=1.8, grad=-1.8 + i / 20) for i in range(40)]
+    assert "EG203" in codes(before + new * 8 + rising)
+
+
+def test_what_drifts_has_a_cause() -> None:
+    drifting = [replace(s, scale=3.0 if i == 300 else 0.0) for i, s in enumerate(falling(301))]
+    found = next(f for _, f in told(drifting + [Step(loss=0.25, grad=0.7)] * 20) if f.code == "EG204")
+    assert "in one batch" in found.cause
+    assert "look at the batch" in found.remedies
+
+
+def test_weights_that_have_shrunk_are_the_cause_of_what_fades() -> None:
+    fade = [Step(2.3, slope=-1.0, weight=max(-1.0, 1 - i / 40)) for i in range(300)]
+    found = {f.code: f for _, f in told(fade)}
+    assert "weight decay" in found["VG103"].cause
+    assert found["VG103"].remedies == ("lower the weight decay",)
+    assert "weight decay" in found["TR701"].cause
+    fade = [replace(step, weight=1.0) for step in fade]
+    kept = {f.code: f for _, f in told(fade)}
+    assert "weight decay" not in kept["VG103"].cause + kept["TR701"].cause
+    thrown = {f.code: f for _, f in told([Step(2.3, update=-0.1)] * 4 + fade)}
+    assert "first steps" in thrown["VG103"].cause
+    since = {f.code: f for _, f in told([Step(2.3)] * 20 + fade)}
+    assert "the steps since" in since["VG103"].cause
+
+
+def renamed(steps: Sequence[Step], names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> list[Reading]:
+    sites = tuple(f"{name}.{kind}" for name in names for kind in ("weight", "bias"))
+    both = tuple(one for shape in shapes for one in (shape, shape[:1]))
+    return [replace(made(i, step), sites=sites, shapes=both) for i, step in enumerate(steps)]
+
+
+def test_a_network_beside_another_is_not_behind_it() -> None:
+    """An actor whose loss is small beside that of its critic: its first layer gets little, and none is lost on the way."""
+    steps = [replace(step, slope=-0.8, early_update=-5.0) for step in falling(60)]
+    assert "VG103" in codes(steps)
+    actor, critic = ([f"{name}.{i}" for i in (0, 2, 4)] for name in ("actor", "critic"))
+    beside = [(64, 4), (64, 64), (2, 64), (64, 4), (64, 64), (1, 64)]
+    assert not codes(renamed(steps, actor + critic, beside))
+    behind = [(64, 4), (64, 64), (8, 64), (64, 8), (64, 64), (1, 64)]  # an encoder and its head
+    assert "VG103" in codes(renamed(steps, actor + critic, behind))
+
+
+def test_inputs_are_not_read_off_errors_that_cancel() -> None:
+    """The bias of a critic's last layer gets +1 - 1: no gradient, and those below get little."""
+    rise = [
+        Step(2.3, update=0.0, scale=1.3),
+        Step(20.0, update=0.3),
+        Step(40.0, update=0.0),
+        Step(40.0, update=0.0),
+    ]
+    alone = next(f for _, f in told(rise) if f.code == "UP506")
+    assert "not normalised" in alone.cause
+    readings = [made(i, step) for i, step in enumerate(rise)]
+    for reading in readings:
+        reading.columns["grad_norm"][-1] *= 1e-7
+    critic = next(f for _, f in told(readings) if f.code == "UP506")
+    assert "the learning rate" in critic.cause

@@ -236,6 +236,35 @@ def test_a_record_is_written_and_continued(tmp_path: Path) -> None:
         assert len(run.series("loss")[1]) == 10
 
 
+@pytest.mark.parametrize("resumed", [True, False])
+def test_another_training_in_the_same_record_is_not_held_against_the_one_before(
+    tmp_path: Path, resumed: bool
+) -> None:
+    """Its loss starts where that of the first had started: no jump. One that is resumed has the optimizer's state."""
+
+    def train(state: dict[str, Any] | None) -> tuple[dict[str, Any], list[str]]:
+        model = nn.Linear(4, 2)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+        if state is not None:
+            optimizer.load_state_dict(state)
+        with isograd.watch(model, optimizer, run=tmp_path / "run") as monitor:
+            for step in range(80):
+                optimizer.zero_grad()
+                loss = functional.cross_entropy(model(torch.eye(4)), torch.tensor([0, 1, 0, 1])) * 0.9**step
+                loss.backward()
+                optimizer.step()
+                monitor.log(loss=loss)
+        return optimizer.state_dict(), [finding.code for finding in monitor.diagnosis().findings]
+
+    state, found = train(None)
+    assert found == []
+    _, found = train(state if resumed else None)
+    assert ("TR702" in found) == resumed
+    with Run.open(tmp_path / "run") as run:
+        assert run.since == (0 if resumed else 80)
+        assert {f.code for f in isograd.diagnose(run).findings} == set(found)
+
+
 def test_a_scalar_may_be_logged_before_or_after_the_step() -> None:
     for early in (True, False):
         model = net()

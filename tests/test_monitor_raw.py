@@ -654,6 +654,31 @@ def test_an_error_inside_is_one_warning_and_the_training_goes_on(monkeypatch: py
     assert [str(w.message).startswith("isograd.watch failed") for w in told] == [True]
 
 
+def test_where_warnings_are_errors_the_training_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As under `python -W error`: neither the step nor the thread that takes the readings may raise."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def sink(scalars: dict[str, float], step: int) -> None:
+        raise OSError("no network")
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with isograd.watch(model, optimizer, sinks=[sink]) as monitor:
+            for batch in batches(3):
+                loss_of(model, batch).backward()
+                optimizer.step()
+            assert monitor.latest().step == 2
+            monkeypatch.setattr(torch, "_foreach_norm", lambda *_, **__: 1 / 0)
+            loss_of(model, next(iter(batches(1)))).backward()
+            optimizer.step()
+    told = capsys.readouterr().err
+    assert told.count("no network") == 1
+    assert told.count("has stopped watching") == 1
+
+
 def test_a_sink_that_fails_is_one_warning() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -743,3 +768,27 @@ def test_gradients_that_nothing_clears_are_told(clear: str | None, micro_batches
             if clear is not None:
                 CLEARED[clear](model)
     assert [f.code for f in monitor.diagnosis().findings] == ["UP509"] * (clear is None)
+
+
+@pytest.mark.parametrize("clear", [None, "to None", "to zero"])
+def test_sparse_gradients_that_nothing_clears_are_told(clear: str | None) -> None:
+    model = nn.ModuleList(nn.Embedding(20, 4, sparse=True) for _ in range(2))
+    optimizer = torch.optim.SparseAdam(list(model.parameters()), lr=0.01)
+    with isograd.watch(model, optimizer) as monitor:
+        for _ in range(6):
+            words = torch.randint(0, 20, (8,))
+            (model[0](words) * model[1](words)).square().mean().backward()
+            optimizer.step()
+            if clear is not None:
+                CLEARED[clear](model)
+    assert [f.code for f in monitor.diagnosis().findings] == ["UP509"] * (clear is None)
+
+
+def test_the_state_of_an_optimizer_gets_nothing_from_being_watched() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with isograd.watch(model, optimizer):
+        for batch in batches(3):
+            loss_of(model, batch).backward()
+            optimizer.step()
+    assert optimizer.state_dict()["state"] == {}

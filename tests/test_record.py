@@ -301,6 +301,24 @@ def test_a_step_trained_again_replaces_the_old(tmp_path: Path) -> None:
         assert [row.notes for row in run.rows(7, 9)] == [("deep",), ()]
 
 
+def test_a_record_that_was_begun_since_is_of_another_training(tmp_path: Path) -> None:
+    with Run.create(tmp_path / "run") as run:
+        run.append(reading(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        paths: list[str] = []
+        since = time.time()
+        for _ in range(2):  # one after the other, and each has ended before the next
+            with Run.create(tmp_path / "run", since=since) as run:
+                paths.append(run.path.name)
+                run.append(reading(0))
+                with Run.create(tmp_path / "run", since=since) as second:  # while that one is written
+                    paths.append(second.path.name)
+    assert paths == ["run", "run-2", "run-3", "run-4"]
+    with Run.open(tmp_path / "run") as run:
+        assert run.last == 1, "what was there before is continued"
+
+
 # -- bounded -----------------------------------------------------------------------------------------------
 
 

@@ -6,12 +6,14 @@ import json
 import os
 import shutil
 import sys
+import time
 from datetime import datetime
 from pathlib import Path
 
 import click
 
 from isograd.cli.errors import TargetError
+from isograd.cli.killed import tell_if_killed
 
 SITE = Path(__file__).parents[1] / "integrations" / "site"
 RUNS = "isograd-runs"
@@ -80,13 +82,15 @@ def watch(
     where = run.absolute()
     _writable(where)
     settings = {"run": str(where), "every": every, "deep_every": deep_every, "budget": budget, "quiet": quiet}
-    settings["pid"] = os.getpid()
+    settings |= {"pid": os.getpid(), "since": time.time()}
     path = os.pathsep.join(filter(None, (str(SITE), os.environ.get("PYTHONPATH"))))
     os.environ |= {"PYTHONPATH": path, "ISOGRAD_WATCH": json.dumps(settings)}
     if not quiet:
         click.echo(f"isograd: watching {' '.join(command)}; the record goes to {run}", err=True)
     sys.stdout.flush()
     sys.stderr.flush()
+    if not quiet:
+        tell_if_killed(where)
     try:
         # The script becomes this very process, so that nothing of it has to be passed through.
         os.execv(program, list(words))

@@ -10,11 +10,11 @@ from __future__ import annotations
 import atexit
 import functools
 import gc
+import math
 import os
 import sys
 import threading
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -26,9 +26,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from isograd.integrations.loss import AccumulatedLoss
-from isograd.monitor import Monitor, scaling, watch
+from isograd.monitor import Monitor, scaling
 from isograd.record import Run
 from isograd.record.verdict import verdict
+from isograd.warning import warn
 
 VARIABLE = "ISOGRAD_WATCH"
 """Environment variable with the `Settings`, as JSON."""
@@ -57,6 +58,8 @@ class Settings(msgspec.Struct, frozen=True):
     quiet: bool = False
     pid: int = 0
     """The process that `isograd watch` became; what that starts has others."""
+    since: float = 0.0
+    """When it was started, in seconds since the epoch: what has begun to record since then is one of its trainings."""
 
 
 @dataclass
@@ -68,9 +71,8 @@ class _Watched:
     loss: AccumulatedLoss
     name: str
     path: str
-    """Where its record was asked for, and"""
     record: Any
-    """the record itself; None in all processes but one."""
+    """What is kept there; None in all processes but one."""
     process: int
     """Which process trains it: one that is forked from it does not."""
     shown: tuple[float, int] | None = None
@@ -147,20 +149,25 @@ class Attachment:
         """A monitor of this model, recording into a run of its own; one that was watched before goes on there."""
         before = self._known(model)
         number = len(self.watched) + 1
-        path = before.path if before is not None else self.settings.run + (f"-{number}" if number > 1 else "")
-        monitor = watch(
+        path, since = self.settings.run, self.settings.since
+        if before is not None:
+            path, since = before.path, math.inf
+        elif int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0:  # torchrun has started it again
+            path, since = path + (f"-{number}" if number > 1 else ""), math.inf
+        monitor = Monitor(
             model,
-            optimizers or None,
-            run=path,
+            optimizers,
+            run=lambda detectors: Run.create(path, detectors=detectors, since=since),
             every=self.settings.every,
             deep_every=self.settings.deep_every,
             budget=self.settings.budget,
         )
         if before is not None:
             self.watched.remove(before)
-        loss = AccumulatedLoss(monitor, model)
+        loss, record = AccumulatedLoss(monitor, model), monitor.run
+        path = str(getattr(record, "path", path))
         self.watched.append(
-            _Watched(weakref.ref(monitor), weakref.ref(model), loss, name, path, monitor.run, os.getpid())
+            _Watched(weakref.ref(monitor), weakref.ref(model), loss, name, path, record, os.getpid())
         )
         if number == 1 and not self.settings.quiet and monitor.run is not None:
             threading.Thread(target=self._live, name="isograd-live", daemon=True).start()
@@ -190,7 +197,7 @@ class Attachment:
             action()
         except Exception as error:
             self.broken = True
-            warnings.warn(f"isograd stopped watching: {type(error).__name__}: {error}", stacklevel=2)
+            warn(f"isograd stopped watching: {type(error).__name__}: {error}", stacklevel=2)
 
     def _before_backward(self) -> None:
         if self.made:
@@ -402,6 +409,8 @@ def _report(watched: _Watched, deep: bool) -> None:
         return
     print(diagnosis, file=sys.stderr)
     kept = f"recorded: isograd report {record.path}" if record.recording else "watched, and not recorded"
+    if record.recording and record.missed:
+        kept = f"watched, the last {record.missed} of them not recorded: isograd report {record.path}"
     _say(f"{steps} steps of {watched.name} {kept}")
 
 

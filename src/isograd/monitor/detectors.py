@@ -12,6 +12,7 @@ from isograd.diagnosis import Finding
 from isograd.monitor.history import Detector, History
 from isograd.monitor.reading import Reading
 from isograd.monitor.seen import Seen, alike, nonfinite, seen
+from isograd.record.row import BEGINS
 from isograd.symptoms import STREAMED
 from isograd.symptoms.nonfinite_step import NonFinite
 
@@ -43,6 +44,8 @@ class Detectors:
                 seen([reading for reading, count in zip(run, counts, strict=True) if count is None])
             )
             for reading, count in zip(run, counts, strict=True):
+                if BEGINS in reading.notes:
+                    vars(self).update(vars(Detectors()))
                 found.append(self._finite(next(finite)) if count is None else self._broken(reading, count))
         return found
 

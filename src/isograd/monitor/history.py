@@ -47,6 +47,8 @@ class History:
         self.joined: list[Any] = []
         """Step at which parameters last got their first gradient, other than the first step; how many, and the first."""
         self.names: list[str] = []
+        self.chain: Sequence[int] = ()
+        """Places among them of those that lie one behind the other."""
         self.losses: list[float] = []
         """The last 4 x WINDOW."""
         self.norms: list[float] = []
@@ -60,7 +62,7 @@ class History:
         self.weighed: list[int] = []
         """the steps they are of."""
         self.early_grads: list[float] = []
-        """Median over the first quarter of the matrices, the last RECENT; the others likewise."""
+        """Median over the first quarter of the matrices of the chain, the last RECENT; the others likewise."""
         self.late_grads: list[float] = []
         """Median over their second half."""
         self.early_updates: list[float] = []
@@ -109,6 +111,7 @@ class History:
             self.grads, self.updates, self.weights, self.scales = [], [], [], []
             self.weighed = []
             self.early_grads, self.late_grads, self.early_updates, self.late_updates = [], [], [], []
+        self.chain = seen.chain
         if seen.missing != len(self.unreached) or len(seen.sites) != len(self.sites):
             self._reach(seen)
         # Across a step that was not read, nothing is known.
@@ -129,13 +132,13 @@ class History:
             }
         grad, update = seen.grad.tolist(), seen.update.tolist()
         _push(self.grads, grad, 2 * WINDOW)
-        _push(self.early_grads, early(grad), RECENT)
-        _push(self.late_grads, late(grad), RECENT)
+        _push(self.early_grads, early(self.along(grad)), RECENT)
+        _push(self.late_grads, late(self.along(grad)), RECENT)
         known = finite(update)
         if known:  # a step that was sampled out has no update and no weight norm
             _push(self.updates, update, RECENT)
-            _push(self.early_updates, early(update), RECENT)
-            _push(self.late_updates, late(update), RECENT)
+            _push(self.early_updates, early(self.along(update)), RECENT)
+            _push(self.late_updates, late(self.along(update)), RECENT)
             _push(self.typical_updates, median(known), RECENT)
             _push(self.measured, seen.step, RECENT)
         weights = seen.weight.tolist()
@@ -159,6 +162,10 @@ class History:
         self.fastest = max(self.fastest, rate)
         # By its steps, or by its learning rate: as weights grow and gradients fade, steps shrink that nobody has annealed.
         self.moving += self.typical_update >= self.pace - 0.5 or 3 * rate >= self.fastest > 0
+
+    def along(self, by_matrix: Sequence[float]) -> list[float]:
+        """Of values by matrix, those of the chain; all, where the model was another then."""
+        return [by_matrix[i] for i in self.chain] if len(by_matrix) == len(self.names) else list(by_matrix)
 
     def _compare(self, seen: Seen) -> None:
         """Did the last step change the loss, or another batch?

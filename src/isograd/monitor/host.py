@@ -9,7 +9,6 @@ import math
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from isograd.monitor.cost import Pace
 from isograd.monitor.deep import dead_units
 from isograd.monitor.reading import Reading
 from isograd.monitor.updates import number
+from isograd.warning import warn
 
 Sink = Callable[[dict[str, float], int], None]
 """Takes the numbers of a step, and the step: the log function of most loggers is one."""
@@ -343,7 +343,7 @@ class Host:
         except Exception as error:
             if what not in self._failed:
                 self._failed.add(what)
-                warnings.warn(
+                warn(
                     f"isograd.watch: the {what} failed ({type(error).__name__}: {error}). The training is not affected; this is said once.",
                     stacklevel=2,
                 )

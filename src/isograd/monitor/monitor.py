@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -33,7 +32,9 @@ from isograd.monitor.tap import Tap
 from isograd.monitor.unexamined import together, unexamined
 from isograd.monitor.updates import number
 from isograd.record import Run
+from isograd.record.row import BEGINS
 from isograd.record.verdict import examined
+from isograd.warning import warn
 
 FIRST = 10
 """Steps that are read in full whatever it costs: faults of the initialisation show in them."""
@@ -105,7 +106,7 @@ class Monitor:
         model: nn.Module,
         optimizers: Sequence[Optimizer],
         *,
-        run: str | PathLike[str] | Record | None = None,
+        run: str | PathLike[str] | Record | Callable[[Detectors], Record] | None = None,
         every: int = 1,
         deep_every: int | None = None,
         budget: float = 0.01,
@@ -132,10 +133,15 @@ class Monitor:
         self._detectors = detectors = Detectors()
         record: Record | None = None
         if rank() == 0:  # the readings are the same in all processes
-            record = Run.create(Path(run), detectors=detectors) if isinstance(run, str | PathLike) else run
+            if isinstance(run, str | PathLike):
+                record = Run.create(Path(run), detectors=detectors)
+            else:
+                record = run(detectors) if callable(run) else run
         self.run = record
         if isinstance(record, Run):
             self._step = record.last + 1
+        self._behind = self._step > 0
+        """The record has steps already: of this training, or of another."""
         sinks = [bound(sink) for sink in sinks] if rank() == 0 else []
         self._host = Host(detectors, record, sinks, Pace(budget / 2, self._cost))
         for optimizer in optimizers:
@@ -286,7 +292,7 @@ class Monitor:
             self._closed = True
             for tap in self._taps:
                 tap.remove()
-            warnings.warn(
+            warn(
                 f"isograd.watch failed and has stopped watching; the training goes on unchanged. {type(error).__name__}: {error}",
                 stacklevel=2,
             )
@@ -331,7 +337,9 @@ class Monitor:
         parts, self._open = self._open, []
         settled, self._settled = self._settled, {}
         step = Ended(self._step, (), (), [], settled, [], time.time(), logged_early=set(settled))
-        full = False
+        if self._behind and all(tap.begins for tap in self._taps):
+            step.notes.append(BEGINS)
+        self._behind = full = False
         for _, part in parts:
             full |= part.full
             step.suspicious |= any(bucket.suspicious for bucket in part.buckets)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from isograd.monitor.history import RECENT, WINDOW, History, early, late
-from isograd.monitor.seen import finite
+from isograd.monitor.history import RECENT, START, WINDOW, History, early, late
+from isograd.monitor.seen import finite, sibling
 
 INPUT = 1.0
 """Decades: inputs of rms 10 and more at the first layer are not normalised."""
@@ -21,6 +21,8 @@ SPAN = 1.5
 initialisation has put there."""
 WEIGHT_GROWTH = 0.3
 """Decades: weights that are twice as large as they were in the window before."""
+SHRUNK = -0.5
+"""Decades: a third of the size that the weights were drawn with, by which each layer then passes less on."""
 LARGE = -1.5
 """log10 update over weight: three percent a step, where healthy trainings settle at a tenth of that."""
 FASTER = 0.3
@@ -60,7 +62,9 @@ def origin(history: History) -> Cause:
     data = given(history)
     if data is not None:
         return data
-    forward, backward = (_along(history.first.get(name, [])) for name in ("scale", "elasticity"))
+    forward, backward = (
+        _along(history.along(history.first.get(name, []))) for name in ("scale", "elasticity")
+    )
     if max(forward, backward) >= SPAN and history.count <= 64:
         words = (
             f"at the first step the layers' signals lie {forward:.1f} decades apart and their sensitivities "
@@ -99,6 +103,22 @@ def origin(history: History) -> Cause:
 
 def given(history: History) -> Cause | None:
     """What is out of order with the data; None: nothing."""
+    return (None if _cancelling(history) else _inputs(history)) or _jumped(history)
+
+
+def _cancelling(history: History) -> bool:
+    """Do the errors of the samples cancel in the biases, as in the loss of a critic, which is a difference? Then the
+    last layer too seems to be fed with more than the first, or its bias gets next to nothing, and no scale is one."""
+    scales = history.first.get("scale", [])
+    if not scales or len(scales) != len(history.names):
+        return False
+    last = scales[-1]
+    return last > scales[0] + INPUT_GROWTH or (
+        math.isnan(last) and sibling(history.names[-1]) in history.sites
+    )
+
+
+def _inputs(history: History) -> Cause | None:
     start = next(iter(history.first.get("scale", [])), math.nan)
     now, before = _median(history.scales[-3:]), _median(history.scales[:3])
     if now - max(start, before) >= INPUT_GROWTH:
@@ -113,14 +133,37 @@ def given(history: History) -> Cause | None:
     if start >= INPUT:
         words = f"the first layer gets inputs of rms {10**start:.3g}: they are not normalised"
         return Cause(words, "unnormalised-input", ("standardise-input",))
+    return None
+
+
+def _jumped(history: History) -> Cause | None:
     if history.jump and history.count - history.jump[0] <= WINDOW and math.isnan(_raised(history)[0]):
         _, before, after, explained, once = history.jump
         words = (
             f"the loss went from {before:.2g} to {after:.2g} in one step, which explains {explained:.1g} of it at most: "
-            f"{'one batch was unlike the others' if once else 'what the network was given has changed, or the loss itself'}"
+            f"{'one batch was unlike the others' if once else 'what the network was given has changed, or the loss itself, as by new targets'}"
         )
         return Cause(words, "data", ("shuffle the data", "look at the batch", "clip-gradients"))
     return None
+
+
+def brought(history: History) -> float:
+    """log10 of the gradient norm that came with other data within the last window, as with targets that are computed
+    anew: what rises no further has not grown. -inf: none came. Of the first readings after the jump."""
+    since = history.count - history.jump[0] + 1 if history.jump else math.inf
+    if since > WINDOW or history.jump[-1] or math.isfinite(_raised(history)[0]):
+        return -math.inf
+    return median(history.norms[-int(since) :][:START])
+
+
+def shrunk(history: History) -> Cause | None:
+    """Have the weights shrunk since the first step? With them what passes through all of them, forward and back."""
+    pairs = zip(*history.weights[-1:], history.first.get("weight", []), strict=False)
+    change = finite(now - first for now, first in pairs)
+    if not change or median(change) > SHRUNK:
+        return None
+    words = f"the typical weight matrix has shrunk to {10 ** median(change):.2g} of what it was: weight decay pulls harder than the gradient"
+    return Cause(words, "weight-decay", ("lower the weight decay",))
 
 
 def replaced(history: History) -> Cause | None:

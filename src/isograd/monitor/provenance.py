@@ -184,9 +184,11 @@ def _versions(parameters: Sequence[weakref.ref[Tensor]]) -> list[tuple[weakref.r
 
 
 def _any(parameter: Tensor) -> bool:
-    """Has it a gradient that is not zero? Not told of sparse ones."""
+    """Has it a gradient that is not zero?"""
     gradient = parameter.grad
-    return gradient is not None and not gradient.is_sparse and bool(gradient.any())
+    if gradient is None:
+        return False
+    return bool((gradient._values() if gradient.is_sparse else gradient).any())
 
 
 def _version(parameter: Tensor) -> tuple[int, int]:

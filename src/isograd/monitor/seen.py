@@ -57,6 +57,8 @@ class Seen:
     """It began with the gradients of the step before."""
     idle: Tensor
     """Matrices among them that an optimizer holds for training: on a full reading their weight is known; (matrix,)."""
+    chain: tuple[int, ...]
+    """Places among the matrices of those that lie one behind the other."""
 
     @property
     def silent(self) -> bool:
@@ -124,6 +126,7 @@ def seen(readings: Sequence[Reading]) -> list[Seen]:
             count,
             ADDED_UP in reading.notes,
             waits,
+            plan.chain,
         )
         for reading, total, length, all_grads, grads, weights, updates, scales, none, count, waits in rows
     ]
@@ -156,6 +159,8 @@ class Plan:
     """log10 of the root of the inputs that each output sums over."""
     units: Tensor
     """Length of the bias of a matrix, at its site; nan at all others."""
+    chain: tuple[int, ...]
+    """Among the matrices, the most that lie one behind the other, as far as names and shapes tell."""
 
     def scale(self, grad: Tensor) -> Tensor:
         """log10 rms of the inputs of each layer: ||dW|| / (||db|| sqrt(fan-in)); nan without a bias.
@@ -172,7 +177,7 @@ class Plan:
 def _plan(sites: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> Plan:
     kept = [i for i in range(len(sites)) if not shapes or len(shapes[i]) > 1]
     places = {name: i for i, name in enumerate(sites)} if shapes else {}
-    biases = [places.get(_sibling(sites[i]), -1) for i in kept]
+    biases = [places.get(sibling(sites[i]), -1) for i in kept]
     fed = set(biases)
     # Keras has the inputs of a kernel before its outputs.
     inputs = [slice(-1) if sites[i].endswith("kernel") else slice(1, None) for i in kept]
@@ -186,14 +191,38 @@ def _plan(sites: tuple[str, ...], shapes: tuple[tuple[int, ...], ...]) -> Plan:
         torch.tensor(
             [float(shapes[i][0]) if i in fed and len(shapes[i]) == 1 else math.nan for i in range(len(sites))]
         ),
+        _chain([sites[i] for i in kept], [shapes[i] for i in kept] if shapes else []),
     )
 
 
-def _sibling(name: str) -> str:
+def _chain(names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
+    """The longest run of matrices without a second beginning.
+
+    A network beside another, as an actor and its critic have it, is a module with a name of its own whose first matrix
+    fits what the very first is fed with, and not what comes out of the one before it.
+    """
+    parts: list[list[int]] = [[]]
+    for i, shape in enumerate(shapes):
+        before = shapes[i - 1]
+        if i and shape[1:] == shapes[0][1:] and shape[1] != before[0] and _apart(names[i - 1], names[i]):
+            parts.append([])
+        parts[-1].append(i)
+    return tuple(max(parts, key=len)) if shapes else tuple(range(len(names)))
+
+
+def _apart(one: str, other: str) -> bool:
+    """Do these belong to different modules that have others within, and names that are no numbers?"""
+    first, second = one.split("."), other.split(".")
+    depth = next((i for i, (a, b) in enumerate(zip(first, second, strict=False)) if a != b), 0)
+    return all(len(path) > depth + 2 and not path[depth].isdigit() for path in (first, second))
+
+
+def sibling(name: str) -> str:
+    """Name of the bias that belongs to a weight; "": it is no weight by its name."""
     head, _, last = name.rpartition(".")
     if last.endswith("/kernel"):
         return f"{head}{'.' * bool(head)}{last.removesuffix('kernel')}bias"
-    return f"{head}.{last.replace('weight', 'bias')}" if "weight" in last else ""
+    return f"{head}{'.' * bool(head)}{last.replace('weight', 'bias')}" if "weight" in last else ""
 
 
 def _dead(reading: Reading, plan: Plan) -> tuple[Tensor, bool, Tensor | None]:

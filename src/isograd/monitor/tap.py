@@ -78,6 +78,8 @@ class Tap:
         self.captured = False
         """A step went into a CUDA graph: what is replayed is not seen."""
         self.clipped: Tensor | float | None = None
+        self._fresh: bool | None = None
+        """The optimizer had no state before its first step; None: there was none yet."""
         self._moved = Moved(optimizer) if optimizer is not None else None
         self._sampled = Sampled()
         self.provenance = Provenance(parameters, self._backward_ended)
@@ -103,6 +105,12 @@ class Tap:
     def exact(self) -> bool:
         """The size of its updates is known in closed form."""
         return self._moved is not None and self._moved.known
+
+    @property
+    def begins(self) -> bool:
+        """Its training has begun here, and was not loaded from a checkpoint: the first step has made its state. Of one
+        that never has any, as of plain SGD, this is not known: False."""
+        return bool(self._fresh and self.optimizer is not None and self.optimizer.state)
 
     # What the training loop does, in the order in which it happens.
 
@@ -163,6 +171,8 @@ class Tap:
         return captures
 
     def _before_step(self) -> None:
+        if self._fresh is None and self.optimizer is not None:
+            self._fresh = not self.optimizer.state
         part = self.take()
         self._watcher.stepping()
         if part.full and self._moved is not None and not self._moved.known:

@@ -76,7 +76,8 @@ class Moved:
 def sgd(moved: Moved, parameters: Sequence[Tensor], groups: Sequence[Group]) -> list[Tensor]:
     """lr |b| with a momentum buffer b, which holds the decay; lr |g + c p' + m b| / (1 - lr c) without or
     with Nesterov's."""
-    buffers = [moved.optimizer.state[p].get("momentum_buffer") for p in parameters]
+    held = moved.optimizer.state  # makes what is looked up by []
+    buffers = [held[p].get("momentum_buffer") if p in held else None for p in parameters]
     sign, of_gradient, of_weight, of_buffer, rate = [[0.0] * len(parameters) for _ in range(5)]
     for i, (group, buffer) in enumerate(zip(groups, buffers, strict=True)):
         sign[i] = -1.0 if group["maximize"] else 1.0

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from isograd.monitor.reading import Reading
 
 
+BEGINS = "a training begins here: its optimizer remembers no step"
+"""Note of a step that was recorded behind those of another training, which its own are not to be held against."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """What the values of a row are of; written once, and again when the parameters or columns change."""

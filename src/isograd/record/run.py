@@ -10,7 +10,6 @@ import sqlite3
 import sys
 import threading
 import time
-import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from isograd.record import database
 from isograd.record.database import NotARun
 from isograd.record.home import home, name
-from isograd.record.row import Layout, Row, Told, content, encoded
+from isograd.record.row import BEGINS, Layout, Row, Told, content, encoded
+from isograd.warning import warn
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -63,6 +63,23 @@ class Progress:
     """It was closed; neither writing nor ended: it was cut off."""
 
 
+def beside(path: Path) -> Iterator[Path]:
+    """Where runs go that ask for the same directory: a, a-2, a-3 and so on."""
+    yield path
+    yield from (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+
+
+def begun(path: Path) -> float:
+    """When the newest process began to record there, in seconds since the epoch; -inf: none did."""
+    try:
+        with Run.open(path) as run:
+            return max(
+                (run.info[key] for key in ("started", "resumed") if key in run.info), default=-math.inf
+            )
+    except NotARun:
+        return -math.inf
+
+
 class Run:
     """The record of a watched training. Made by `Run.create` to write, by `Run.open` to read; a context manager."""
 
@@ -84,7 +101,8 @@ class Run:
         self._read: dict[int, Layout] = {}
         self._offset: int | None = None
         self._appended = 0
-        self._missed = 0
+        self.missed = 0
+        """Steps that could not be recorded, since the last that could."""
         self._warned = self._closed = False
         self._writable = False
 
@@ -101,7 +119,12 @@ class Run:
 
     @classmethod
     def create(
-        cls, path: str | Path | None = None, *, detectors: Memory | None = None, limit: int = LIMIT
+        cls,
+        path: str | Path | None = None,
+        *,
+        detectors: Memory | None = None,
+        limit: int = LIMIT,
+        since: float = math.inf,
     ) -> Run:
         """A run to write: new, or the one at `path` continued with the detectors' state as it was.
 
@@ -114,6 +137,8 @@ class Run:
             detectors: what is restored now and saved every 256 steps and at the end.
             limit: bytes. Beyond it every second step of the older half goes, again and again; steps on
                 which something was found stay.
+            since: a record that was begun at this time or later is of another training, and left alone as if it
+                were being written: the processes of one sweep ask for the same directory one after the other.
 
         Raises:
             ValueError: `path` is a file, or holds a record of a newer format.
@@ -122,9 +147,9 @@ class Run:
         if wanted.is_file():
             raise ValueError(f"{wanted} is a file: a run is a directory")
         try:
-            run = cls._on_disk(wanted, detectors, limit)
+            run = cls._on_disk(wanted, detectors, limit, since)
         except (OSError, sqlite3.Error) as error:
-            warnings.warn(
+            warn(
                 f"isograd cannot record this run in {wanted} ({error}): its newest steps are kept in memory only",
                 stacklevel=2,
             )
@@ -134,17 +159,20 @@ class Run:
         return run
 
     @classmethod
-    def _on_disk(cls, wanted: Path, detectors: Memory | None, limit: int) -> Run:
-        for number in itertools.count(1):
-            path = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+    def _on_disk(cls, wanted: Path, detectors: Memory | None, limit: int, since: float) -> Run:
+        strangers = False
+        for path in beside(wanted):
             path.mkdir(parents=True, exist_ok=True)
             held = database.lock(path)
-            if held is None:
+            if begun(path) >= since:
+                if held is not None:
+                    held.close()
                 continue
-            if number > 1:
-                warnings.warn(
-                    f"another process is recording into {wanted}: this run goes to {path}", stacklevel=3
-                )
+            if held is None:
+                strangers = True
+                continue
+            if strangers:
+                warn(f"another process is recording into {wanted}: this run goes to {path}", stacklevel=3)
             try:
                 return cls(path, database.connect(path), held, memory=detectors, limit=limit)
             except BaseException:
@@ -203,14 +231,15 @@ class Run:
         due = self._appended // EVERY > before // EVERY
         layouts: dict[Layout, int] = {}  # those that are written here: they count once they are committed
         with database.transaction(self._db):
-            missed = self._missed
+            missed = self.missed
             for reading, findings in steps:
                 self._write(reading, tuple(findings), offset + reading.step, missed, layouts)
                 missed = 0
             if due:
                 self._save(offset + steps[-1][0].step)
         self._layouts |= layouts
-        self._missed = 0
+        self.missed = 0
+        """Steps that could not be recorded, since the last that could."""
         if due and database.size(self._db) > self._limit:
             database.thin(self._db)
 
@@ -247,10 +276,10 @@ class Run:
 
     def _failed(self, error: sqlite3.Error, steps: int = 1) -> None:
         """Later steps are tried again: somebody may have made room."""
-        self._missed += steps
+        self.missed += steps
         if not self._warned:
             self._warned = True
-            warnings.warn(
+            warn(
                 f"isograd cannot record into {self.path} ({error}): training goes on, steps are missing "
                 "from the record until the disk takes them again",
                 stacklevel=4,
@@ -302,6 +331,12 @@ class Run:
         """The last step that is recorded; -1: none."""
         row = self._one("SELECT max(step) FROM steps")
         return -1 if row is None or row[0] is None else row[0]
+
+    @property
+    def since(self) -> int:
+        """The first step of the newest training: of those that were recorded one behind the other."""
+        row = self._one("SELECT max(step) FROM steps WHERE notes LIKE ?", (f"%{BEGINS}%",))
+        return 0 if row is None or row[0] is None else row[0]
 
     def __len__(self) -> int:
         """Number of steps that are kept."""

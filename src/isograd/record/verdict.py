@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 def verdict(run: Run) -> Diagnosis:
-    """What was found while it was recorded; steps that no detector had seen are shown to them now."""
+    """What was found while it was recorded, of several trainings in the newest; steps that no detector had seen are
+    shown to them now."""
     from isograd.monitor.detectors import Detectors  # the monitor, beside them, imports `examined` from here
 
     detectors = Detectors()
@@ -24,8 +25,11 @@ def verdict(run: Run) -> Diagnosis:
     told = list(run.findings)
     known = {(step, finding.code) for step, finding in told}
     told += [(step, finding) for step, finding in again if (step, finding.code) not in known]
-    last = run.last
+    last, since = run.last, run.since
+    told = [(step, finding) for step, finding in told if step >= since]
     kept = "no step was recorded" if last < 0 else f"{last + 1} steps were recorded, {len(run)} are kept"
+    if since:
+        kept += f"; this is of the training that begins at step {since}"
     losses = run.series("loss")[1]
     flow = Flow((), {}, loss=losses[-1] if losses else math.nan, notes=(kept, NOTE))
     return examined(told, detectors, flow=flow)

@@ -58,7 +58,7 @@ class NotMoving(Detector):
     def examine(self, history: History) -> Finding | None:
         if cut := _cut_off(history):
             return self._never(history, cut)
-        if len(history.early_updates) < RECENT or len(history.names) < LAYERS:
+        if len(history.early_updates) < RECENT or len(history.chain) < LAYERS:
             return None
         self.early, self.late = median(history.early_updates), median(history.late_updates)
         if not (math.isfinite(self.early) and self.early <= STILL and self.early - self.late <= BEHIND):
@@ -69,7 +69,7 @@ class NotMoving(Detector):
             Severity.WARNING,
             f"the first layers change by {10**self.early:.1g} of themselves a step, the later ones by {10**self.late:.1g}",
             cause="their gradient is too small for this optimizer and learning rate",
-            sites=tuple(history.names[: max(1, len(history.names) // 4)][:3]),
+            sites=tuple(history.names[i] for i in history.chain[: max(1, len(history.chain) // 4)][:3]),
             evidence={
                 "early": 10**self.early,
                 "threshold": 10**STILL,

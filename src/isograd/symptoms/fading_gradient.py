@@ -12,10 +12,12 @@ Evidence
     The gradient norm of each weight matrix, in the order of the model's parameters, median of 10 readings: the
     first quarter against the global norm. So that one large layer does not decide, either the second half of the
     layers must get far more than the first quarter, or the signal itself must fade on its way forward: then all
-    hidden layers get equally little. The rms of what a layer is fed with is read off its gradients. Only ratios count; the
-    scale of the loss falls out. An optimizer that divides the gradient by its size may move the early layers all the same: then
-    it is told where the loss gains nothing in 64 readings, or loses it again. What happens between the layers, operation by
-    operation, says `isograd check` on the model.
+    hidden layers get equally little. Layers count that lie one behind the other: a critic beside an actor does not.
+    The rms of what a layer is fed with is read off its gradients. Only ratios count; the scale of the loss falls out.
+    An optimizer that divides the gradient by its size may move the early layers all the same: then it is told where
+    the loss gains nothing in 64 readings, or loses it again. Weights that have shrunk to a third are the cause, or
+    first steps that replaced them; where the gradient reached the first layers at the first step, the steps since. What
+    happens between the layers, operation by operation, says `isograd check` on the model.
 
 What helps
     The critical initialisation of the activation, ReLU or GELU for sigmoid, normalisation, residual connections.
@@ -31,6 +33,7 @@ from statistics import median
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import WINDOW, Detector, History, early, late
+from isograd.monitor.origin import Cause, replaced, shrunk
 
 CODE = "VG103"
 NAME = "fading-gradient"
@@ -68,7 +71,7 @@ class Fading(Detector):
     def examine(self, history: History) -> Finding | None:
         if history.count == ALONE and history.losses:
             self.level = median(history.losses[-ALONE // 2 :])
-        if min(len(history.early_grads), len(history.norms)) < READINGS or len(history.names) < LAYERS:
+        if min(len(history.early_grads), len(history.norms)) < READINGS or len(history.chain) < LAYERS:
             return None
         first = median(history.early_grads[-READINGS:])
         self.share = first - median(history.norms[-READINGS:])
@@ -77,17 +80,21 @@ class Fading(Detector):
             return None
         if self._learns(history):
             return None
-        signal = median(late(row) - early(row) for row in history.scales[-READINGS:])
+        rows = [history.along(row) for row in history.scales[-READINGS:]]
+        signal = median(late(row) - early(row) for row in rows)
         if between > SPREAD and not signal <= SPREAD:
             return None
+        cause = shrunk(history) or replaced(history) or _trained(history)
         return Finding(
             CODE,
             NAME,
             Severity.ERROR,
             f"the first layers get 10^{self.share:.1f} of the gradient norm, "
             f"10^{between:.1f} of what the later layers get",
-            cause="the gradient shrinks on its way to the input; which operation costs what says `isograd check`",
-            sites=tuple(history.names[: max(1, len(history.names) // 4)][:3]),
+            cause="the gradient shrinks on its way to the input; which operation costs what says `isograd check`"
+            if cause is None
+            else cause.words,
+            sites=tuple(history.names[i] for i in history.chain[: max(1, len(history.chain) // 4)][:3]),
             evidence={
                 "decades": self.share,
                 "threshold": LOST,
@@ -100,7 +107,9 @@ class Fading(Detector):
                 "exchange-activation",
                 "insert-normalisation",
                 "insert-residual",
-            ),
+            )
+            if cause is None
+            else cause.remedies,
         )
 
     def _learns(self, history: History) -> bool:
@@ -119,3 +128,16 @@ class Fading(Detector):
             return None
         moved = f", and change by {10**self.moved:.1g} of themselves a step" if self.share <= LOST else ""
         return f"the first layers get 10^{self.share:.1f} of the gradient norm (an error from 10^{LOST:.0f}){moved}"
+
+
+def _trained(history: History) -> Cause | None:
+    """Did the gradient reach the first layers at the first step? Then the steps since have done it."""
+    first = history.first
+    grads = [e - w for e, w in zip(first.get("elasticity", []), first.get("weight", []), strict=True)]
+    share = early(history.along(grads)) - first.get("norm", [math.nan])[0]
+    if not share > LOST / 2:
+        return None
+    words = f"at the first step they got 10^{share:.1f} of it: the initialisation let it through, and the steps since have changed that"
+    return Cause(
+        words, "training", ("lower-learning-rate", "warm-up", "insert-normalisation", "insert-residual")
+    )

@@ -10,8 +10,9 @@ Why it happens
 Evidence
     The median of the last 8 gradient norms against median and spread (MAD) of the 64 before, in logarithms: a
     decade and 6 spreads. In the first steps, against the first step: a decade and a half with a loss that
-    rises. A gradient that grows while the loss falls is how many healthy trainings begin. Values that are not
-    finite never enter the baseline.
+    rises. A gradient that grows while the loss falls is how many healthy trainings begin. Where other data has come
+    (the loss rose by more than the step explains, and stayed), the norm that it brought is the baseline. Values that
+    are not finite never enter one.
 
 What helps
     Clipping at a multiple of the usual norm, a lower learning rate, what the cause names.
@@ -26,7 +27,7 @@ import math
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import Baseline, Detector, History, worst
-from isograd.monitor.origin import origin
+from isograd.monitor.origin import brought, origin
 from isograd.symptoms.steps_too_large import rising
 
 CODE = "EG203"
@@ -56,9 +57,9 @@ class GrowingGradient(Detector):
             return None
         base = Baseline(norms, RECENT)
         if base.enough:
-            self.rise = base.rise
+            self.rise = min(base.rise, base.now - brought(history))
             grown = (
-                base.rise >= GROWTH and base.deviations >= DEVIATIONS and not_falling(history.losses, RECENT)
+                self.rise >= GROWTH and base.deviations >= DEVIATIONS and not_falling(history.losses, RECENT)
             )
         else:
             self.rise = norms[-1] - norms[0]

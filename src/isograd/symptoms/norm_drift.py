@@ -11,7 +11,7 @@ Why it happens
 Evidence
     The median of the last 12 gradient norms, in logarithms, against median and spread (MAD) of the 64 before:
     4 spreads and half a decade, with a loss that is not below its own baseline. A trend, and no outlier: the
-    median of 12 does not follow single batches.
+    median of 12 does not follow single batches. What came with other data, as in EG203, is no drift.
 
 What helps
     Look at the layers that are named; clip at a multiple of the usual norm; lower the learning rate.
@@ -27,6 +27,7 @@ from statistics import median
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import WINDOW, Baseline, Detector, History, worst
+from isograd.monitor.origin import brought, origin
 from isograd.symptoms.growing_gradient import not_falling
 
 CODE = "EG204"
@@ -52,27 +53,30 @@ class Drift(Detector):
         base = Baseline(history.norms, RECENT)
         if not base.enough or history.count < WINDOW + RECENT:
             return None
-        self.drift = base.rise
-        if base.rise < DRIFT or base.deviations < DEVIATIONS or not not_falling(history.losses, RECENT):
+        self.drift = min(base.rise, base.now - brought(history))
+        if self.drift < DRIFT or base.deviations < DEVIATIONS or not not_falling(history.losses, RECENT):
             return None
         columns = zip(*history.grads, strict=True)
         # where parameters have just joined, less is known of the matrices than of all together
         risen = [median(column[-RECENT:]) - median(column[:-RECENT] or column[:1]) for column in columns]
+        cause = origin(history)
+        unclear = cause.slug == "unclear"
         return Finding(
             CODE,
             NAME,
             Severity.WARNING,
             f"the gradient norm has drifted up by {base.rise:.1f} decades ({base.deviations:.0f} spreads), "
             "and the loss does not fall",
-            cause="what drifts most is named; the loss has not followed yet",
+            cause="what drifts most is named; the loss has not followed yet" if unclear else cause.words,
             sites=worst(history.names, risen),
             evidence={
                 "decades": base.rise,
                 "threshold": DRIFT,
                 "deviations": base.deviations,
                 "spread": base.spread,
+                "cause": cause.slug,
             },
-            remedies=("clip-gradients", "lower-learning-rate"),
+            remedies=cause.remedies,
         )
 
     def outcome(self, history: History) -> str | None:

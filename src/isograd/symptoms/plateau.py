@@ -13,7 +13,7 @@ Evidence
     at full pace, by their size or their learning rate (those of annealing do not count), and of the way from the start to
     zero, less than a tenth was gained, or more than half of what had been gained is lost again. Losses whose noise is as
     large as their level, or that change sign, are left alone: there a plateau cannot be told from noise. Where the first
-    steps replaced the weights, that is the cause.
+    steps replaced the weights, or these have shrunk to a third since, that is the cause.
 
 What helps
     `isograd check` on the model; the learning rate; the targets.
@@ -29,7 +29,7 @@ from statistics import median
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import Detector, History
-from isograd.monitor.origin import replaced
+from isograd.monitor.origin import replaced, shrunk
 from isograd.monitor.seen import spread
 
 CODE = "TR701"
@@ -76,7 +76,7 @@ class Plateau(Detector):
         paced = history.moving if math.isfinite(history.pace) else history.count
         if paced < STEPS or not flat or not (stuck or fallen_back):
             return None
-        cause = replaced(history)
+        cause = replaced(history) or shrunk(history)
         where = f"back at {now:.3g} after {history.best:.3g}" if fallen_back else f"still at {now:.3g}"
         return Finding(
             CODE,
