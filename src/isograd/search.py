@@ -262,13 +262,15 @@ class Search:
             )
 
     def _smooth(self) -> Iterator[Prescription]:
-        """ELU with orthogonal weights, for networks deeper than they are wide."""
-        names = [n for n in exchange_activation.functions(self.patient.flow) if n not in SMOOTH]
+        """ELU with orthogonal weights, for networks deeper than they are wide; tanh where it is differentiated twice."""
+        flow = self.patient.flow
+        target, kept = ("tanh", {"tanh"}) if exchange_activation.differentiated(flow) else ("elu", SMOOTH)
+        names = [n for n in exchange_activation.functions(flow) if n not in kept]
         if not names:
             return
-        rx = exchange_activation.exchange(self.patient, names, "elu")
+        rx = exchange_activation.exchange(self.patient, names, target)
         if rx.applicable:
-            exchanged = dict.fromkeys(names, "elu")
+            exchanged = dict.fromkeys(names, target)
             yield from _with_drawn(rx, self.patient, exchanged, (orthogonal_initialisation,))
 
     def _with_weights(self, structural: list[Prescription]) -> Iterator[Prescription]:
