@@ -1359,6 +1359,15 @@ def test_adapters_of_zeros_alone_never_open_though_the_head_learns(first: float,
     assert [f.code for f in diagnosed(built).errors] == codes
 
 
+def test_a_block_of_zeros_that_a_skip_leads_around_is_no_error_where_other_layers_learn() -> None:
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Linear(64, 64), nn.Tanh())
+    block = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+    for parameter in block.parameters():
+        nn.init.zeros_(parameter)
+    assert diagnosed(classified(nn.Sequential(body, Residual(block), nn.Linear(64, 10)))).verdict == "healthy"
+
+
 def test_adapters_behind_a_frozen_head_of_zeros_are_not_to_blame() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*(Adapted(nn.Linear(64, 64)) for _ in range(3)), nn.Linear(64, 10))

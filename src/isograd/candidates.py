@@ -133,14 +133,16 @@ def _exchanges(patient: Patient) -> Iterator[Prescription]:
 
 
 def _smooth(patient: Patient) -> Iterator[Prescription]:
-    """ELU with orthogonal weights, for networks deeper than they are wide."""
+    """ELU with orthogonal weights, for networks deeper than they are wide; tanh where it is differentiated twice."""
+    twice = exchange_activation.differentiated(patient.flow)
+    target, kept = ("tanh", {"tanh"}) if twice else ("elu", SMOOTH)
     found = exchange_activation.functions(patient.flow) or exchange_activation.own_operations(patient)
-    names = [name for name in found if name not in SMOOTH]
+    names = [name for name in found if name not in kept]
     if not names:
         return
-    rx = exchange_activation.exchange(patient, names, "elu")
+    rx = exchange_activation.exchange(patient, names, target)
     if rx.applicable:
-        yield from _with_drawn(rx, patient, dict.fromkeys(names, "elu"), (orthogonal_initialisation,))
+        yield from _with_drawn(rx, patient, dict.fromkeys(names, target), (orthogonal_initialisation,))
 
 
 def _with_weights(patient: Patient, structural: list[Prescription]) -> Iterator[Prescription]:

@@ -168,7 +168,7 @@ def damped(flow: Flow) -> list[Site]:
 
 
 def stuck(flow: Flow) -> list[Parameter]:
-    """Weights that start at zero, where none that does receives a gradient.
+    """Weights that start at zero, where none that does receives a gradient, and at most the head learns beside them.
 
     A single layer of zeros receives one and opens with the first step, and then what lies before it. Where a second
     one does, as in an adapter of which both matrices are zero, each is the reason why the other receives nothing.
@@ -180,7 +180,8 @@ def stuck(flow: Flow) -> list[Parameter]:
     closed = [
         p for p in zero if p.state == "measured" and p.grad_norm_log10 == -math.inf and len(p.shape) > 1
     ]
-    return closed if len(closed) > 1 and not opens and not shut else []
+    learn = [p for p in flow.parameters if len(p.shape) > 1 and p.grad_norm_log10 > -math.inf]
+    return closed if len(closed) > 1 and len(learn) < 2 and not opens and not shut else []
 
 
 def _all_zero(zero: list[Parameter]) -> Finding:
