@@ -1192,6 +1192,14 @@ def test_targets_away_from_zero_do_not_make_an_output_large() -> None:
     assert diagnosed(regressed(0.1, 0.1, offset=1.0)).verdict == "healthy"  # first values of a Q network
 
 
+def test_a_margin_that_the_loss_takes_off_the_right_class_is_no_far_start() -> None:
+    """ArcFace and CosFace start at ten times the loss of equal probabilities, and train."""
+    torch.manual_seed(0)
+    model, x, y = mlp(nn.ReLU, 3, HE), torch.randn(32, 64), torch.randint(10, (32,))
+    margin = 30 * functional.one_hot(y, 10)
+    assert not diagnosed((model, lambda m: functional.cross_entropy(m(x) - margin, y))).errors
+
+
 def test_a_scale_of_the_loss_changes_nothing_of_how_far_it_starts() -> None:
     model, loss = headed(100.0)
     scaled = [(model, lambda m, c=c: loss(m) * c) for c in (1e-8, 1.0, 1e4)]

@@ -52,7 +52,8 @@ def varying(tensor: Tensor) -> Tensor | None:
 def excess(name: str, rows: Tensor, target: Tensor) -> Tensor:
     """How far beyond a constant answer a loss starts; NaN: not known. rows: (row, class or output), float32.
 
-    Of classes the loss over that of equal probabilities; of values how far the outputs scatter, in standard deviations
+    Of classes the loss over that of equal probabilities, or what the logits alone make of it where that is less: a margin
+    that the loss takes off the right class is no weight's. Of values how far the outputs scatter, in standard deviations
     of the targets: around the targets' mean where they are larger than the targets, around their own where not.
     """
     unknown = rows.new_full((), torch.nan)
@@ -60,8 +61,9 @@ def excess(name: str, rows: Tensor, target: Tensor) -> Tensor:
         classes = target.flatten()[: len(rows)]
         told = (classes >= 0) & (classes < rows.shape[1])
         chosen = rows.gather(1, classes.where(told, 0)[:, None])[:, 0]
-        cost = (rows.logsumexp(1) - chosen).where(told, 0).sum() / told.sum()
-        return cost / math.log(rows.shape[1])
+        most = rows.logsumexp(1)
+        costs = ((most - rest).where(told, 0).sum() / told.sum() for rest in (chosen, rows.mean(1)))
+        return torch.minimum(*costs) / math.log(rows.shape[1])
     if target.numel() % rows.shape[1] or not target.is_floating_point():
         return unknown
     wanted = target.reshape(-1, rows.shape[1])[: len(rows)].float()

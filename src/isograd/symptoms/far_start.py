@@ -10,7 +10,8 @@ Why it happens
     branch that drowns its stream. Or targets that are far smaller than 1.
 
 Evidence
-    Of classes, the loss over that of equal probabilities, log(classes); of values, the standard deviation of the outputs
+    Of classes, the loss over that of equal probabilities, log(classes), or what the scatter of the logits makes of it where
+    that is less (ArcFace takes a margin off the right class, and trains); of values, the standard deviation of the outputs
     over the batch, over that of the targets. Both are 1 for a model that says nothing, whatever the loss is multiplied
     with. Weights drawn as usual start at 0.9 to 1.3. A trained model is below 1.
 
