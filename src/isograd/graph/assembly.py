@@ -92,7 +92,7 @@ class Assembly:
             losses=tuple(
                 self._loss(call, values) for call, values in zip(trace.losses, read.losses, strict=True)
             ),
-            cuts=self._cuts(),
+            cuts=trace.cuts.of(self._lost()),
             cut=bool(trace.given) and not any(m.call.user_input for m in trace.made.values()),
             calls=max(trace.calls, 1),
             outputs=tuple(step_site(trace.made[n]) for n in dict.fromkeys(trace.results) if n in trace.made),
@@ -270,10 +270,9 @@ class Assembly:
             )
         return tuple(found)
 
-    def _cuts(self) -> tuple[str, ...]:
-        """Where the gradient of parameters that none reaches was cut off."""
-        lost = {id(p) for p in self.run.model.parameters() if p.requires_grad} - self._accumulators.keys()
-        return tuple(place for place, behind in self.trace.cuts.items() if behind & lost)
+    def _lost(self) -> set[int]:
+        """Ids of the parameters that no gradient reaches."""
+        return {id(p) for p in self.run.model.parameters() if p.requires_grad} - self._accumulators.keys()
 
     def _modules(self) -> tuple[ModuleSignal, ...]:
         signals: list[ModuleSignal] = []

@@ -9,12 +9,9 @@ this call. All statistics stay on the device until `Reading.collect` reads them 
 from __future__ import annotations
 
 import inspect
-import os
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -32,16 +29,12 @@ from isograd.graph.call import (
     Made,
     NormalisationStatistics,
 )
+from isograd.graph.cuts import Cuts
 from isograd.graph.operations import ACTIVATIONS, LOSSES, kind_of_call, operation_of, parameter_of
+from isograd.graph.source import shown, source
 
 _GET_DATA = vars(torch._C.TensorBase)["data"].__get__
 _SET_REQUIRES_GRAD = vars(torch._C.TensorBase)["requires_grad"].__set__
-TORCH_FOLDER = os.path.dirname(torch.__file__) + os.sep
-OWN_FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
-MOST_WALKED = 200_000
-"""Nodes that are looked at for what lies behind detached tensors: a tenth of a second."""
-IN_MODELS = tuple(OWN_FOLDER + name for name in ("modules.py", "surgery.py", "calls.py"))
-"""Our files that run inside a repaired model."""
 
 
 def norm(tensors: Iterable[Tensor | None]) -> Tensor:
@@ -99,8 +92,7 @@ class Trace(TorchFunctionMode):
     """Paths of the modules that were called with gradients enabled."""
     closed: set[str] = field(default_factory=set[str])
     """Paths of the modules that were called without."""
-    cuts: dict[str, set[int]] = field(default_factory=dict[str, set[int]])
-    """How and where tensors were detached, with the ids of the parameters behind them."""
+    cuts: Cuts = field(init=False)
     entered: int = 0
     calls: int = 0
     """Of the model as a whole."""
@@ -110,9 +102,9 @@ class Trace(TorchFunctionMode):
         self._names = {id(module): name for name, module in self.model.named_modules()}
         self._stack: list[tuple[str, int, str]] = []
         self._order = 0
-        self._walked = 0
         self._mixing: set[Node] = set()  # softmaxes that multiply other activations: attention written out
         self._parameters = {id(p): name for name, p in self.model.named_parameters()}
+        self.cuts = Cuts(self._parameters)
 
     @contextmanager
     def recording(self) -> Iterator[Trace]:
@@ -168,7 +160,7 @@ class Trace(TorchFunctionMode):
     def _receive(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Let the gradient reach the model's float inputs, and remember what data it was given."""
         self.calls += 1
-        named = _argument_names(module, args)
+        named = argument_names(module, args)
 
         def open_input(path: Any, value: Any) -> Any:
             if not isinstance(value, Tensor) or value.layout != torch.strided or not value.numel():
@@ -213,7 +205,7 @@ class Trace(TorchFunctionMode):
         if name == "__set__" and func == _SET_REQUIRES_GRAD and args[1] and not args[0].is_leaf:
             return None  # some models switch their input's gradient on; it is on already
         if name in ("detach", "detach_", "numpy") or func == _GET_DATA:
-            self._cut("data" if func == _GET_DATA else name.rstrip("_"), args[:1])
+            self.cuts.add("data" if func == _GET_DATA else name.rstrip("_"), args[:1])
         if name in ("__get__", "__set__", "size", "dim", "numel", "__len__", "is_floating_point"):
             return func(*args, **kwargs)
         if name == "hardtanh" and (kwargs.get("min_val", args[1] if len(args) > 1 else -1.0)) == 0:
@@ -226,7 +218,7 @@ class Trace(TorchFunctionMode):
             self.attribute_custom(args)
         out = func(*args, **kwargs)
         if not torch.is_grad_enabled():
-            self._cut("no_grad", (*args, *kwargs.values()))
+            self.cuts.add("no_grad", (*args, *kwargs.values()))
             return out
         tensors = [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor) and t.grad_fn is not None]
         if not tensors:
@@ -247,30 +239,10 @@ class Trace(TorchFunctionMode):
                 self._difference(args, tensors[0])
         return out
 
-    def _cut(self, how: str, args: Iterable[Any]) -> None:
-        """Remember which parameters lie behind tensors that go on without their gradient."""
-        given = [a for a in args if isinstance(a, Tensor)]
-        stack: list[Node | Tensor] = [a if a.grad_fn is None else a.grad_fn for a in given]
-        stack = [entry for entry in stack if not isinstance(entry, Tensor) or id(entry) in self._parameters]
-        if not stack or self._walked > MOST_WALKED or not (source := _source()):
-            return
-        behind = self.cuts.setdefault(f"{how} at {source}", set())
-        seen = set[Any]()
-        while stack:
-            node = stack.pop()
-            if isinstance(node, Tensor):
-                behind.add(id(node))
-            elif node not in seen:
-                seen.add(node)
-                if (variable := getattr(node, "variable", None)) is not None:
-                    behind.add(id(variable))
-                stack.extend(child for child, _ in node.next_functions if child is not None)
-        self._walked += len(seen)
-
     def _call(self, name: str, kind: str) -> Call:
         module, invocation, leaf = self._stack[-1] if self._stack else ("", 0, "")
         self._order += 1
-        return Call(name.strip("_"), kind, module, invocation, _source(), self._order, leaf)
+        return Call(name.strip("_"), kind, module, invocation, source(), self._order, leaf)
 
     def _describe(self, call: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Where the units lie in the output, and whether the model's data comes in here."""
@@ -429,9 +401,9 @@ class Trace(TorchFunctionMode):
 def _custom(call: Call, node: Any) -> Call:
     """The call of a custom Function; nobody saw the line that applied it, but its own forward stands in a file."""
     code = getattr(inspect.unwrap(node._forward_cls.forward), "__code__", None)
-    shown = _shown(code.co_filename) if code is not None else ""
-    source = f"{shown}:{code.co_firstlineno}" if code is not None and shown else ""
-    return replace(call, operation=operation_of(node), kind="custom", source=source, given=())
+    file = shown(code.co_filename) if code is not None else ""
+    where = f"{file}:{code.co_firstlineno}" if code is not None and file else ""
+    return replace(call, operation=operation_of(node), kind="custom", source=where, given=())
 
 
 def _plain(value: object) -> object:
@@ -457,7 +429,7 @@ def _derivative(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
         return torch.autograd.grad(y, x, torch.ones_like(y))[0]
 
 
-def _argument_names(module: nn.Module, args: tuple[Any, ...]) -> dict[str, str]:
+def argument_names(module: nn.Module, args: tuple[Any, ...]) -> dict[str, str]:
     """`[0][1]` -> the name of the second positional argument of the module's forward."""
     names = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in (0, 1)]
     return {f"[0][{i}]": names[i] if i < len(names) else f"input {i}" for i in range(len(args))}
@@ -474,41 +446,3 @@ def _same(tensor: Tensor) -> Tensor:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _source() -> str:
-    """`file:line` of the innermost frame of the user's that called torch; '' if none stands before ours."""
-    frame = sys._getframe(2)
-    while frame is not None and frame.f_code.co_filename == __file__:
-        frame = frame.f_back
-    while frame is not None:
-        shown = _shown(frame.f_code.co_filename)
-        if shown is None:
-            return ""
-        if shown:
-            return f"{shown}:{frame.f_lineno}"
-        frame = frame.f_back
-    return ""
-
-
-@lru_cache(maxsize=4096)
-def _shown(filename: str) -> str | None:
-    """How a file is called to the user: relative to where they are, or inside its package.
-
-    '' for torch's own, repaired modules and generated code, which is passed over; None for ours, behind which it is no
-    longer the model that calls.
-    """
-    path = os.path.abspath(filename)
-    if path in IN_MODELS:
-        return ""
-    if path.startswith(OWN_FOLDER) and not path.endswith("demo.py"):
-        return None
-    if path.startswith(TORCH_FOLDER) or filename.startswith("<frozen") or "contextlib" in path:
-        return ""
-    packages = os.sep + "site-packages" + os.sep
-    if packages in path:
-        return path.rsplit(packages, 1)[1]
-    if path.startswith(OWN_FOLDER):
-        return "isograd/" + path.removeprefix(OWN_FOLDER)
-    here = os.getcwd() + os.sep
-    return path.removeprefix(here) if path.startswith(here) else filename

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
-from isograd.graph.trace import _argument_names
+from isograd.graph.trace import argument_names
 
 
 def arguments(inputs: Any) -> tuple[Sequence[Any], Mapping[str, Any]]:
@@ -46,7 +46,7 @@ def opened_for(
         opened[name] = value
         return value
 
-    names = _argument_names(model, tuple(args))
+    names = argument_names(model, tuple(args))
     call = (tuple(args), dict(kwargs))
     return *pytree.tree_map_with_path(opening, call, is_leaf=_is_packed), opened
 
