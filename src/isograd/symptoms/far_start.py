@@ -93,8 +93,15 @@ def _far(flow: Flow, call: LossCall) -> Finding:
         if factor and site is not None
         else ("standardise-input",)
         if given
-        else ("scale-embeddings", "rescale-weights", "critical-initialisation"),
+        else _remedies(site),
     )
+
+
+def _remedies(site: Site | None) -> tuple[str, ...]:
+    weights = ("rescale-weights", "critical-initialisation")
+    if site is None:
+        return ("scale-embeddings", *weights)
+    return ("scale-embeddings",) if site.kind == "embedding" else weights
 
 
 def _loudest(flow: Flow) -> tuple[Site | None, float]:
