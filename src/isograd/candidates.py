@@ -39,10 +39,10 @@ NARROW = 1.0
 """Depth over width from which a draw of the weights decides more than their gain: the logarithm of the gradient's norm
 has a variance of this order, a healthy mean says little of most directions, and every ReLU that is off takes one away
 (Hanin and Nica 2018, arXiv:1812.05994). Of AutoTrainer's networks on circles and blobs, tanh or ReLU at the right gain
-brought 2 of 17 within two points of the best control, this 15 of 18 (`python -m benchmarks.replay table`). Plain CNNs of
+brought 2 of 17 within two points of the best control, this 17 of 18 (`python -m benchmarks.replay table`). Plain CNNs of
 eight channels train to .59 +- .2 as He draws them and to .83 at least with this (`python -m benchmarks.twins table`)."""
 NARROWED = ("VG101", "EG201", "EG202", "SA301", "SA302", "NF401", "NF402")
-"""Findings that in such networks are treated with a smooth function and orthogonal weights together."""
+"""Findings that in such networks are treated with another function and orthogonal weights together."""
 SMOOTH = {"elu", "celu", "selu"}
 TRAINED = (
     "residual-branch-growth", "post-norm", "activation", "missing-residual", "missing-normalisation",
@@ -54,7 +54,7 @@ TRAINED = (
 def candidates(patient: Patient, *, unsafe: bool) -> Iterator[Prescription]:
     """Everything that may cure the model as it came, each by itself or as a pair that belongs together."""
     if unsafe and _treated(patient, NARROWED) and depth_over_width(patient) >= NARROW:
-        yield from _smooth(patient)
+        yield from _isometric(patient)
     if patient.flow.splits and without_skips(patient.flow):
         # A skip that is there and damped is one property that is off; new weights would bridge it, not mend it.
         yield from changing(patient, {insert_residual.SLUG}, unsafe=unsafe)
@@ -132,11 +132,16 @@ def _exchanges(patient: Patient) -> Iterator[Prescription]:
         yield from _with_drawn(rx, patient, exchanged, (orthogonal_initialisation, critical_initialisation))
 
 
-def _smooth(patient: Patient) -> Iterator[Prescription]:
-    """ELU with orthogonal weights, for networks deeper than they are wide; tanh where it is differentiated twice."""
-    twice = exchange_activation.differentiated(patient.flow)
-    target, kept = ("tanh", {"tanh"}) if twice else ("elu", SMOOTH)
+def _isometric(patient: Patient) -> Iterator[Prescription]:
+    """Orthogonal weights with a function that keeps all directions, for networks deeper than they are wide.
+
+    tanh does (Pennington et al. 2017, arXiv:1711.04735), and ReLU does not. Where a head reads the mean over positions,
+    which an odd function leaves none of, ELU takes its place.
+    """
     found = exchange_activation.functions(patient.flow) or exchange_activation.own_operations(patient)
+    pictures = any(site.kind == "convolution" for site in patient.flow.sites)
+    smooth = pictures and not exchange_activation.differentiated(patient.flow)
+    target, kept = ("elu", SMOOTH) if smooth else ("tanh", {"tanh"})
     names = [name for name in found if name not in kept]
     if not names:
         return
