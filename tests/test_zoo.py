@@ -51,7 +51,6 @@ MISSED = {
     "no gradient until the first step, and is said not to be examined",
     "Circle_model_mi_al_16 #1": "5 units wide: one decade and a half is within its luck, and this seed fails",
     "Circle_model_mi_al_16 #2": "5 units wide: one decade is within its luck, and this seed fails",
-    "no norm, 12 layers": "3.5 decades where skips hold the signal: below the 4.5 that count there, and training fails",
     "cnn with batch norm, 100 layers": "5.6 decades are the luck of so narrow a net, by theory; it does not train",
     "demo_loss_issue_blob #2": "what is wrong is the loss, and its gradient is sound",
 }
