@@ -16,13 +16,11 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from isograd.horizon import Horizon
     from isograd.theory.network import Expectation
 
-if TYPE_CHECKING:
-    from isograd.horizon import Horizon
-
 FACTORS = {"mul", "rmul", "imul", "div", "truediv", "itruediv", "neg"}
-"""Elementwise operations that are no function by themselves."""
+"""Elementwise operations that multiply."""
 SAME = 1e-3
 """Decades between what a multiplication does to the signal and to the gradient: none where it is by one number."""
 

@@ -18,16 +18,15 @@ WAIT = 5.0
 """Seconds for the processes of a run to end after the first one: torchrun is killed before what it has started."""
 
 
-def tell_if_killed(run: Path) -> None:
+def tell_if_killed(run: Path, since: float) -> None:
     """Leave a process beside this one, which waits for it to end and then tells what was found in the records
-    that nobody has closed.
+    that were begun since then, in seconds since the epoch, and that nobody has closed.
 
     A process that is ended by SIGTERM or SIGKILL, as by a cluster or for want of memory, runs no Python any
     more. A handler in the script would change what the script and its trainer see of their signals, so
     somebody else has to speak. It is no child of the script and holds nothing open but standard error.
     Without a way to wait for another process (other systems than Linux) it is not there.
     """
-    since = time.time()
     try:
         process = os.pidfd_open(os.getpid())
     except (AttributeError, OSError):

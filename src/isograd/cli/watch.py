@@ -82,7 +82,8 @@ def watch(
     where = run.absolute()
     _writable(where)
     settings = {"run": str(where), "every": every, "deep_every": deep_every, "budget": budget, "quiet": quiet}
-    settings |= {"pid": os.getpid(), "since": time.time()}
+    since = time.time()
+    settings |= {"pid": os.getpid(), "since": since}
     path = os.pathsep.join(filter(None, (str(SITE), os.environ.get("PYTHONPATH"))))
     os.environ |= {"PYTHONPATH": path, "ISOGRAD_WATCH": json.dumps(settings)}
     if not quiet:
@@ -90,7 +91,7 @@ def watch(
     sys.stdout.flush()
     sys.stderr.flush()
     if not quiet:
-        tell_if_killed(where)
+        tell_if_killed(where, since)
     try:
         # The script becomes this very process, so that nothing of it has to be passed through.
         os.execv(program, list(words))

@@ -164,7 +164,7 @@ class Run:
         for path in beside(wanted):
             path.mkdir(parents=True, exist_ok=True)
             held = database.lock(path)
-            if begun(path) >= since:
+            if since < math.inf and begun(path) >= since:
                 if held is not None:
                     held.close()
                 continue
@@ -239,7 +239,6 @@ class Run:
                 self._save(offset + steps[-1][0].step)
         self._layouts |= layouts
         self.missed = 0
-        """Steps that could not be recorded, since the last that could."""
         if due and database.size(self._db) > self._limit:
             database.thin(self._db)
 

@@ -208,10 +208,8 @@ def _opens(flow: Flow) -> Site | None:
     last = max(i for i, lost in enumerate(decades) if lost == -math.inf)
     waking = [p.name for p in flow.parameters if p.weight_norm == 0 and p.grad_norm_log10 > -math.inf]
     site = flow.sites[last]
-    around = bool(flow.inputs) and flow.sites[0].kind not in (
-        "input",
-        "embedding",
-    )  # coupling layers pass data by
+    # Coupling layers pass the data by.
+    around = bool(flow.inputs) and flow.sites[0].kind not in ("input", "embedding")
     own = any(
         name in site.parameters or (not site.parameters and name.rpartition(".")[0] == site.module)
         for name in waking
