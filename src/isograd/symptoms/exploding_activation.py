@@ -11,8 +11,8 @@ Why it happens
 
 Evidence
     log10 of the root mean square at the last site over that at the first, along the backbone; it must grow in the typical
-    layer too, so that one large layer is not called an explosion, or by six decades at once, as behind an
-    exponential. A final normalisation takes the growth away again and is no finding.
+    layer too, so that one large layer is not called an explosion, or as much in one function, which has no scale to be
+    set right (an exponential), or by six decades at once. A final normalisation takes the growth away again and is no finding.
 
 What helps
     An initialisation at the critical gain, residual branches scaled by 1/sqrt(depth), normalisation.
@@ -29,7 +29,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from isograd.diagnosis import Finding, Severity
-from isograd.flow import Flow
+from isograd.flow import FACTORS, Flow
 from isograd.symptoms import Healthy, Outcome, Unexamined
 
 CODE = "EG202"
@@ -57,8 +57,7 @@ def examine(flow: Flow) -> Iterator[Outcome]:
     part = max(parts, key=lambda part: float(_steps(flow, part).sum()))
     steps = _steps(flow, part)
     grown, typical = float(steps.sum()), float(_smoothed(steps).median()) * len(steps)
-    jump = max((float(step) for step in _steps(flow, part)), default=0.0)
-    if grown < ERROR or (typical < grown / 4 and jump < AT_ONCE):
+    if grown < ERROR or (typical < grown / 4 and float(steps.max()) < AT_ONCE and _by_function(flow, part) < ERROR):
         yield Healthy(f"activations change by {grown:+.1f} decades (an error from {ERROR:+.1f})")
         return
     first, last = flow.sites[part][0], flow.sites[part][-1]
@@ -78,6 +77,17 @@ def _steps(flow: Flow, part: slice) -> Tensor:
     """log10 of the growth from one activation to the next."""
     rms = flow.column("activation_rms")[part]
     return rms[rms.isfinite() & (rms > 0)].log10().diff()
+
+
+def _by_function(flow: Flow, part: slice) -> float:
+    """Decades of the largest growth in a function of single elements that has neither weights nor a factor."""
+    rms, sites = flow.column("activation_rms")[part].log10().diff().tolist(), flow.sites[part][1:]
+    found = (
+        grown
+        for grown, site in zip(rms, sites, strict=True)
+        if site.kind in ("activation", "elementwise") and site.operation not in FACTORS and not site.parameters
+    )
+    return max((grown for grown in found if math.isfinite(grown)), default=0.0)
 
 
 def _smoothed(steps: Tensor) -> Tensor:
