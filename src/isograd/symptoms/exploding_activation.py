@@ -57,7 +57,9 @@ def examine(flow: Flow) -> Iterator[Outcome]:
     part = max(parts, key=lambda part: float(_steps(flow, part).sum()))
     steps = _steps(flow, part)
     grown, typical = float(steps.sum()), float(_smoothed(steps).median()) * len(steps)
-    if grown < ERROR or (typical < grown / 4 and float(steps.max()) < AT_ONCE and _by_function(flow, part) < ERROR):
+    if grown < ERROR or (
+        typical < grown / 4 and float(steps.max()) < AT_ONCE and _by_function(flow, part) < ERROR
+    ):
         yield Healthy(f"activations change by {grown:+.1f} decades (an error from {ERROR:+.1f})")
         return
     first, last = flow.sites[part][0], flow.sites[part][-1]
@@ -85,7 +87,9 @@ def _by_function(flow: Flow, part: slice) -> float:
     found = (
         grown
         for grown, site in zip(rms, sites, strict=True)
-        if site.kind in ("activation", "elementwise") and site.operation not in FACTORS and not site.parameters
+        if site.kind in ("activation", "elementwise")
+        and site.operation not in FACTORS
+        and not site.parameters
     )
     return max((grown for grown in found if math.isfinite(grown)), default=0.0)
 
