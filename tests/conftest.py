@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from isograd.diagnosis import Diagnosis, Effect, Finding, Severity
-from isograd.flow import Flow, ModuleSignal, Parameter, Site
+from isograd.flow import Flow
+from isograd.statistics import ModuleSignal, Parameter, Site
 
 # A shell starts what is in its background with Ctrl-C ignored, and children inherit that: tests of Ctrl-C need it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from isograd.flow import Flow, Parameter, Site
+from isograd.flow import Flow
+from isograd.statistics import Parameter, Site
 
 NAN = math.nan
 

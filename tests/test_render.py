@@ -18,12 +18,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from isograd.diagnosis import Diagnosis, Finding, Severity
-from isograd.flow import Flow, ModuleSignal
+from isograd.flow import Flow
 from isograd.render.github import github
 from isograd.render.json import schema
 from isograd.render.sarif import sarif
 from isograd.render.text import document
 from isograd.render.tree import SCREEN, rows
+from isograd.statistics import ModuleSignal
 
 DOCS = Path(__file__).parents[1] / "docs"
 Snapshot = Callable[[str, str], None]

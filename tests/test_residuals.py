@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from isograd import measure
-from isograd.flow import Flow, Split
+from isograd.flow import Flow
+from isograd.statistics import Split
 from tests.models import Residual, branch, projected
 
 

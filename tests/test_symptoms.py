@@ -23,10 +23,11 @@ from torch.optim import SGD, AdamW, Optimizer
 from isograd import check, diagnose, measure, repair
 from isograd.check import along_time
 from isograd.diagnosis import Diagnosis, Finding, Severity
-from isograd.flow import (
+from isograd.flow import Flow
+from isograd.graph import signal
+from isograd.statistics import (
     Activation,
     Failure,
-    Flow,
     InputStatistics,
     LossCall,
     NonFinite,
@@ -34,7 +35,6 @@ from isograd.flow import (
     Site,
     Split,
 )
-from isograd.graph import signal
 from isograd.symptoms import NAMES, Healthy, Unexamined
 from tests.models import (
     HE,

@@ -14,7 +14,8 @@ from torch.nn import functional
 import isograd
 from gallery.nets import HE, mlp
 from gallery.theory.measured import DIGITS, LABELS, NETWORKS, TOKENS, classifying, drawn
-from isograd.flow import Flow, Parameter, Site
+from isograd.flow import Flow
+from isograd.statistics import Parameter, Site
 from isograd.symptoms.vanishing_gradient import examine
 from isograd.theory.network import Part
 

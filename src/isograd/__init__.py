@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from isograd.diagnosis import diagnose as diagnose
     from isograd.extrapolation import extrapolate as extrapolate
     from isograd.flow import Flow as Flow
-    from isograd.flow import Site as Site
     from isograd.horizon import Horizon as Horizon
     from isograd.horizon import horizon as horizon
     from isograd.measure import measure as measure
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from isograd.repair import repair as repair
     from isograd.spectrum import Spectrum as Spectrum
     from isograd.spectrum import spectrum as spectrum
+    from isograd.statistics import Site as Site
     from isograd.trainability import trainability as trainability
 
 __version__ = "0.1.0"
@@ -64,7 +64,7 @@ _HOME = {
     "Prescription": "isograd.prescription",
     "Repair": "isograd.repair",
     "Severity": "isograd.diagnosis",
-    "Site": "isograd.flow",
+    "Site": "isograd.statistics",
     "Spectrum": "isograd.spectrum",
 }
 

@@ -15,7 +15,8 @@ from itertools import takewhile
 from torch import Tensor, nn
 
 from isograd import theory
-from isograd.flow import Flow, Site
+from isograd.flow import Flow
+from isograd.statistics import Site
 from isograd.theory import Operation
 
 NORMS = {

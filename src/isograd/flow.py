@@ -15,6 +15,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from isograd.statistics import (
+    Activation,
+    Attention,
+    Failure,
+    InputStatistics,
+    LossCall,
+    ModuleSignal,
+    NonFinite,
+    Normalisation,
+    Parameter,
+    Site,
+    Split,
+    Step,
+)
+
 if TYPE_CHECKING:
     from isograd.horizon import Horizon
     from isograd.theory.network import Expectation
@@ -23,250 +38,6 @@ FACTORS = {"mul", "rmul", "imul", "div", "truediv", "itruediv", "neg"}
 """Elementwise operations that multiply."""
 SAME = 1e-3
 """Decades between what a multiplication does to the signal and to the gradient: none where it is by one number."""
-
-
-@dataclass(frozen=True, slots=True)
-class Site:
-    """A place in a model: where it is, what happens there, and how deep it lies.
-
-    `depth` counts along the backbone from the input (0) to the loss.
-    """
-
-    name: str
-    """What the user would call it: `h.3 · residual add`."""
-    kind: str
-    """linear, convolution, activation, normalisation, residual add, attention, embedding,
-    recurrent, pooling, dropout, softmax, elementwise, reshape, custom, input, loss."""
-    operation: str
-    """The autograd operation: `addmm`, `gelu`."""
-    module: str
-    """Module path in the model, '' for the root or for code outside of any module."""
-    source: str
-    """`file.py:112` in the user's code, or '' when no frame of theirs was found."""
-    shape: tuple[int, ...]
-    dtype: str
-    depth: int
-    parameters: tuple[str, ...] = ()
-    """Names of the parameters that it works with; of an attention, those that made its values."""
-    settings: tuple[tuple[str | int, object], ...] = ()
-    """Arguments of its call that are no tensors, by name or position: a slope, a stride, whether it is training."""
-
-    @property
-    def place(self) -> str:
-        """Name, kind and source on one line."""
-        return " · ".join(part for part in (self.name, self.source) if part)
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One operation inside a segment: a row of the ledger that says which operation costs what."""
-
-    site: Site
-    level: float
-    """log10 of the gradient norm at its output over that at the segment's output; NaN: not measured."""
-    decades: float
-    """What it costs: the level below it less its own; NaN where its gradient forks."""
-    activation_rms: float
-    branch: bool
-    """Lies on the branch of a residual block."""
-
-
-@dataclass(frozen=True, slots=True)
-class Split:
-    """How much of the gradient that leaves a residual segment came by which way.
-
-    The two are norms relative to the gradient that entered the segment, and do not add up to
-    the gain: the vectors do.
-    """
-
-    skip: float
-    branch: float
-    forward_ratio: float
-    """rms(branch output) / rms(stream) in the forward pass; NaN: not measured."""
-
-
-@dataclass(frozen=True, slots=True)
-class Activation:
-    """One activation function at work: how much of the gradient it lets through."""
-
-    site: Site
-    function: str
-    bottleneck: bool
-    """All gradient of its backbone segment or residual branch passes through it."""
-    mean_derivative: float
-    """Mean of |phi'| over all elements."""
-    saturated: float
-    """Share of elements whose |phi'| is below 5% of the function's largest derivative;
-    0 for functions that saturate on one side only by design (ReLU and its relatives)."""
-    dead: float
-    """Share of units whose derivative is exactly 0 for every sample and position."""
-    units: int
-    samples: int
-    """Samples and positions each unit was seen on."""
-    abreast: bool = False
-    """It stands beside others of its function, as in an Inception block, and all gradient of the segment or branch
-    passes through one of them."""
-
-    @property
-    def carries(self) -> bool:
-        """Can the signal get round it by no way but through the same function?"""
-        return self.bottleneck or self.abreast
-
-
-@dataclass(frozen=True, slots=True)
-class Normalisation:
-    """One normalisation at work: what it divides by is sqrt(variance + epsilon)."""
-
-    site: Site
-    epsilon: float
-    variance: float
-    """Mean variance of what it was given; of an RMS norm its mean square."""
-    output_rms: float
-    """Root mean square of its output, behind gain and shift."""
-    given: float = math.nan
-    """Mean variance of what it was given, where it divides by that of the past instead; NaN: it does not."""
-
-    @property
-    def fixed(self) -> bool:
-        """Does it divide by running statistics?"""
-        return not math.isnan(self.given)
-
-    @property
-    def fits(self) -> float:
-        """Scale of what running statistics make of its input: 1 where they are those of the input."""
-        if not self.fixed:
-            return 1.0
-        return math.sqrt(self.given / self.variance) if self.variance > 0 else math.nan
-
-    @property
-    def kept(self) -> float:
-        """Scale of its output over that of a normalised one, before gain and shift: 1 where it normalises."""
-        whole = self.variance + self.epsilon
-        return math.sqrt(self.variance / whole) if self.variance > 0 and whole > 0 else math.nan
-
-    @property
-    def gain(self) -> float:
-        """Scale that gain and shift give to what is normalised; it is 1 where they start as usual."""
-        normalised = self.kept * self.fits
-        return self.output_rms / normalised if normalised > 0 else math.nan
-
-
-@dataclass(frozen=True, slots=True)
-class Attention:
-    """One attention at work."""
-
-    site: Site
-    spread: float
-    """Mean of 1 - sum(p^2), the size of its softmax's derivative, over that of even attention."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parameter:
-    """One parameter and its gradient, true values: the renormalisation is undone in log space."""
-
-    name: str
-    shape: tuple[int, ...]
-    state: str
-    """'measured', 'frozen' (requires no gradient), 'unused' (its module did not run), 'no-grad' (it ran under
-    `no_grad`), 'detached' (it ran, but the loss does not depend on it), 'stepped' (all that the loss knows of it went
-    through round, sign or another step, whose derivative is zero), or 'unmeasured' (the backward failed)."""
-    grad_norm_log10: float
-    """log10 of the gradient's L2 norm; -inf: exactly zero; NaN: not measured."""
-    weight_norm: float
-    zeros: float
-    """Share of gradient elements that are exactly 0."""
-    nonfinite: int
-    """Gradient elements that are NaN or Inf."""
-    depth: float
-    """Where it acts along the backbone, in sites from the input; NaN: off the backbone."""
-    fan_in: int = 0
-    """Inputs that each output of its layer sums over; 0: no layer multiplies by it."""
-    bias: bool = False
-    """A layer adds it."""
-    first_update: float = math.nan
-    """rms(first update) / rms(weight) under the optimizer's rule; NaN: no optimizer given."""
-
-    @property
-    def ratio_log10(self) -> float:
-        """log10 of gradient norm over weight norm."""
-        if not self.weight_norm > 0:
-            return math.nan
-        return self.grad_norm_log10 - math.log10(self.weight_norm)
-
-
-@dataclass(frozen=True, slots=True)
-class LossCall:
-    """A loss function at work: facts about what it was given, before any gradient."""
-
-    site: Site
-    function: str
-    source: str
-    """Operation that made its input: 'softmax', 'sigmoid', 'linear' …"""
-    width: int
-    """Elements in one row of its input: classes, or outputs."""
-    rows: int
-    input_min: float
-    input_max: float
-    row_sum_error: float
-    """Largest |sum of a row - 1|: 0 for probabilities over classes."""
-    input_spread: float
-    """Largest standard deviation of an output over the rows: 0 if the output ignores the input."""
-    target_min: float
-    target_max: float
-    target: str
-    """'classes' or 'values'."""
-    excess: float = math.nan
-    """How far beyond a constant answer it starts: of classes the loss over that of equal probabilities, of values how far
-    the outputs scatter, in standard deviations of the targets; NaN: not known."""
-
-
-@dataclass(frozen=True, slots=True)
-class InputStatistics:
-    """What a float input of the model looks like, over all of its elements."""
-
-    mean: float
-    rms: float
-    std: float
-    largest: float
-    """Largest magnitude."""
-    varying: float
-    """Root mean square, over the features, of the standard deviation between the samples of the batch."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModuleSignal:
-    """A module of the user's tree with its signal: rms of its output and log10 gradient norm there."""
-
-    path: str
-    kind: str
-    """Class name."""
-    activation_rms: float
-    grad_norm_log10: float
-
-
-@dataclass(frozen=True, slots=True)
-class Failure:
-    """A forward or backward that raised: the user's own traceback, kept as text."""
-
-    phase: str
-    """'forward' or 'backward'."""
-    error: str
-    traceback: str
-    source: str
-
-
-@dataclass(frozen=True, slots=True)
-class NonFinite:
-    """The first operation, in the order of execution, that made a NaN or an Inf, or was given one."""
-
-    phase: str
-    site: Site
-    what: str
-    """What its forward gave, where that was not finite: 'a NaN' or 'an Inf'."""
-    cause: str
-    """'numerics', 'precision', 'data', 'weights', 'mask' or 'empty'."""
-    words: str
-    """The same for the user, with the names of what is to blame."""
 
 
 @dataclass(frozen=True)

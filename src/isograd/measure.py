@@ -7,11 +7,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from isograd.flow import Failure, Flow
+from isograd.flow import Flow
 from isograd.graph.assembly import Assembly
 from isograd.graph.backbone import Backbone, backbone
 from isograd.graph.backward import Backward
 from isograd.graph.traced import Loss, Traced, independent, traced
+from isograd.statistics import Failure
 
 
 def measure(model: nn.Module, loss: Loss, *, optimizer: torch.optim.Optimizer | None = None) -> Flow:

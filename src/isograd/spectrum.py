@@ -20,7 +20,6 @@ from torch.autograd.graph import GradientEdge, Node
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
-from isograd.flow import Site
 from isograd.graph.backbone import Graph
 from isograd.graph.preserve import copied
 from isograd.graph.readings import log10
@@ -28,6 +27,7 @@ from isograd.graph.traced import Loss, Traced, traced, unwrapped
 from isograd.spectra.distribution import Distribution
 from isograd.spectra.jacobian import Jacobian, Place, Product
 from isograd.spectra.singular import estimate
+from isograd.statistics import Site
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -12,11 +12,18 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from isograd.flow import (
+from isograd.flow import Flow
+from isograd.graph.backbone import Backbone, Graph, Segment, closed, step_site
+from isograd.graph.backward import Backward
+from isograd.graph.operations import STEPS, is_trivial, operation_of
+from isograd.graph.origin import first_nonfinite
+from isograd.graph.readings import Readings, log10
+from isograd.graph.traced import Traced
+from isograd.optimizers import first_update
+from isograd.statistics import (
     Activation,
     Attention,
     Failure,
-    Flow,
     InputStatistics,
     LossCall,
     ModuleSignal,
@@ -26,13 +33,6 @@ from isograd.flow import (
     Split,
     Step,
 )
-from isograd.graph.backbone import Backbone, Graph, Segment, closed, step_site
-from isograd.graph.backward import Backward
-from isograd.graph.operations import STEPS, is_trivial, operation_of
-from isograd.graph.origin import first_nonfinite
-from isograd.graph.readings import Readings, log10
-from isograd.graph.traced import Traced
-from isograd.optimizers import first_update
 
 
 class Assembly:

@@ -14,10 +14,10 @@ from itertools import pairwise
 
 from torch.autograd.graph import Node
 
-from isograd.flow import Site
 from isograd.graph.call import Call, Made
 from isograd.graph.operations import IDENTITIES, WEIGHTED, kind_of_module
 from isograd.graph.trace import Trace
+from isograd.statistics import Site
 
 
 class Graph:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from isograd.flow import Failure
 from isograd.graph.backbone import Backbone, Graph
 from isograd.graph.trace import norm
+from isograd.statistics import Failure
 
 EVERY = 8
 """Operations within one site after which the gradient is rescaled again: none of float32 loses 4 decades."""

@@ -7,12 +7,12 @@ from collections.abc import Mapping
 
 from torch.autograd.graph import Node
 
-from isograd.flow import NonFinite
 from isograd.graph.backbone import Graph, step_site
 from isograd.graph.backward import Backward
 from isograd.graph.call import Call
 from isograd.graph.operations import operation_of
 from isograd.graph.traced import Traced
+from isograd.statistics import NonFinite
 
 
 def first_nonfinite(

@@ -1,4 +1,4 @@
-"""What a forward signal is like: how much of it tells one token from the others, what a normalisation makes of it."""
+"""What a forward signal is like: how much of it tells one token from the others, what functions and losses make of it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional
 
 NORMS = ("layer_norm", "rms_norm", "batch_norm", "group_norm", "instance_norm")
@@ -47,6 +48,52 @@ def varying(tensor: Tensor) -> Tensor | None:
         return None
     # Welford's way: exact for samples that are all but alike, and without a copy of the signal.
     return _sampled(tensor, MANY).var(0, correction=0).mean().sqrt().double()
+
+
+def derivative(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """phi'(x) element by element, from the function itself, whatever it is. None: not elementwise."""
+    # Own identity hooks: inside a checkpointed block its packing must not see our saved tensors.
+    with torch._C.DisableTorchFunction(), torch.enable_grad(), saved_tensors_hooks(_unchanged, _unchanged):
+        x = args[0].detach()
+        if x.numel() > LARGEST and x.ndim > 1:  # enough samples to know a unit by
+            x = x[: max(1, LARGEST * x.shape[0] // x.numel())]
+        x = x.clone().requires_grad_()
+        rest = {key: False if key == "inplace" else value for key, value in kwargs.items()}
+        plain = getattr(torch, func.__name__[:-1], func) if func.__name__.endswith("_") else func
+        y = plain(x, *(False if a is True else a for a in args[1:]), **rest)
+        if not isinstance(y, Tensor) or y.shape != x.shape or y.grad_fn is None:
+            return None
+        return torch.autograd.grad(y, x, torch.ones_like(y))[0]
+
+
+def slopes(derivative: Tensor, unit_dim: int, largest: float) -> tuple[Tensor, int]:
+    """Of an activation's phi'(x): mean |phi'|, saturated share, dead share of units (float64, on its device); units."""
+    slope = derivative.abs()
+    dim = unit_dim % slope.ndim if slope.ndim else 0
+    units = slope.shape[dim] if slope.ndim else 1
+    zero = slope == 0
+    dead = zero.movedim(dim, 0).reshape(units, -1).all(dim=1) if units else zero
+    # float32 on purpose: a mean of a million bf16 values would lose its digits
+    mean = slope.mean(dtype=torch.float32)
+    saturated = (slope < 0.05 * largest).mean(dtype=torch.float32) if largest else torch.zeros_like(mean)
+    return torch.stack([mean, saturated, dead.mean(dtype=torch.float32)]).double(), units
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def asked(name: str, given: Tensor, target: Tensor) -> tuple[Tensor, tuple[int, int]]:
+    """What a loss is given: the values of a `call.LossCall`, float64 on their device, and its rows and columns."""
+    rows = given.flatten(1) if given.ndim > 1 else given[:, None]
+    if given.ndim > 2 and name in ("cross_entropy", "nll_loss"):
+        rows = given.movedim(1, -1).flatten(0, -2)
+    rows = rows[: max(2, LARGEST // max(rows.shape[1], 1))].float()
+    sums = rows.sum(1).sub(1).abs().amax()
+    spread = rows.std(0, correction=0).amax() if rows.shape[0] > 1 else torch.zeros_like(sums)
+    seen = target.float() if target.numel() else torch.zeros(1)
+    values = [rows.amin(), rows.amax(), sums, spread, seen.amin(), seen.amax(), excess(name, rows, target)]
+    return torch.stack(values).double(), (given.numel() // max(rows.shape[1], 1), rows.shape[1])
 
 
 def excess(name: str, rows: Tensor, target: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import Node, saved_tensors_hooks
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -213,7 +213,7 @@ class Trace(TorchFunctionMode):
         activation = ACTIVATIONS.get(name.rstrip("_")) if args and isinstance(args[0], Tensor) else None
         derivative = None
         if activation and args[0].requires_grad and args[0].is_floating_point():
-            derivative = _derivative(func, args, kwargs)
+            derivative = signal.derivative(func, args, kwargs)
         if torch.is_grad_enabled():
             self.attribute_custom(args)
         out = func(*args, **kwargs)
@@ -358,16 +358,8 @@ class Trace(TorchFunctionMode):
     def _activation(self, out: Tensor, name: str, derivative: Tensor, largest: float) -> None:
         node = out.grad_fn
         assert node is not None
-        slope = derivative.abs()
-        dim = self.made[node].call.unit_dim % slope.ndim if slope.ndim else 0
-        units = slope.shape[dim] if slope.ndim else 1
-        zero = slope == 0
-        dead = zero.movedim(dim, 0).reshape(units, -1).all(dim=1) if units else zero
-        # float32 on purpose: a mean of a million bf16 values would lose its digits
-        mean = slope.mean(dtype=torch.float32)
-        saturated = (slope < 0.05 * largest).mean(dtype=torch.float32) if largest else torch.zeros_like(mean)
-        values = torch.stack([mean, saturated, dead.mean(dtype=torch.float32)]).double()
-        samples = slope.numel() // max(units, 1)
+        values, units = signal.slopes(derivative, self.made[node].call.unit_dim, largest)
+        samples = derivative.numel() // max(units, 1)
         self.activations.append(ActivationStatistics(node, name.strip("_"), values, units, samples))
 
     def _difference(self, args: tuple[Any, ...], out: Tensor) -> None:
@@ -380,22 +372,10 @@ class Trace(TorchFunctionMode):
     def _loss(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
         given = kwargs.get("input", args[0] if args else None)
         target = kwargs.get("target", args[1] if len(args) > 1 else None)
-        if not isinstance(given, Tensor) or not isinstance(target, Tensor) or not given.numel():
-            return
-        rows = given.detach().flatten(1) if given.ndim > 1 else given.detach()[:, None]
-        if given.ndim > 2 and name in ("cross_entropy", "nll_loss"):
-            rows = given.detach().movedim(1, -1).flatten(0, -2)
-        rows = rows[: max(2, signal.LARGEST // max(rows.shape[1], 1))].float()
-        sums = rows.sum(1).sub(1).abs().amax()
-        spread = rows.std(0, correction=0).amax() if rows.shape[0] > 1 else torch.zeros_like(sums)
-        seen = target.detach().float() if target.numel() else torch.zeros(1)
-        excess = signal.excess(name, rows, target.detach())
-        values = torch.stack(
-            [rows.amin(), rows.amax(), sums, spread, seen.amin(), seen.amax(), excess]
-        ).double()
-        kind = "values" if target.is_floating_point() else "classes"
-        shape = (given.numel() // max(rows.shape[1], 1), rows.shape[1])
-        self.losses.append(LossCall(name, out.grad_fn, given.grad_fn, shape, values, kind))
+        if isinstance(given, Tensor) and isinstance(target, Tensor) and given.numel():
+            values, shape = signal.asked(name, given.detach(), target.detach())
+            kind = "values" if target.is_floating_point() else "classes"
+            self.losses.append(LossCall(name, out.grad_fn, given.grad_fn, shape, values, kind))
 
 
 def _custom(call: Call, node: Any) -> Call:
@@ -413,22 +393,6 @@ def _plain(value: object) -> object:
     return value if isinstance(value, bool | int | float | str) else None
 
 
-def _derivative(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-    """phi'(x) element by element, from the function itself, whatever it is. None: not elementwise."""
-    # Own identity hooks: inside a checkpointed block its packing must not see our saved tensors.
-    with torch._C.DisableTorchFunction(), torch.enable_grad(), saved_tensors_hooks(_same, _same):
-        x = args[0].detach()
-        if x.numel() > signal.LARGEST and x.ndim > 1:  # enough samples to know a unit by
-            x = x[: max(1, signal.LARGEST * x.shape[0] // x.numel())]
-        x = x.clone().requires_grad_()
-        rest = {key: False if key == "inplace" else value for key, value in kwargs.items()}
-        plain = getattr(torch, func.__name__[:-1], func) if func.__name__.endswith("_") else func
-        y = plain(x, *(False if a is True else a for a in args[1:]), **rest)
-        if not isinstance(y, Tensor) or y.shape != x.shape or y.grad_fn is None:
-            return None
-        return torch.autograd.grad(y, x, torch.ones_like(y))[0]
-
-
 def argument_names(module: nn.Module, args: tuple[Any, ...]) -> dict[str, str]:
     """`[0][1]` -> the name of the second positional argument of the module's forward."""
     names = [p.name for p in inspect.signature(module.forward).parameters.values() if p.kind in (0, 1)]
@@ -438,10 +402,6 @@ def argument_names(module: nn.Module, args: tuple[Any, ...]) -> dict[str, str]:
 def _inside_transform() -> bool:
     """Inside vmap or torch.func, whose wrapped tensors have nodes of their own."""
     return torch._C._functorch.peek_interpreter_stack() is not None  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from isograd.flow import Flow, Site
+from isograd.flow import Flow
 from isograd.graph.operations import ACTIVATIONS
 from isograd.measure import measure
 from isograd.monitor.names import ADDED
 from isograd.monitor.sharding import is_sharded
+from isograd.statistics import Site
 
 SAMPLES = 8
 """A unit that is off half of the time is off in 8 samples by chance once in 256."""

@@ -32,11 +32,12 @@ from dataclasses import replace
 
 from torch import nn
 
-from isograd.flow import FACTORS, Activation, Flow, Site
+from isograd.flow import FACTORS, Flow
 from isograd.graph.operations import ACTIVATIONS
 from isograd.layers import Layer, is_chain, layers
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
 from isograd.remedies.critical_initialisation import biases, gain, weight
+from isograd.statistics import Activation, Site
 
 SLUG = "exchange-activation"
 TREATS = ("activation", "SA301", "VG101", "EG202", "NF401", "NF402")

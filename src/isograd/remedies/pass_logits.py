@@ -24,8 +24,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from isograd.flow import Flow, Site
+from isograd.flow import Flow
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.statistics import Site
 from isograd.symptoms.no_gradient_at_loss import logarithm, oversteps, taken
 
 SLUG = "pass-logits"

@@ -8,8 +8,9 @@ import msgspec
 
 import isograd
 from isograd.diagnosis import Diagnosis, Effect, Finding
-from isograd.flow import Flow, Parameter
+from isograd.flow import Flow
 from isograd.render import numbers
+from isograd.statistics import Parameter
 
 SCHEMA = 1
 """Raised when a field changes its meaning or goes; a new field does not raise it."""

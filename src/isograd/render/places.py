@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from isograd.diagnosis import Diagnosis, Finding
-from isograd.flow import Flow, Site
+from isograd.flow import Flow
+from isograd.statistics import Site
 
 
 @dataclass(frozen=True)

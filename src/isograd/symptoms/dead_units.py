@@ -29,8 +29,9 @@ import math
 from collections.abc import Iterator
 
 from isograd.diagnosis import Finding, Severity
-from isograd.flow import Activation, Flow
+from isograd.flow import Flow
 from isograd.graph.operations import ACTIVATIONS
+from isograd.statistics import Activation
 from isograd.symptoms import Healthy, Outcome, Unexamined
 
 CODE = "SA302"

@@ -28,7 +28,8 @@ import math
 from collections.abc import Iterator
 
 from isograd.diagnosis import Finding, Severity
-from isograd.flow import Flow, LossCall, Site
+from isograd.flow import Flow
+from isograd.statistics import LossCall, Site
 from isograd.symptoms import Healthy, Outcome, Unexamined
 from isograd.symptoms.shrunk_output import leave_out
 

@@ -25,7 +25,8 @@ from collections.abc import Iterator
 from statistics import median
 
 from isograd.diagnosis import Finding, Severity
-from isograd.flow import Flow, Parameter
+from isograd.flow import Flow
+from isograd.statistics import Parameter
 from isograd.symptoms import Healthy, Outcome, Unexamined
 
 CODE = "UP503"

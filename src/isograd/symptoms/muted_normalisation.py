@@ -30,7 +30,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from isograd.diagnosis import Finding, Severity
-from isograd.flow import Flow, Normalisation
+from isograd.flow import Flow
+from isograd.statistics import Normalisation
 from isograd.symptoms import Healthy, Outcome
 
 CODE = "VG106"

@@ -32,7 +32,8 @@ from collections.abc import Iterator
 from itertools import pairwise
 
 from isograd.diagnosis import Finding, Severity
-from isograd.flow import Flow, LossCall, Site
+from isograd.flow import Flow
+from isograd.statistics import LossCall, Site
 from isograd.symptoms import Healthy, Outcome, Unexamined
 
 CODE = "VG102"

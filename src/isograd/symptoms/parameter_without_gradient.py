@@ -29,7 +29,8 @@ import math
 from collections.abc import Iterator
 
 from isograd.diagnosis import Finding, Severity
-from isograd.flow import Flow, Parameter
+from isograd.flow import Flow
+from isograd.statistics import Parameter
 from isograd.symptoms import Healthy, Outcome, Unexamined
 
 CODE = "UP501"

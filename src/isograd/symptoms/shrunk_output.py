@@ -27,8 +27,9 @@ import math
 from collections.abc import Iterator
 
 from isograd.diagnosis import Finding, Severity
-from isograd.flow import Flow, Site
+from isograd.flow import Flow
 from isograd.graph.operations import LOSSES
+from isograd.statistics import Site
 from isograd.symptoms import Healthy, Outcome, Unexamined
 from isograd.symptoms.no_gradient_at_loss import NORMALISED_LOG, OF_LOGITS, REGRESSIONS, VIEWS
 

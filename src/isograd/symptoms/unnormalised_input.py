@@ -28,8 +28,9 @@ import math
 from collections.abc import Iterator
 
 from isograd.diagnosis import Finding, Severity
-from isograd.flow import Flow, InputStatistics
+from isograd.flow import Flow
 from isograd.graph.operations import ACTIVATIONS
+from isograd.statistics import InputStatistics
 from isograd.symptoms import Healthy, Outcome, Unexamined
 
 CODE = "UP504"

@@ -35,8 +35,9 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from isograd.diagnosis import Finding, Severity
-from isograd.flow import Flow, Parameter, Site, per_layer
+from isograd.flow import Flow, per_layer
 from isograd.graph.operations import STEPS
+from isograd.statistics import Parameter, Site
 from isograd.symptoms import Healthy, Outcome, Unexamined
 from isograd.symptoms.shrunk_output import leave_out
 

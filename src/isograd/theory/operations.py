@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from isograd.flow import Flow, Parameter, Site, Step
+from isograd.flow import Flow
+from isograd.statistics import Parameter, Site, Step
 from isograd.theory.blocks import (
     Averaging,
     BatchNorm,
