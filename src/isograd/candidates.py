@@ -39,7 +39,7 @@ NARROW = 1.0
 """Depth over width from which a draw of the weights decides more than their gain: the logarithm of the gradient's norm
 has a variance of this order, a healthy mean says little of most directions, and every ReLU that is off takes one away
 (Hanin and Nica 2018, arXiv:1812.05994). Of AutoTrainer's networks on circles and blobs, tanh or ReLU at the right gain
-brought 2 of 17 within two points of the best control, this 17 of 18 (`python -m benchmarks.replay table`). Plain CNNs of
+brought 2 of 17 within two points of the best control, this all 18 (`python -m benchmarks.replay table`). Plain CNNs of
 eight channels train to .59 +- .2 as He draws them and to .83 at least with this (`python -m benchmarks.twins table`)."""
 NARROWED = ("VG101", "EG201", "EG202", "SA301", "SA302", "NF401", "NF402")
 """Findings that in such networks are treated with another function and orthogonal weights together."""

@@ -20,7 +20,7 @@ BETTER = 0.1
 """Share of the score, and of what was gained so far, that a training has to gain before a change is said to help.
 
 Trainings of one network from ten seeds differ by half of this and more: at .05 four trainings chose, on AutoTrainer's
-networks, what one seed happened to like, and left 154 of 180 runs within two points of the best control where no
+networks, what one seed happened to like, and left 154 of 180 runs within two points of the best control, now 170, where no
 training left 174 (`python -m benchmarks.replay table`)."""
 
 
