@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constr
 # Two cores, two workers; each test then runs on one torch thread.
 WORKERS ?= 2
 
-.PHONY: demo test lint types format bench repair-bench gallery zoo schema clean
+.PHONY: demo test lint types format bench repair-bench gallery gpu zoo schema clean
 
 demo: .venv/installed
 	$(BIN)/isograd demo
@@ -38,6 +38,9 @@ repair-bench: .venv/installed-dev
 
 gallery: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "slow and not gpu"
+
+gpu: .venv/installed-dev
+	$(BIN)/python -m pytest -q -m gpu
 
 zoo: .venv/installed-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m gallery.zoo
