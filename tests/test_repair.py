@@ -439,6 +439,35 @@ def test_a_training_is_asked_about_what_no_gradient_shows() -> None:
     assert len(scored) == 2  # as it is, and one change
 
 
+def test_what_takes_a_warning_away_need_not_train_better_but_no_worse() -> None:
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.memory, self.head = nn.GRU(4, 32, batch_first=True), nn.Linear(32, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.memory(x)[0][:, -1])
+
+    torch.manual_seed(0)
+    model, x, y = Reader(), torch.randn(32, 50, 4), torch.randint(0, 4, (32,))
+
+    def loss(m: nn.Module) -> Tensor:
+        return functional.cross_entropy(m(x), y)
+
+    def trained(better: float) -> Repair:
+        return repair(model, loss, train=lambda m, _: better * (not torch.equal(_biases(m), _biases(model))))
+
+    assert [f.code for f in check(model, loss).findings if f.code == "RN601"]
+    relieved = trained(0.0).prescription
+    assert relieved is not None
+    assert relieved.remedy == "chrono-initialisation"
+    assert trained(-0.01).prescription is None
+
+
+def _biases(model: nn.Module) -> Tensor:
+    return torch.cat([p.detach() for name, p in model.named_parameters() if "bias" in name])
+
+
 def test_what_is_left_behind_a_cure_is_asked_of_a_training() -> None:
     torch.manual_seed(0)
     model, loss = relu_large()

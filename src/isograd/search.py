@@ -170,10 +170,12 @@ class Search:
             if changed is None:
                 continue
             score, why = self._score(changed, rx)
-            seen = None
-            if judge.prefers(score, self.best.score) and (seen := self._seen_in(changed, rx)) is not None:
+            seen, better = None, judge.prefers(score, self.best.score)
+            # What takes a warning away has theory on its side: it need not train better, but no worse.
+            relief = _warned(self.best.diagnosis) and score >= self.best.score
+            if (better or relief) and (seen := self._seen_in(changed, rx)) is not None:
                 why = f"{_seen(seen)}, and {why}"
-                if not seen.errors:
+                if not seen.errors and (better or not _warned(seen)):
                     self.best = Outcome(changed, rx, seen, score)
             self._note(rx, why, seen, began, score)
         if self.best.prescription is None:
