@@ -32,6 +32,7 @@ ARMS = (
     "layernorm",
     "random",
     "twin isograd",
+    "twin judged",
     "twin selu",
     "twin layernorm",
 )
@@ -45,7 +46,7 @@ def settings(arm: str, chosen: Iterable[Case], seeds: int) -> Iterator[Setting]:
     once: dict[str, Case] = {}
     for case in chosen:
         once.setdefault(model_of(case) if arm.startswith("twin") else case.name, case)
-    if arm == "judged":
+    if arm.endswith("judged"):
         yield from (setting(case, arm, seed) for case in once.values() for seed in range(seeds))
         return
     for seed in range(seeds):

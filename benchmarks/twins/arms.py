@@ -59,17 +59,21 @@ def with_isograd(case: Case, model: nn.Module, seed: int) -> Treated:
     return _treated(model, found, seed, time.perf_counter() - started)
 
 
-def judged_isograd(case: Case, model: nn.Module, seed: int) -> Treated:
+def judged(faulty: bool) -> Arm:
     """The same with as many trainings to choose by as random search has; every seed gets what was chosen."""
-    found, seconds = _judged(case)
-    return _treated(model, found, seed, seconds)
+
+    def treat(case: Case, model: nn.Module, seed: int) -> Treated:
+        found, seconds = _chosen(case, faulty)
+        return _treated(model, found, seed, seconds)
+
+    return treat
 
 
 @lru_cache(maxsize=1)
-def _judged(case: Case) -> tuple[Repair, float]:
+def _chosen(case: Case, faulty: bool) -> tuple[Repair, float]:
     started = time.perf_counter()
     found = repair(
-        case.build(CHOOSING_SEED, faulty=True).train(),
+        case.build(CHOOSING_SEED, faulty=faulty).train(),
         case.loss(CHOOSING_SEED),
         train=lambda changed, _: train(case, changed, CHOOSING_SEED),
         trainings=DRAWS,

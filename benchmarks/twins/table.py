@@ -137,7 +137,7 @@ def _harm(store: Store) -> str:
     """What each arm does to models that are well."""
     models = {case.name.split(" / ")[0]: case for case in cases()}
     rows: list[list[str]] = []
-    for arm in ("isograd", "selu", "layernorm"):
+    for arm in ("isograd", "judged", "selu", "layernorm"):
         done = [case for case in models.values() if store.of(case, f"twin {arm}")]
         if not done:
             continue

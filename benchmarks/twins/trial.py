@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import isograd
-from benchmarks.twins.arms import BLIND, Arm, at_rate, drawn, judged_isograd, untreated, with_isograd
+from benchmarks.twins.arms import BLIND, Arm, at_rate, drawn, judged, untreated, with_isograd
 from benchmarks.twins.case import Case, train
 from benchmarks.twins.cases import cases
 
@@ -79,7 +79,7 @@ def _arm(name: str, setting: Setting) -> Arm:
         case "isograd":
             return with_isograd
         case "judged":
-            return judged_isograd
+            return judged(faulty=not setting["arm"].startswith("twin"))
         case "random":
             return drawn(int(setting["draw"]))
         case "lr":
