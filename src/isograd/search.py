@@ -25,6 +25,7 @@ from isograd.remedies import (
     lsuv,
     slugs,
 )
+from isograd.symptoms import closed_gates, short_horizon
 from isograd.symptoms.vanishing_gradient import threshold
 
 MOST = 40
@@ -33,6 +34,8 @@ SPARE = 4
 """Further candidates of the same reach that are measured when one leaves a warning about depth, and no error."""
 HELP = 0.5
 """Decades that a change has to give back, or one kind of error, if it is to be shown though it is no cure."""
+MEMORY = {short_horizon.CODE, closed_gates.CODE}
+"""Findings of how long something is remembered."""
 IN_VAIN = 2
 """Candidates of one reach that gain nothing in a training: then what is of another kind is asked."""
 
@@ -172,10 +175,10 @@ class Search:
             score, why = self._score(changed, rx)
             seen, better = None, judge.prefers(score, self.best.score)
             # What takes a warning away has theory on its side: it need not train better, but no worse.
-            relief = _warned(self.best.diagnosis) and score >= self.best.score
+            relief = self._warned(self.best.diagnosis) and score >= self.best.score
             if (better or relief) and (seen := self._seen_in(changed, rx)) is not None:
-                why = f"{_seen(seen)}, and {why}"
-                if not seen.errors and (better or not _warned(seen)):
+                why = f"{self._seen(seen)}, and {why}"
+                if not seen.errors and (better or not self._warned(seen)):
                     self.best = Outcome(changed, rx, seen, score)
             self._note(rx, why, seen, began, score)
         if self.best.prescription is None:
@@ -216,7 +219,7 @@ class Search:
         if seen is None:
             return False
         outcome = Outcome(changed, rx, seen)
-        why, healthy = _seen(outcome.diagnosis), not outcome.diagnosis.errors
+        why, healthy = self._seen(outcome.diagnosis), not outcome.diagnosis.errors
         if healthy and self.judge is not None:
             best = self.best
             self._keep(outcome)  # whatever becomes of its training
@@ -225,7 +228,7 @@ class Search:
             why += f", and {told}" if told else ""
         self._note(rx, why, outcome.diagnosis, began, outcome.score)
         self._keep(outcome)
-        return healthy and not _warned(outcome.diagnosis) and not self._worse(outcome)
+        return healthy and not self._warned(outcome.diagnosis) and not self._worse(outcome)
 
     def _applied(self, rx: Prescription) -> nn.Module | None:
         """A changed copy; None where that failed, which is noted.
@@ -304,7 +307,25 @@ class Search:
 
     def _badness(self, outcome: Outcome) -> tuple[bool, bool, bool, float]:
         seen, sick = outcome.diagnosis, bool(outcome.diagnosis.errors)
-        return sick, self._worse(outcome), not sick and _warned(seen), distance(seen.flow)
+        return sick, self._worse(outcome), not sick and self._warned(seen), distance(seen.flow)
+
+    def _seen(self, after: Diagnosis) -> str:
+        """Why a candidate was not enough, or that it was."""
+        remains = f"{distance(after.flow):.1f} decades remain"
+        if after.errors:
+            return f"{', '.join(f'{f.code} {f.name}' for f in after.errors)}: {remains}"
+        return f"healthy, with a warning: {remains}" if self._warned(after) else "healthy"
+
+    def _warned(self, seen: Diagnosis) -> bool:
+        """A warning about the gradient along depth or time, which a cure should not leave.
+
+        Of a short memory only where the model came with one: whether its task needs a longer one is not known, and the
+        cure of something else is not to be passed over for what holds on to everything.
+        """
+        warned = {f.code for f in seen.findings if f.severity >= Severity.WARNING}
+        if not MEMORY & {f.code for f in self.before.findings}:
+            warned -= MEMORY
+        return any(code[:2] in ("VG", "EG", "RN") for code in warned)
 
     def _examined(self, model: nn.Module) -> Diagnosis:
         return diagnose(along_time(measure(model, self.loss), model, self.loss))
@@ -312,20 +333,6 @@ class Search:
 
 class _Spent(Exception):
     """The budget of a search is used up."""
-
-
-def _seen(after: Diagnosis) -> str:
-    """Why a candidate was not enough, or that it was."""
-    remains = f"{distance(after.flow):.1f} decades remain"
-    if after.errors:
-        return f"{', '.join(f'{f.code} {f.name}' for f in after.errors)}: {remains}"
-    return f"healthy, with a warning: {remains}" if _warned(after) else "healthy"
-
-
-def _warned(diagnosis: Diagnosis) -> bool:
-    """A warning about the gradient along depth or time."""
-    depth = ("VG", "EG", "RN")
-    return any(f.code[:2] in depth and f.severity >= Severity.WARNING for f in diagnosis.findings)
 
 
 def _first_line(error: Exception) -> str:

@@ -23,6 +23,8 @@ WORDS = {
     "orthogonal-recurrence": "draw the recurrent matrix orthogonal: nn.init.orthogonal_(rnn.weight_hh_l0)",
     "pre-norm": "normalise the input of each branch, x + f(norm(x)), instead of the sum",
     "query-key-norm": "normalise queries and keys of each head before their product: functional.rms_norm",
+    "recurrent-initialisation": "draw the recurrent matrix orthogonal, gate by gate: "
+    "for gate in rnn.weight_hh_l0.data.chunk(4): nn.init.orthogonal_(gate)",
     "rescale-weights": "multiply the weights of the layer to the size of the others: std 1/sqrt(fan_in)",
     "reset-norm-epsilon": "set the normalisation's eps back to its default, 1e-5",
     "reset-norm-gain": "start the normalisation's weights at 1: nn.init.ones_(norm.weight)",

@@ -65,7 +65,7 @@ def _kernels(flow: Flow) -> list[Outcome]:
                     f"{site.name} as a whole multiplies the gradient by {decades:+.1f} decades (an error from {limit:+.1f})",
                     sites=(site.place,),
                     evidence={"decades": decades, "threshold": limit},
-                    remedies=("orthogonal-recurrence", "clip-gradients"),
+                    remedies=_helping({"RNN" if "rnn" in site.operation else site.operation.upper()}),
                 )
             )
     return found
@@ -98,8 +98,15 @@ def judge(found: Horizon) -> Iterator[Outcome]:
             "threshold": ERROR,
             "probes": found.probes,
         },
-        remedies=("orthogonal-recurrence", "gated-recurrence", "clip-gradients"),
+        remedies=_helping({r.kind for r in found.recurrences}),
     )
+
+
+def _helping(kinds: set[str]) -> tuple[str, ...]:
+    """Remedies for these kinds of recurrence: what has gates cannot be given any."""
+    gated = kinds and not kinds & {"RNN", "loop"}
+    drawn = ("recurrent-initialisation",) if gated else ("orthogonal-recurrence", "gated-recurrence")
+    return (*drawn, "clip-gradients")
 
 
 def growth(found: Horizon) -> float:
