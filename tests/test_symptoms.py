@@ -11,6 +11,7 @@ from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
+from typing import cast
 
 import pytest
 import torch
@@ -1163,6 +1164,38 @@ def test_a_convolution_of_several_layers_is_none() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 1), *[shared] * 10, nn.Flatten(), nn.Linear(4 * 36, 10))
     x, y = torch.randn(8, 1, 6, 6), torch.randint(10, (8,))
     assert check(model, lambda m: functional.cross_entropy(m(x), y)).flow.horizon is None
+
+
+class Graph(nn.Module):
+    """Averages over a ring of neighbours, ten times, with the node itself beside the average or without."""
+
+    def __init__(self, skip: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(24, 24) for _ in range(10))
+        self.head, self.skip = nn.Linear(24, 4), skip
+        with torch.no_grad():
+            for layer in self.layers:
+                layer.weight.normal_(0, (2 / 24) ** 0.5)  # pyright: ignore
+        ring = torch.eye(16)
+        self.register_buffer("averages", (ring + ring.roll(1, 0) + ring.roll(3, 0)) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            mixed = torch.relu(cast(Tensor, self.averages) @ layer(x))
+            x = nn.functional.layer_norm(x + 0.3 * mixed, (24,)) if self.skip else mixed
+        return self.head(x)
+
+
+@pytest.mark.parametrize(("skip", "codes"), [(True, []), (False, ["VG105"])])
+def test_a_graph_network_without_skips_around_its_averages(skip: bool, codes: list[str]) -> None:
+    torch.manual_seed(0)
+    model, x, y = Graph(skip), torch.randn(8, 16, 24), torch.randint(4, (8 * 16,))
+    found = repair(model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), y))
+    assert [f.code for f in found.before.errors] == codes
+    assert found.cured is skip  # a skip around the layers alone keeps no node beside the average
+    assert (
+        any("a skip around what averages" in word for rx in found.by_hand for word in rx.advice) is not skip
+    )
 
 
 # -- far-start, constants and cuts -----------------------------------------------------------------
