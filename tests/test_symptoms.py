@@ -1198,6 +1198,38 @@ def test_a_graph_network_without_skips_around_its_averages(skip: bool, codes: li
     )
 
 
+class Kernel(nn.Module):
+    """Linear attention: the feature map of queries and keys is a ReLU, shifted."""
+
+    def __init__(self, shift: float, features: int = 16) -> None:
+        super().__init__()
+        self.project, self.out, self.head = (
+            nn.Linear(16, 2 * features + 16),
+            nn.Linear(16, 16),
+            nn.Linear(16, 4),
+        )
+        self.sizes, self.shift = (features, features, 16), shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x).split(self.sizes, -1)
+        q, k = torch.relu(q - self.shift), torch.relu(k - self.shift)
+        weights = q @ k.mT
+        return self.head(x + self.out(weights / (weights.sum(-1, keepdim=True) + 1e-6) @ v))
+
+
+@pytest.mark.parametrize(("shift", "features", "codes"), [(0.0, 16, []), (9.0, 16, ["SA302"]), (9.0, 4, [])])
+def test_a_layer_beside_the_backbone_that_is_dead_as_a_whole(
+    shift: float, features: int, codes: list[str]
+) -> None:
+    torch.manual_seed(0)
+    model, x, y = Kernel(shift, features), torch.randn(8, 6, 16), torch.randint(4, (48,))
+    found = repair(model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), y))
+    assert [f.code for f in found.before.errors] == codes
+    assert any("positive for some samples" in word for rx in found.by_hand for word in rx.advice) is bool(
+        codes
+    )
+
+
 # -- far-start, constants and cuts -----------------------------------------------------------------
 
 
