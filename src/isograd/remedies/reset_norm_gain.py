@@ -36,8 +36,9 @@ SLUG = "reset-norm-gain"
 TREATS = ("norm-gain", "VG101", "EG201", "EG202", "EG205")
 NEAR = (0.3, 3.0)
 """RMS gains between these cost less than half a decade: trained networks have them."""
-AGREES = 1.1
-"""Factor within which the gain that was measured is that of 1 + weight: the signal's features are not all of one size."""
+AGREES = 2.0
+"""Factor within which the gain that was measured is that of the weight, or of 1 + weight: the signal's features are not all
+of one size. Near zero the two lie decades apart."""
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
