@@ -1230,6 +1230,38 @@ def test_a_layer_beside_the_backbone_that_is_dead_as_a_whole(
     )
 
 
+class Additive(nn.Module):
+    """Queries and keys are added in a tanh, and a vector reads the logits off it."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.enter = nn.Linear(24, 24)
+        self.query, self.key = nn.Linear(24, 24), nn.Linear(24, 24)
+        self.score, self.head = nn.Linear(24, 1), nn.Linear(48, 4)
+        with torch.no_grad():
+            self.query.weight.mul_(gain)
+            self.key.weight.mul_(gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        both = torch.tanh(self.query(x)[:, :, None] + self.key(x)[:, None])
+        weights = self.score(both).squeeze(-1).softmax(-1)
+        return self.head(torch.cat([x, weights @ x], -1))
+
+
+@pytest.mark.parametrize(("gain", "codes"), [(1.0, []), (30.0, ["SA304"])])
+def test_additive_attention_whose_tanh_is_flat(gain: float, codes: list[str]) -> None:
+    """Its softmax stays open: the size of the score's weights bounds the logits."""
+    torch.manual_seed(0)
+    model, x, y = Additive(gain), torch.randn(8, 6, 24), torch.randint(4, (48,))
+    found = repair(model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), y))
+    assert [f.code for f in found.before.errors] == codes
+    assert found.cured
+    assert all(a.spread > 0.9 for a in found.before.flow.attentions)
+    if found.prescription is not None:
+        assert {e.place for e in found.prescription.edits} == {"query.weight", "key.weight"}
+
+
 # -- far-start, constants and cuts -----------------------------------------------------------------
 
 
