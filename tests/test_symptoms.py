@@ -1262,6 +1262,29 @@ def test_additive_attention_whose_tanh_is_flat(gain: float, codes: list[str]) ->
         assert {e.place for e in found.prescription.edits} == {"query.weight", "key.weight"}
 
 
+class Scored(nn.Module):
+    """Graph attention: two vectors score what is attended to and what attends."""
+
+    def __init__(self, loud: float) -> None:
+        super().__init__()
+        self.enter, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+        self.left, self.right = (nn.Parameter(loud * torch.randn(16)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.enter(x)
+        logits = functional.leaky_relu((h @ self.left)[:, :, None] + (h @ self.right)[:, None], 0.2)
+        return self.head(h + logits.softmax(-1) @ h)
+
+
+def test_vectors_that_score_are_no_biases_and_loud_scores_are_told_with_their_line() -> None:
+    torch.manual_seed(0)
+    model, x, y = Scored(60.0), torch.randn(8, 6, 16), torch.randint(4, (48,))
+    found = repair(model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), y))
+    assert "SA304" in [f.code for f in found.before.errors]
+    assert not any(p.bias for p in found.before.flow.parameters if p.name in ("left", "right"))
+    assert any("test_symptoms.py" in word and "logits" in word for rx in found.by_hand for word in rx.advice)
+
+
 # -- far-start, constants and cuts -----------------------------------------------------------------
 
 
