@@ -356,6 +356,20 @@ def test_a_piecewise_linear_function_has_no_second_derivative() -> None:
     assert any("relu exchanged for SiLU" in e.intervention and e.given_back > 10 for e in finding.effects)
 
 
+def test_a_slope_of_straight_pieces_teaches_all_weights() -> None:
+    """A gradient penalty on a critic of ReLUs: the slope is the same all around a sample, and a product of weights."""
+
+    def penalty(m: nn.Module) -> Tensor:
+        x = torch.linspace(0, 1, 32)[:, None].requires_grad_()
+        (slope,) = torch.autograd.grad(m(x).sum(), x, create_graph=True)
+        return m(x - 1).mean() - m(x).mean() + 10 * (slope.norm(dim=1) - 1).square().mean()
+
+    torch.manual_seed(0)
+    diagnosis = check(Equation(nn.ReLU), penalty)
+    assert diagnosis.verdict == "healthy"
+    assert "of the input alone" in diagnosis.unexamined["VG101"]
+
+
 def test_a_loss_that_differentiates_the_model_can_be_repaired() -> None:
     """Remedies that look at what the model computes let it compute with gradients."""
     torch.manual_seed(0)

@@ -36,6 +36,11 @@ def both_logs(p: Tensor) -> Tensor:
     return -(BINARY * p.log() + (1 - BINARY) * (1 - p).log()).mean()
 
 
+def aligned(p: Tensor) -> Tensor:
+    """The rows of the batch as the steps of one sequence that says 1, 2."""
+    return functional.ctc_loss(p, torch.tensor([1, 2]), torch.tensor(len(p)), torch.tensor(2))
+
+
 MISFITS: dict[str, Callable[[], Built]] = {
     "softmax, then cross_entropy": lambda: headed(4, lambda p: functional.cross_entropy(p, CLASSES), lambda x: x.softmax(-1)),
     "softmax over one unit": lambda: headed(1, lambda p: functional.binary_cross_entropy(p, BINARY), lambda x: x.softmax(-1)),
@@ -45,6 +50,8 @@ MISFITS: dict[str, Callable[[], Built]] = {
     "sigmoid, then cross_entropy": lambda: headed(4, lambda p: functional.cross_entropy(p, CLASSES), torch.sigmoid),
     "relu, then cross_entropy": lambda: headed(4, lambda p: functional.cross_entropy(p, CLASSES), torch.relu),
     "softmax, then nll_loss": lambda: headed(4, lambda p: functional.nll_loss(p, CLASSES), lambda x: x.softmax(-1)),
+    "logits, then nll_loss": lambda: headed(4, lambda p: functional.nll_loss(p, CLASSES)),
+    "softmax, then ctc_loss": lambda: headed(4, aligned, lambda x: x.softmax(-1)),
     "softmax, then log_softmax by hand": lambda: headed(4, lambda p: functional.nll_loss(p.log_softmax(-1), CLASSES), lambda x: x.softmax(-1)),
     "sigmoid, then logsigmoid by hand": lambda: headed(1, lambda p: -functional.logsigmoid(p).mean(), torch.sigmoid),
     "sigmoid for targets up to 50": lambda: headed(1, lambda p: functional.mse_loss(p, BINARY * 50), torch.sigmoid),
@@ -57,6 +64,7 @@ MISFITS: dict[str, Callable[[], Built]] = {
 FITS: dict[str, Callable[[], Built]] = {
     "logits, cross_entropy": lambda: headed(4, lambda p: functional.cross_entropy(p, CLASSES)),
     "log_softmax, nll_loss": lambda: headed(4, lambda p: functional.nll_loss(p, CLASSES), lambda x: x.log_softmax(-1)),
+    "log_softmax, ctc_loss": lambda: headed(4, aligned, lambda x: x.log_softmax(-1)),
     "logits, with_logits": lambda: headed(1, lambda p: functional.binary_cross_entropy_with_logits(p, BINARY)),
     "sigmoid, binary_cross_entropy": lambda: headed(1, lambda p: functional.binary_cross_entropy(p, BINARY), torch.sigmoid),
     "sigmoid for targets of 0 and 1": lambda: headed(1, lambda p: functional.mse_loss(p, BINARY), torch.sigmoid),

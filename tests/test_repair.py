@@ -296,6 +296,28 @@ def test_what_only_the_user_can_do_is_said_where_nothing_cures() -> None:
     assert [told["remedy"] for told in json.loads(found.to_json())["by_hand"]] == [rx.remedy]
 
 
+class PlusOneNorm(nn.Module):
+    """RMS normalisation whose gain is 1 + weight."""
+
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(start + 0.01 * torch.randn(64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return functional.rms_norm(x, (64,)) * (1 + self.weight)
+
+
+def test_gains_that_are_added_to_one_become_zero() -> None:
+    torch.manual_seed(0)
+    body = [part for _ in range(8) for part in (nn.Linear(64, 64), PlusOneNorm(-1.0), nn.Tanh())]
+    found = repair(*classified(nn.Sequential(*body, nn.Linear(64, 10))))
+    assert found.cured
+    assert found.prescription is not None
+    assert {(e.place, e.of) for e in found.prescription.edits} == {
+        (f"{i}.weight", "nn.init.zeros_") for i in range(1, 24, 3)
+    }
+
+
 def test_what_alone_is_too_loud_is_scaled_alone() -> None:
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.ReLU()) for _ in range(4)]

@@ -11,6 +11,7 @@ from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
+from typing import cast
 
 import pytest
 import torch
@@ -1164,6 +1165,125 @@ def test_a_convolution_of_several_layers_is_none() -> None:
     model = nn.Sequential(nn.Conv2d(1, 4, 1), *[shared] * 10, nn.Flatten(), nn.Linear(4 * 36, 10))
     x, y = torch.randn(8, 1, 6, 6), torch.randint(10, (8,))
     assert check(model, lambda m: functional.cross_entropy(m(x), y)).flow.horizon is None
+
+
+class Graph(nn.Module):
+    """Averages over a ring of neighbours, ten times, with the node itself beside the average or without."""
+
+    def __init__(self, skip: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(24, 24) for _ in range(10))
+        self.head, self.skip = nn.Linear(24, 4), skip
+        with torch.no_grad():
+            for layer in self.layers:
+                layer.weight.normal_(0, (2 / 24) ** 0.5)  # pyright: ignore
+        ring = torch.eye(16)
+        self.register_buffer("averages", (ring + ring.roll(1, 0) + ring.roll(3, 0)) / 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            mixed = torch.relu(cast(Tensor, self.averages) @ layer(x))
+            x = nn.functional.layer_norm(x + 0.3 * mixed, (24,)) if self.skip else mixed
+        return self.head(x)
+
+
+@pytest.mark.parametrize(("skip", "codes"), [(True, []), (False, ["VG105"])])
+def test_a_graph_network_without_skips_around_its_averages(skip: bool, codes: list[str]) -> None:
+    torch.manual_seed(0)
+    model, x, y = Graph(skip), torch.randn(8, 16, 24), torch.randint(4, (8 * 16,))
+    found = repair(model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), y))
+    assert [f.code for f in found.before.errors] == codes
+    assert found.cured is skip  # a skip around the layers alone keeps no node beside the average
+    assert (
+        any("a skip around what averages" in word for rx in found.by_hand for word in rx.advice) is not skip
+    )
+
+
+class Kernel(nn.Module):
+    """Linear attention: the feature map of queries and keys is a ReLU, shifted."""
+
+    def __init__(self, shift: float, features: int = 16) -> None:
+        super().__init__()
+        self.project, self.out, self.head = (
+            nn.Linear(16, 2 * features + 16),
+            nn.Linear(16, 16),
+            nn.Linear(16, 4),
+        )
+        self.sizes, self.shift = (features, features, 16), shift
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x).split(self.sizes, -1)
+        q, k = torch.relu(q - self.shift), torch.relu(k - self.shift)
+        weights = q @ k.mT
+        return self.head(x + self.out(weights / (weights.sum(-1, keepdim=True) + 1e-6) @ v))
+
+
+@pytest.mark.parametrize(("shift", "features", "codes"), [(0.0, 16, []), (9.0, 16, ["SA302"]), (9.0, 4, [])])
+def test_a_layer_beside_the_backbone_that_is_dead_as_a_whole(
+    shift: float, features: int, codes: list[str]
+) -> None:
+    torch.manual_seed(0)
+    model, x, y = Kernel(shift, features), torch.randn(8, 6, 16), torch.randint(4, (48,))
+    found = repair(model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), y))
+    assert [f.code for f in found.before.errors] == codes
+    assert any("positive for some samples" in word for rx in found.by_hand for word in rx.advice) is bool(
+        codes
+    )
+
+
+class Additive(nn.Module):
+    """Queries and keys are added in a tanh, and a vector reads the logits off it."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.enter = nn.Linear(24, 24)
+        self.query, self.key = nn.Linear(24, 24), nn.Linear(24, 24)
+        self.score, self.head = nn.Linear(24, 1), nn.Linear(48, 4)
+        with torch.no_grad():
+            self.query.weight.mul_(gain)
+            self.key.weight.mul_(gain)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        both = torch.tanh(self.query(x)[:, :, None] + self.key(x)[:, None])
+        weights = self.score(both).squeeze(-1).softmax(-1)
+        return self.head(torch.cat([x, weights @ x], -1))
+
+
+@pytest.mark.parametrize(("gain", "codes"), [(1.0, []), (30.0, ["SA304"])])
+def test_additive_attention_whose_tanh_is_flat(gain: float, codes: list[str]) -> None:
+    """Its softmax stays open: the size of the score's weights bounds the logits."""
+    torch.manual_seed(0)
+    model, x, y = Additive(gain), torch.randn(8, 6, 24), torch.randint(4, (48,))
+    found = repair(model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), y))
+    assert [f.code for f in found.before.errors] == codes
+    assert found.cured
+    assert all(a.spread > 0.9 for a in found.before.flow.attentions)
+    if found.prescription is not None:
+        assert {e.place for e in found.prescription.edits} == {"query.weight", "key.weight"}
+
+
+class Scored(nn.Module):
+    """Graph attention: two vectors score what is attended to and what attends."""
+
+    def __init__(self, loud: float) -> None:
+        super().__init__()
+        self.enter, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
+        self.left, self.right = (nn.Parameter(loud * torch.randn(16)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.enter(x)
+        logits = functional.leaky_relu((h @ self.left)[:, :, None] + (h @ self.right)[:, None], 0.2)
+        return self.head(h + logits.softmax(-1) @ h)
+
+
+def test_vectors_that_score_are_no_biases_and_loud_scores_are_told_with_their_line() -> None:
+    torch.manual_seed(0)
+    model, x, y = Scored(60.0), torch.randn(8, 6, 16), torch.randint(4, (48,))
+    found = repair(model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), y))
+    assert "SA304" in [f.code for f in found.before.errors]
+    assert not any(p.bias for p in found.before.flow.parameters if p.name in ("left", "right"))
+    assert any("test_symptoms.py" in word and "logits" in word for rx in found.by_hand for word in rx.advice)
 
 
 # -- far-start, constants and cuts -----------------------------------------------------------------

@@ -23,7 +23,7 @@ from isograd.graph.traced import Loss
 from isograd.interventions import Intervention, both, candidates
 from isograd.measure import measure
 from isograd.remedies.exchange_activation import named, own_functions
-from isograd.symptoms.vanishing_gradient import FORGOTTEN, damped, stuck
+from isograd.symptoms.vanishing_gradient import FORGOTTEN, damped, spared, stuck
 
 FAR = 400.0
 """Decades that stand for a gradient that is exactly zero or not finite: beyond any that is measured."""
@@ -62,7 +62,8 @@ def distance(flow: Flow) -> float:
     """Decades that the signal loses or gains over the hidden sites, in the worse of both directions."""
     if flow.failure is not None or flow.nonfinite is not None or stuck(flow):
         return FAR
-    lost = [abs(line.lost) for line in (flow, *flow.towers) if not math.isnan(line.lost)]
+    lines = [line for line in (flow, *flow.towers) if not (math.isnan(line.lost) or spared(line))]
+    lost = [abs(line.lost) for line in lines]
     return min(max([0.0 if math.isnan(flow.growth) else flow.growth, *lost]), FAR)
 
 

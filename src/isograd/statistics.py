@@ -142,6 +142,8 @@ class Attention:
     site: Site
     spread: float
     """Mean of 1 - sum(p^2), the size of its softmax's derivative, over that of even attention."""
+    through: float = 1.0
+    """Mean |phi'|, over its largest, of the tanh or sigmoid that queries and keys are added in; 1: there is none."""
 
 
 @dataclass(frozen=True, slots=True)

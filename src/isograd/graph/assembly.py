@@ -15,7 +15,7 @@ from torch.autograd.graph import Node
 from isograd.flow import Flow
 from isograd.graph.backbone import Backbone, Graph, Segment, closed, step_site
 from isograd.graph.backward import Backward
-from isograd.graph.operations import STEPS, is_trivial, operation_of
+from isograd.graph.operations import ACTIVATIONS, STEPS, is_trivial, operation_of
 from isograd.graph.origin import first_nonfinite
 from isograd.graph.readings import Readings, log10
 from isograd.graph.traced import Traced
@@ -82,7 +82,7 @@ class Assembly:
             ),
             normalisations=self._normalisations(),
             attentions=tuple(
-                Attention(step_site(self.trace.made[seen.node]), spread)
+                Attention(step_site(self.trace.made[seen.node]), spread, self._through(seen.node))
                 for seen, spread in zip(self.trace.attentions, self.read.spreads, strict=True)
             ),
             parameters=self._parameters(),
@@ -221,6 +221,24 @@ class Assembly:
             site = on.get(seen.node) or step_site(made)
             found.append(Normalisation(site, seen.epsilon, variance, output, given))
         return tuple(found)
+
+    def _through(self, node: Node) -> float:
+        """What the derivative of bounded functions leaves between the sums of queries and keys and their softmax."""
+        known = {
+            seen.node: values[0] / largest
+            for seen, values in zip(self.trace.activations, self.read.activations, strict=True)
+            if ACTIVATIONS[seen.function].bounded and (largest := ACTIVATIONS[seen.function].largest_slope)
+        }
+        stack, walked, left = [node], set[Node](), 1.0
+        while stack:
+            if (node := stack.pop()) in walked:
+                continue
+            walked.add(node)
+            if node in known:
+                left = min(left, known[node])
+            elif node not in self.trace.made or self.trace.made[node].call.kind in LEADING:
+                stack += self.run.graph.children[node]
+        return left
 
     def _parameter_scales(self) -> dict[str, float]:
         """log10 of true over rescaled gradient, by parameter name."""
@@ -362,6 +380,8 @@ def _factors(graph: Graph, nodes: Sequence[Node]) -> set[Node]:
     return found
 
 
+LEADING = {"softmax", "reshape", "linear", "elementwise", "addition", "dropout"}
+"""Kinds by which additive attention comes from its tanh to its softmax; a product of two activations is another kind."""
 PLAIN = {"add", "sub", "rsub", "mul", "div", "neg"}
 """Arithmetic: with one part of the signal in it, the rest are constants."""
 

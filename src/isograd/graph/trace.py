@@ -33,6 +33,8 @@ from isograd.graph.cuts import Cuts
 from isograd.graph.operations import ACTIVATIONS, LOSSES, kind_of_call, operation_of, parameter_of
 from isograd.graph.source import shown, source
 
+PRODUCTS = ("matmul", "rmatmul", "mv", "dot", "inner", "vecdot")
+"""Calls that multiply by a vector and add none."""
 _GET_DATA = vars(torch._C.TensorBase)["data"].__get__
 _SET_REQUIRES_GRAD = vars(torch._C.TensorBase)["requires_grad"].__set__
 
@@ -282,8 +284,9 @@ class Trace(TorchFunctionMode):
         for i, (operand, parameter) in enumerate(owned):
             if parameter is None or id(parameter) not in self._parameters:
                 continue
-            if operand.ndim < 2:
-                self.biases.add(id(parameter))
+            if operand.ndim < 2:  # a vector that is added, or one that scores what it is multiplied by
+                if call.operation not in PRODUCTS:
+                    self.biases.add(id(parameter))
             elif call.operation == "linear" or call.kind == "convolution":
                 self.weights[id(parameter)] = operand[0].numel()
             else:  # a matrix product: x @ w, or w @ x

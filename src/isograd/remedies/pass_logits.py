@@ -66,6 +66,11 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
             SLUG, "the model does not end in a softmax or a bounded function", *wrong[0].remedies
         )
         return
+    if any(call.function == "ctc_loss" for call in flow.losses):
+        yield not_applicable(
+            SLUG, "ctc_loss takes the logarithm of what the model returns", *wrong[0].remedies
+        )
+        return
     takes, one = taken(flow), end.operation == "softmax" and end.shape[-1:] == (1,)
     if one and any(call.function == "cross_entropy" for call in flow.losses):
         yield not_applicable(SLUG, "logits of one class are not enough either", *wrong[0].remedies)

@@ -52,7 +52,7 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
             *(
                 ["put F.rms_norm on queries and keys of your own F.scaled_dot_product_attention"]
                 if packed
-                else []
+                else _written_out(patient.flow)
             ),
         )
         return
@@ -65,6 +65,15 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         expected="logits of attention within sqrt(head_dim), with a standard deviation near 1",
         references=("Henry et al. 2020, arXiv:2010.04245", "Dehghani et al. 2023, arXiv:2302.05442"),
     )
+
+
+def _written_out(flow: Flow) -> list[str]:
+    """What to write where the logits come by another way than a product of two projections."""
+    shut = sorted((a for a in flow.attentions if a.spread >= 0), key=lambda a: a.spread)
+    lines = dict.fromkeys(a.site.source for a in shut if a.site.source)
+    return [
+        f"{line}: scale the logits to a standard deviation near 1 before their softmax" for line in lines
+    ][:3]
 
 
 def _edits(model: nn.Module, flow: Flow) -> Iterator[Edit]:

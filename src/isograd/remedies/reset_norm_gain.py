@@ -1,8 +1,9 @@
 """reset-norm-gain: normalisation layers start with a gain of 1 and a shift of 0.
 
 What it does
-    Fills the weights of normalisation layers whose gain lies far from 1 with ones, and their biases with zeros. Of
-    layers whose weights are normalised, the length of each unit's weights becomes the critical gain of the activation.
+    Fills the weights of normalisation layers whose gain lies far from 1 with ones, and their biases with zeros. Where a
+    layer is seen to multiply by 1 + weight, as Gemma's do, its weights become zeros. Of layers whose weights are
+    normalised, the length of each unit's weights becomes the critical gain of the activation.
 
 When it helps
     The gain of a normalisation multiplies the signal and the gradient of its layer, whatever the weights before
@@ -36,27 +37,36 @@ SLUG = "reset-norm-gain"
 TREATS = ("norm-gain", "VG101", "EG201", "EG202", "EG205")
 NEAR = (0.3, 3.0)
 """RMS gains between these cost less than half a decade: trained networks have them."""
+AGREES = 2.0
+"""Factor within which the gain that was measured is that of the weight, or of 1 + weight: the signal's features are not all
+of one size. Near zero the two lie decades apart."""
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
     """Ones and zeros for every normalisation layer whose gain is far off."""
     meant = bool(patient.flow.splits)
-    off = {name: (module, size) for name, module, size in _gains(patient.model) if not _fine(size, meant)}
+    off = {name: (module, size) for name, module, size in _gains(patient) if not _fine(size, meant)}
     lengths = {name: size for name, size in _lengths(patient.model) if not _fine(size, meant)}
+    added = _added(patient)
     if not off and not lengths:
-        frozen = [n for n, _, size in _gains(patient.model, trainable=False) if not _fine(size, meant)]
+        frozen = [n for n, _, size in _gains(patient, trainable=False) if not _fine(size, meant)]
         if frozen:
             yield not_applicable(
                 SLUG,
                 f"the gains that are far from 1 are frozen, {len(frozen)} of them",
-                f"nn.init.ones_(model.get_submodule({frozen[0]!r}).weight), or thaw them: weight.requires_grad_(True)",
+                f"nn.init.{'zeros' if frozen[0] in added else 'ones'}_(model.get_submodule({frozen[0]!r}).weight), or thaw them: weight.requires_grad_(True)",
             )
             return
         yield not_applicable(SLUG, "no normalisation layer has a gain far from 1")
         return
     edits = [
-        Edit(f"{name}.weight", "fill", "nn.init.ones_", before=f"rms {size:.3g}")
-        for name, (_, size) in off.items()
+        Edit(
+            f"{name}.weight",
+            "fill",
+            "nn.init.zeros_" if name in added else "nn.init.ones_",
+            before=f"rms {rms(module.weight):.3g}",  # pyright: ignore[reportArgumentType]
+        )
+        for name, (module, _) in off.items()
     ]
     edits += [
         Edit(f"{name}.bias", "fill", "nn.init.zeros_", before=f"rms {rms(shift):.3g}")
@@ -87,11 +97,31 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     )
 
 
-def _gains(model: nn.Module, *, trainable: bool = True) -> Iterator[tuple[str, nn.Module, float]]:
-    for name, module in norms(model):
+def _gains(patient: Patient, *, trainable: bool = True) -> Iterator[tuple[str, nn.Module, float]]:
+    added = _added(patient)
+    for name, module in norms(patient.model):
         gain = getattr(module, "weight", None)
         if isinstance(gain, Tensor) and gain.ndim == 1 and gain.requires_grad is trainable:
-            yield name, module, rms(gain)
+            yield name, module, rms(gain + 1 if name in added else gain)
+
+
+def _added(patient: Patient) -> set[str]:
+    """Normalisations that multiply by 1 + weight: what they were measured to pass on tells."""
+    modules, found = dict(norms(patient.model)), set[str]()
+    for seen in patient.flow.normalisations:
+        weight = getattr(modules.get(seen.site.module), "weight", None)
+        if not isinstance(weight, Tensor) or not 0 < seen.gain < math.inf:
+            continue
+        plain, added = (
+            seen.gain / rms(weight + one) if rms(weight + one) > 0 else math.inf for one in (0, 1)
+        )
+        if _agrees(added) and not _agrees(plain):
+            found.add(seen.site.module)
+    return found
+
+
+def _agrees(factor: float) -> bool:
+    return 1 / AGREES < factor < AGREES
 
 
 def _lengths(model: nn.Module) -> Iterator[tuple[str, float]]:

@@ -11,7 +11,8 @@ Why it happens
 
 Evidence
     The derivative of the activation itself, unit by unit, over all samples and positions of the batch. Half the
-    outputs of a ReLU are zero in a healthy layer: only a unit that is zero *everywhere* is dead. In deep
+    outputs of a ReLU are zero in a healthy layer: only a unit that is zero *everywhere* is dead. Beside the backbone
+    only a whole layer counts, where weights are left with a gradient of exactly zero. In deep
     ReLU networks all samples come to look alike and about half of the units are off for all of them at
     initialisation; that trains, so that an error needs 90%. For chains without skips and normalisations, the share of
     draws of the same shape that are dead from the start, 1 - prod(1 - 2^-n): what is alive now has no unit to spare.
@@ -43,6 +44,8 @@ WARNING = 0.6
 """More than the half that is off by symmetry in a deep ReLU network."""
 SAMPLES = 8
 """A unit that is off half of the time is off in 8 samples by chance once in 256."""
+EXTINCT = 8
+"""Units that are all off for all samples once in 256 draws; the few of a squeeze-and-excitation often are."""
 STILLBORN = 1 / 3
 """Share of draws that are dead from which the others do not last either. Of AutoTrainer's ReLU networks of five units, those
 with .38 to .42 end short of the best control in 23 of 30 trainings; no healthy model of the zoo has more than .08."""
@@ -51,8 +54,15 @@ STILLBORN_WARNING = 0.1
 
 
 def examine(flow: Flow) -> Iterator[Outcome]:
-    """Share of dead units of every activation that a whole segment or branch passes through."""
-    one_sided = [a for a in flow.activations if a.bottleneck and not ACTIVATIONS[a.function].bounded]
+    """Share of dead units of every activation that a whole segment or branch passes through, or that is dead as a whole."""
+    stuck = any(
+        p.grad_norm_log10 == -math.inf and p.weight_norm > 0 and len(p.shape) > 1 for p in flow.parameters
+    )
+    one_sided = [
+        a
+        for a in flow.activations
+        if not ACTIVATIONS[a.function].bounded and (a.bottleneck or (stuck and _extinct(a)))
+    ]
     seen = [a for a in one_sided if a.samples >= SAMPLES]
     if not seen:
         why = f"fewer than {SAMPLES} samples" if one_sided else "no activation that can die"
@@ -92,8 +102,19 @@ def examine(flow: Flow) -> Iterator[Outcome]:
         cause="; ".join(cause),
         sites=tuple(a.site.place for a in (sick or narrow)[:3]),
         evidence={**evidence, "layers": len(sick or narrow), "cause": "dead-units"},
-        remedies=("zero-biases", "leaky-activation", "standardise-input"),
+        remedies=(*_lines(sick), "zero-biases", "leaky-activation", "standardise-input"),
     )
+
+
+def _extinct(a: Activation) -> bool:
+    """Nothing at all is left of one beside the backbone, as in the feature map of an attention: that is no draw's bad luck."""
+    return a.dead == 1 and a.units >= EXTINCT and len(a.site.shape) > 1
+
+
+def _lines(sick: list[Activation]) -> Iterator[str]:
+    """What to write where no bias is to blame, beside the backbone."""
+    lines = {a.site.source: a.function for a in sick if not a.bottleneck and a.site.source}
+    yield from (f"{line}: give {name} what is positive for some samples" for line, name in lines.items())
 
 
 def _narrow(flow: Flow) -> list[Activation]:

@@ -55,6 +55,13 @@ BOUNDS = {
 }
 """Range of the functions that end a model."""
 REGRESSIONS = {"mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "subtraction"}
+OF_LOGS = {
+    "nll_loss": "use cross_entropy on the logits",
+    "ctc_loss": "take log_softmax of the logits over the classes",
+}
+"""Losses of log-probabilities, and what to write for them."""
+UNBOUNDED = {"linear", "conv1d", "conv2d", "conv3d"}
+"""Layers that can make all classes likelier at once: a classifier of digits stays at chance in 300 steps."""
 OF_LOGITS = {
     "cross_entropy",
     "binary_cross_entropy_with_logits",
@@ -197,11 +204,20 @@ def _misfit(call: LossCall) -> tuple[str, str, str] | None:
             f"a {call.source} before a loss that applies its own function",
             f"pass logits: remove the {call.source}",
         )
-    if call.function == "nll_loss" and (call.source == "softmax" or (probabilities and call.width > 1)):
+    if call.function in OF_LOGS and (
+        call.source == "softmax" or (probabilities and call.width > 1 and call.function == "nll_loss")
+    ):
         return (
-            "nll_loss expects log-probabilities, but is given probabilities",
+            f"{call.function} expects log-probabilities, but is given probabilities",
             "a softmax where log_softmax is expected",
-            "use cross_entropy on the logits",
+            OF_LOGS[call.function],
+        )
+    if call.function in OF_LOGS and call.source in UNBOUNDED:
+        return (
+            f"{call.function} expects log-probabilities, but is given the output of {call.source}: it falls for good while "
+            "all classes grow together",
+            "no log_softmax lies between the head and the loss",
+            OF_LOGS[call.function],
         )
     if oversteps(call):
         low, high = BOUNDS[call.source]

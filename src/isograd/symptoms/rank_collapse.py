@@ -60,6 +60,11 @@ LOUD = 0.9
 at 0.47 as they are; at 1 they lose two thirds of their lead and all of it, a token's own being 0.53 and 0.30 of what it was,
 from 1.5 on nearly all (`python -m benchmarks.twins.thresholds loud`)."""
 
+MIXING = ("attention", "product")
+"""Kinds that average over tokens: attention, in one call or written out, and the product with an adjacency matrix."""
+WORST = 3
+"""Sites that are named."""
+
 
 def examine(flow: Flow) -> Iterator[Outcome]:
     """The share of a token's own along the main backbone and along those of the model's other inputs."""
@@ -84,6 +89,8 @@ class Own:
     """At the input of the head."""
     falls: tuple[int, ...]
     """Sites, those that take most of it first."""
+    bare: bool
+    """Most of it is taken where tokens are averaged on the backbone itself: skips that there are lead around something else."""
 
     @property
     def ratio(self) -> float:
@@ -109,7 +116,8 @@ def own(line: Flow) -> Own | None:
         return None
     falls = sorted(pairwise(along), key=lambda step: float(share[step[1]] / share[step[0]]))
     entered, halfway, left = (float(share[along[i]]) for i in (0, len(along) // 2, -1))
-    return Own(entered, halfway, left, tuple(i for _, i in falls))
+    mixing = [any(site.kind in MIXING for site in line.sites[a + 1 : b + 1]) for a, b in falls[:WORST]]
+    return Own(entered, halfway, left, tuple(i for _, i in falls), sum(mixing) > WORST / 2)
 
 
 def _skip(line: Flow, flow: Flow) -> float:
@@ -124,11 +132,11 @@ def _along(line: Flow, flow: Flow) -> Outcome | None:
     found = own(line)
     if found is None:
         return None
-    left, skip = found.left / found.entered, _skip(line, flow)
+    left, skip = found.left / found.entered, 0.0 if found.bare else _skip(line, flow)
     said = f"a token's own is {found.left:.2g} of the signal at the head, {found.entered:.2g} at the entrance"
     loud = median(split.forward_ratio for split in line.splits.values()) if line.splits else math.nan
     drowned = skip >= DAMPED and loud > LOUD
-    averaged = skip < DAMPED and left < AVERAGED and bool(flow.attentions)
+    averaged = skip < DAMPED and left < AVERAGED and (found.bare or bool(flow.attentions))
     # What the first averages take is no luck of the embedding's size then.
     ratio = left if drowned or averaged else found.ratio
     sick = ratio < ERROR and (skip < DAMPED or drowned)
@@ -140,7 +148,7 @@ def _along(line: Flow, flow: Flow) -> Outcome | None:
         Severity.ERROR if sick else Severity.WARNING,
         f"{said}: all tokens of a sample become alike",
         cause=_cause(skip, loud),
-        sites=tuple(line.sites[i].place for i in found.falls[:3]),
+        sites=tuple(line.sites[i].place for i in found.falls[:WORST]),
         evidence={
             "distinct": found.left,
             "distinct_at_entrance": found.entered,
@@ -151,8 +159,16 @@ def _along(line: Flow, flow: Flow) -> Outcome | None:
             "layers": line.layers,
             "cause": "residual-branch-growth" if skip >= DAMPED else "missing-residual",
         },
-        remedies=("scale-residual-branches",) if skip >= DAMPED else ("insert-residual",),
+        remedies=("scale-residual-branches",)
+        if skip >= DAMPED
+        else (*_around(line, found), "insert-residual"),
     )
+
+
+def _around(line: Flow, found: Own) -> Iterator[str]:
+    """Where a skip has to be written that leads around what averages."""
+    lines = {line.sites[i].source: None for i in found.falls[:WORST] if found.bare and line.sites[i].source}
+    yield from (f"{where}: x + average(x), a skip around what averages over the tokens" for where in lines)
 
 
 def _cause(skip: float, loud: float) -> str:

@@ -109,6 +109,12 @@ def _along(flow: Flow) -> Iterator[Outcome]:
     if math.isnan(lost):
         yield Unexamined("no backbone between the loss and an input, so no product of gains")
         return
+    if spared(flow):
+        yield Unexamined(
+            "the loss differentiates the model, and every weight receives a gradient: that of the input alone is exactly "
+            "zero, as that of a slope is behind functions of straight pieces"
+        )
+        return
     where = f"{flow.sites[0].name} … {flow.sites[-1].name}"
     said = f"{lost:+.1f} decades over {flow.lost_over} layers, sigma {_sigma(flow):.3g} per layer"
     fading = flow.layers >= SEVERAL and _fading(flow) < ALIKE
@@ -216,6 +222,20 @@ def _opens(flow: Flow) -> Site | None:
         for name in waking
     )
     return site if own and (around or sum(weighted[:last]) <= 1) else None
+
+
+def spared(flow: Flow) -> bool:
+    """Is it the input alone that receives nothing of a derivative that the loss takes, while all weights do?
+
+    A gradient penalty knows the model by its slope, a product of weights, which through ReLUs is the same all around a
+    sample. A second derivative of straight pieces is zero itself, and teaches nobody.
+    """
+    weights = [p for p in flow.parameters if len(p.shape) > 1 and p.state in ("measured", "stepped")]
+    if flow.lost != -math.inf or not weights or any(p.grad_norm_log10 == -math.inf for p in weights):
+        return False
+    lost = (i for i, decades in enumerate(flow.column("decades").tolist()) if decades == -math.inf)
+    rms = flow.column("activation_rms")
+    return all(flow.sites[i].operation == "grad" and rms[i] > 0 for i in lost)
 
 
 def _told_apart(flow: Flow) -> float:
