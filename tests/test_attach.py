@@ -379,6 +379,36 @@ if __name__ == "__main__":
 """
 
 
+COMPILED = """
+import torch
+
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+
+@torch.compile(backend="eager")
+def step(x):
+    loss = net(x).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
+
+for _ in range(5):
+    step(torch.randn(16, 4))
+print([p.sum().item() for p in net.parameters()])
+"""
+
+
+def test_a_step_that_is_compiled_as_a_whole_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "compiled.py").write_text(COMPILED)
+    alone = run([sys.executable, "compiled.py"], tmp_path)
+    beside, _ = watched([sys.executable, "compiled.py"], tmp_path)
+    assert (beside.returncode, beside.stdout) == (alone.returncode, alone.stdout) == (0, alone.stdout)
+    assert "stopped watching" not in beside.stderr
+    assert "leave loss.backward() and optimizer.step() out of it" in beside.stderr
+
+
 def test_workers_of_a_loader_record_nothing(tmp_path: Path) -> None:
     (tmp_path / "workers.py").write_text(WORKERS)
     beside, record = watched([sys.executable, "workers.py"], tmp_path)

@@ -108,7 +108,8 @@ class Attachment:
         @functools.wraps(make)
         def init(optimizer: Any, *args: Any, **kwargs: Any) -> None:
             make(optimizer, *args, **kwargs)
-            self.made.add(optimizer)
+            if not torch.compiler.is_compiling():
+                self.made.add(optimizer)
 
         @functools.wraps(scale)
         def scaled(scaler: Any, outputs: Any) -> Any:
@@ -119,6 +120,8 @@ class Attachment:
 
         @functools.wraps(accumulate)
         def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+            if torch.compiler.is_compiling():  # a step that is compiled as a whole: nothing of ours may go into it
+                return accumulate(tensors, *args, **kwargs)
             # a backward inside a backward is reentrant checkpointing
             outermost = not getattr(self.inside, "backward", False)
             if outermost:
@@ -142,7 +145,7 @@ class Attachment:
         torch.optim.Optimizer.__init__ = init  # pyright: ignore[reportAttributeAccessIssue]
         torch.amp.GradScaler.scale = scaled  # pyright: ignore[reportAttributeAccessIssue]
         torch.autograd.backward = backward
-        register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self._safely(self._before_step))
+        register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self._before_step())
         atexit.register(self.close)
 
     def watch(self, model: nn.Module, optimizers: list[Any], name: str) -> Monitor:
@@ -214,8 +217,8 @@ class Attachment:
                 watched.loss.add(loss)
 
     def _before_step(self) -> None:
-        if self.made:
-            self._look()
+        if self.made and not torch.compiler.is_compiling():
+            self._safely(self._look)
 
     def _look(self) -> None:
         """Find the models that own the parameters of the optimizers that were made."""
