@@ -265,9 +265,8 @@ def test_noise_near_the_end_of_a_training_is_no_explosion(grows: int, cause: str
 
 
 def test_a_training_that_never_was_well_is_not_said_to_have_been() -> None:
-    (_, found), *_ = told([broken(0, loss=math.inf)])
+    (_, found), *_ = told([broken(0, "2.weight", loss=math.inf)])
     assert found.evidence["cause"] == "from-the-start"
-    assert found.message == "the loss is not finite"
 
 
 def test_they_never_enter_a_baseline() -> None:
@@ -289,6 +288,25 @@ def test_an_overflow_that_the_scaler_skips_is_routine() -> None:
 
 def test_a_loss_that_is_not_finite_counts_without_gradients() -> None:
     assert codes([*falling(50), replace(broken(50), scalars={"loss": math.inf})]) == {"NF405"}
+
+
+@pytest.mark.parametrize("before", [0, 50])
+def test_a_loss_that_is_not_finite_alone_is_no_matter_of_derivatives(before: int) -> None:
+    (_, found), *_ = told([*falling(before), replace(made(before, LOW), scalars={"loss": NAN})])
+    assert found.evidence["cause"] == "loss"
+    assert "safe-derivative" not in found.remedies
+
+
+def test_gradients_of_zero_have_no_size_to_grow_from() -> None:
+    """A policy that has solved its task gets none, until an episode goes another way."""
+    solved = [
+        replace(made(i, Step(loss=0.0)), scalars={"loss": 0.0, "grad_norm": 0.0}) for i in range(40, 120)
+    ]
+    for reading in solved:
+        reading.columns["grad_norm"].zero_()
+    steps = [made(i, Step(loss=math.sin(5.3 * i))) for i in range(160)]
+    assert told([*steps[:40], *solved, *steps[120:]]) == []
+    assert told([*solved, *steps[120:]]) == []
 
 
 # -- causes and places -------------------------------------------------------------------------------------

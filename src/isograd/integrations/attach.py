@@ -120,7 +120,9 @@ class Attachment:
 
         @functools.wraps(accumulate)
         def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
-            if torch.compiler.is_compiling():  # a step that is compiled as a whole: nothing of ours may go into it
+            if (
+                torch.compiler.is_compiling()
+            ):  # a step that is compiled as a whole: nothing of ours may go into it
                 return accumulate(tensors, *args, **kwargs)
             # a backward inside a backward is reentrant checkpointing
             outermost = not getattr(self.inside, "backward", False)
