@@ -75,6 +75,8 @@ class _Watched:
     """What is kept there; None in all processes but one."""
     process: int
     """Which process trains it: one that is forked from it does not."""
+    again: bool
+    """It has been trained before, by another optimizer: the record knows what was found then."""
     shown: tuple[float, int] | None = None
     """When a line of it was first shown, and the step."""
     told: int = 0
@@ -166,13 +168,23 @@ class Attachment:
             every=self.settings.every,
             deep_every=self.settings.deep_every,
             budget=self.settings.budget,
+            known=before is not None,
         )
         if before is not None:
             self.watched.remove(before)
         loss, record = AccumulatedLoss(monitor, model), monitor.run
         path = str(getattr(record, "path", path))
         self.watched.append(
-            _Watched(weakref.ref(monitor), weakref.ref(model), loss, name, path, record, os.getpid())
+            _Watched(
+                weakref.ref(monitor),
+                weakref.ref(model),
+                loss,
+                name,
+                path,
+                record,
+                os.getpid(),
+                before is not None,
+            )
         )
         if number == 1 and not self.settings.quiet and monitor.run is not None:
             threading.Thread(target=self._live, name="isograd-live", daemon=True).start()
@@ -399,6 +411,13 @@ def _report(watched: _Watched, deep: bool) -> None:
     if monitor is not None:
         newest = monitor.newest()
         steps, diagnosis = 0 if newest is None else newest.step + 1, monitor.diagnosis()
+        if watched.again and record.recording:
+            with Run.open(record.path) as run:
+                whole = verdict(run)
+            known = {finding.code for finding in whole.findings}
+            inside = (finding for finding in diagnosis.findings if finding.code not in known)
+            healthy = {code: words for code, words in diagnosis.healthy.items() if code not in known}
+            diagnosis = replace(diagnosis, findings=(*whole.findings, *inside), healthy=healthy)
         asked = {name: words for name, words in UNEXAMINED.items() if name in diagnosis.unexamined}
         if deep:  # then it says why not
             asked.pop("activations", None)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from isograd.record import database
 from isograd.record.database import NotARun
 from isograd.record.home import home, name
-from isograd.record.row import BEGINS, Layout, Row, Told, content, encoded
+from isograd.record.row import Layout, Row, Told, content, encoded
 from isograd.warning import warn
 
 if TYPE_CHECKING:
@@ -330,12 +330,6 @@ class Run:
         """The last step that is recorded; -1: none."""
         row = self._one("SELECT max(step) FROM steps")
         return -1 if row is None or row[0] is None else row[0]
-
-    @property
-    def since(self) -> int:
-        """The first step of the newest training: of those that were recorded one behind the other."""
-        row = self._one("SELECT max(step) FROM steps WHERE notes LIKE ?", (f"%{BEGINS}%",))
-        return 0 if row is None or row[0] is None else row[0]
 
     def __len__(self) -> int:
         """Number of steps that are kept."""

@@ -25,7 +25,7 @@ def verdict(run: Run) -> Diagnosis:
     told = list(run.findings)
     known = {(step, finding.code) for step, finding in told}
     told += [(step, finding) for step, finding in again if (step, finding.code) not in known]
-    last, since = run.last, run.since
+    last, since = run.last, detectors.since
     told = [(step, finding) for step, finding in told if step >= since]
     kept = "no step was recorded" if last < 0 else f"{last + 1} steps were recorded, {len(run)} are kept"
     if since:
