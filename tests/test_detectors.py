@@ -184,6 +184,10 @@ WELL: dict[str, list[Step]] = {
     "a loss that is always the same": [Step(2.3)] * 150,
     "a loss that moves within a hundredth of itself": [Step(2.3)] * 80 + [Step(2.32)] * 20,
     "no loss": [replace(step, loss=NAN) for step in falling(300)],
+    "returns that grow as the policy gets better, and the loss of their estimate with them": [
+        Step(25 + 14 * math.tanh((i - 150) / 100) + 2 * math.sin(2.3 * i)) if i > 60 else Step(28 - i / 10)
+        for i in range(700)
+    ],
     "losses around zero": [Step(loss=math.sin(5.3 * i)) for i in range(400)],
 }
 

@@ -141,7 +141,7 @@ def _jumped(history: History) -> Cause | None:
         _, before, after, explained, once = history.jump
         words = (
             f"the loss went from {before:.2g} to {after:.2g} in one step, which explains {explained:.1g} of it at most: "
-            f"{'one batch was unlike the others' if once else 'what the network was given has changed, or the loss itself, as by new targets'}"
+            f"{'one batch was unlike the others' if once else 'what the network was given has changed, or the loss itself, as by new targets, or the weights, by something else than the optimizer'}"
         )
         return Cause(words, "data", ("shuffle the data", "look at the batch", "clip-gradients"))
     return None
