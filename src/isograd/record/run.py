@@ -273,7 +273,7 @@ class Run:
             state = json.dumps(self._memory.state())
             self._db.execute("INSERT OR REPLACE INTO detectors VALUES (0, ?, ?)", (step, state))
 
-    def _failed(self, error: sqlite3.Error, steps: int = 1) -> None:
+    def _failed(self, error: sqlite3.Error, steps: int = 0) -> None:
         """Later steps are tried again: somebody may have made room."""
         self.missed += steps
         if not self._warned:
