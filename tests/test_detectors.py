@@ -392,6 +392,12 @@ def test_a_learning_rate_that_rose_is_named(name: str) -> None:
     assert ("the learning rate has gone from" in str(found.cause)) == rose
 
 
+def test_units_that_died_of_a_rate_that_rose_say_so() -> None:
+    steps = falling(200) + [replace(LOW, zero=True)] * 20
+    found = next(f for _, f in told(rated(steps, RATES["a jump"][1])) if f.code == "SA303")
+    assert "the learning rate has gone from 0.001 to 0.1" in str(found.cause)
+
+
 def test_inputs_are_judged_at_the_first_layer_only() -> None:
     """Behind an embedding it is the network's own signal that grows, and that is no change of the data."""
     steps = [*falling(200), *[replace(LOW, loss=3.0, grad=1.0, scale=1.5)] * 8]
