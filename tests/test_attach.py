@@ -381,7 +381,7 @@ if __name__ == "__main__":
 
 
 REMADE = """
-import torch
+import sys, torch
 
 torch.manual_seed(0)
 net = torch.nn.Linear(4, 2)
@@ -390,20 +390,22 @@ for part in range(2):
     for step in range(60):
         optimizer.zero_grad()
         loss = torch.nn.functional.cross_entropy(net(torch.eye(4)), torch.tensor([0, 1, 0, 1]))
+        loss = loss * (float(sys.argv[1]) if part else 1)
         (loss if (part, step) != (0, 30) else loss + torch.tensor(0.0).log()).backward()
         optimizer.step()
 """
 
 
-def test_an_optimizer_that_is_made_anew_goes_on_with_the_training(tmp_path: Path) -> None:
-    """What was found under the one before is told too."""
+@pytest.mark.parametrize("factor", [1, 100])
+def test_an_optimizer_that_is_made_anew_goes_on_with_the_training(tmp_path: Path, factor: int) -> None:
+    """Unless the loss is another; what was found under the one before is told in any case."""
     (tmp_path / "remade.py").write_text(REMADE)
-    beside, record = watched([sys.executable, "remade.py"], tmp_path)
+    beside, record = watched([sys.executable, "remade.py", str(factor)], tmp_path)
     assert beside.returncode == 0, beside.stderr
     assert "at step 30: the loss is not finite" in beside.stderr
     assert "120 steps of net recorded" in beside.stderr
     with Run.open(record) as kept:
-        assert not any("begins at step" in note for note in diagnose(kept).flow.notes)
+        assert any("begins at step 60" in n for n in diagnose(kept).flow.notes) == (factor > 1)
 
 
 WITHIN = """

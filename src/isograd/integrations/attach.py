@@ -75,8 +75,10 @@ class _Watched:
     """What is kept there; None in all processes but one."""
     process: int
     """Which process trains it: one that is forked from it does not."""
+    since: int
+    """Step of the record at which this process began to train it."""
     again: bool
-    """It has been trained before, by another optimizer: the record knows what was found then."""
+    """Another optimizer has trained it before in this process: the record knows what was found then."""
     shown: tuple[float, int] | None = None
     """When a line of it was first shown, and the step."""
     told: int = 0
@@ -173,7 +175,7 @@ class Attachment:
         if before is not None:
             self.watched.remove(before)
         loss, record = AccumulatedLoss(monitor, model), monitor.run
-        path = str(getattr(record, "path", path))
+        path, began = str(getattr(record, "path", path)), record.last + 1 if isinstance(record, Run) else 0
         self.watched.append(
             _Watched(
                 weakref.ref(monitor),
@@ -183,6 +185,7 @@ class Attachment:
                 path,
                 record,
                 os.getpid(),
+                began if before is None else before.since,
                 before is not None,
             )
         )
@@ -413,7 +416,7 @@ def _report(watched: _Watched, deep: bool) -> None:
         steps, diagnosis = 0 if newest is None else newest.step + 1, monitor.diagnosis()
         if watched.again and record.recording:
             with Run.open(record.path) as run:
-                whole = verdict(run)
+                whole = verdict(run, watched.since)
             known = {finding.code for finding in whole.findings}
             inside = (finding for finding in diagnosis.findings if finding.code not in known)
             healthy = {code: words for code, words in diagnosis.healthy.items() if code not in known}
