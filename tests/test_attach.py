@@ -14,6 +14,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 
+from isograd import diagnose
 from isograd.cli.watch import watch
 from isograd.record import NotARun, Run
 
@@ -377,6 +378,91 @@ if __name__ == "__main__":
             model(x).square().mean().backward()
             optimizer.step()
 """
+
+
+REMADE = """
+import sys, torch
+
+torch.manual_seed(0)
+net = torch.nn.Linear(4, 2)
+for part in range(2):
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    for step in range(60):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(net(torch.eye(4)), torch.tensor([0, 1, 0, 1]))
+        loss = loss * (float(sys.argv[1]) if part else 1)
+        (loss if (part, step) != (0, 30) else loss + torch.tensor(0.0).log()).backward()
+        optimizer.step()
+"""
+
+
+@pytest.mark.parametrize("factor", [1, 100])
+def test_an_optimizer_that_is_made_anew_goes_on_with_the_training(tmp_path: Path, factor: int) -> None:
+    """Unless the loss is another; what was found under the one before is told in any case."""
+    (tmp_path / "remade.py").write_text(REMADE)
+    beside, record = watched([sys.executable, "remade.py", str(factor)], tmp_path)
+    assert beside.returncode == 0, beside.stderr
+    assert "at step 30: the loss is not finite" in beside.stderr
+    assert "120 steps of net recorded" in beside.stderr
+    with Run.open(record) as kept:
+        assert any("begins at step 60" in n for n in diagnose(kept).flow.notes) == (factor > 1)
+
+
+WITHIN = """
+import torch
+
+torch.manual_seed(0)
+net = torch.nn.Linear(4, 2)
+optimizers = {p: torch.optim.Adam([p], lr=1e-3) for p in net.parameters()}
+
+def step(p):
+    optimizers[p].step()
+    optimizers[p].zero_grad()
+
+for p in net.parameters():
+    p.register_post_accumulate_grad_hook(step)
+for _ in range(10):
+    torch.nn.functional.cross_entropy(net(torch.eye(4)), torch.tensor([0, 1, 0, 1])).backward()
+"""
+
+
+def test_the_loss_of_optimizers_that_step_within_the_backward_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "within.py").write_text(WITHIN)
+    _, record = watched([sys.executable, "within.py"], tmp_path)
+    with Run.open(record) as kept:
+        losses = kept.series("loss")[1]
+    assert len(losses) == len(norms(record)) == 10
+    assert losses == sorted(losses, reverse=True)
+
+
+COMPILED = """
+import torch
+
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+
+@torch.compile(backend="eager")
+def step(x):
+    loss = net(x).square().mean()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss
+
+for _ in range(5):
+    step(torch.randn(16, 4))
+print([p.sum().item() for p in net.parameters()])
+"""
+
+
+def test_a_step_that_is_compiled_as_a_whole_is_left_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "compiled.py").write_text(COMPILED)
+    alone = run([sys.executable, "compiled.py"], tmp_path)
+    beside, _ = watched([sys.executable, "compiled.py"], tmp_path)
+    assert (beside.returncode, beside.stdout) == (alone.returncode, alone.stdout) == (0, alone.stdout)
+    assert "stopped watching" not in beside.stderr
+    assert "leave loss.backward() and optimizer.step() out of it" in beside.stderr
 
 
 def test_workers_of_a_loader_record_nothing(tmp_path: Path) -> None:

@@ -184,6 +184,10 @@ WELL: dict[str, list[Step]] = {
     "a loss that is always the same": [Step(2.3)] * 150,
     "a loss that moves within a hundredth of itself": [Step(2.3)] * 80 + [Step(2.32)] * 20,
     "no loss": [replace(step, loss=NAN) for step in falling(300)],
+    "returns that grow as the policy gets better, and the loss of their estimate with them": [
+        Step(25 + 14 * math.tanh((i - 150) / 100) + 2 * math.sin(2.3 * i)) if i > 60 else Step(28 - i / 10)
+        for i in range(700)
+    ],
     "losses around zero": [Step(loss=math.sin(5.3 * i)) for i in range(400)],
 }
 
@@ -265,9 +269,8 @@ def test_noise_near_the_end_of_a_training_is_no_explosion(grows: int, cause: str
 
 
 def test_a_training_that_never_was_well_is_not_said_to_have_been() -> None:
-    (_, found), *_ = told([broken(0, loss=math.inf)])
+    (_, found), *_ = told([broken(0, "2.weight", loss=math.inf)])
     assert found.evidence["cause"] == "from-the-start"
-    assert found.message == "the loss is not finite"
 
 
 def test_they_never_enter_a_baseline() -> None:
@@ -289,6 +292,25 @@ def test_an_overflow_that_the_scaler_skips_is_routine() -> None:
 
 def test_a_loss_that_is_not_finite_counts_without_gradients() -> None:
     assert codes([*falling(50), replace(broken(50), scalars={"loss": math.inf})]) == {"NF405"}
+
+
+@pytest.mark.parametrize("before", [0, 50])
+def test_a_loss_that_is_not_finite_alone_is_no_matter_of_derivatives(before: int) -> None:
+    (_, found), *_ = told([*falling(before), replace(made(before, LOW), scalars={"loss": NAN})])
+    assert found.evidence["cause"] == "loss"
+    assert "safe-derivative" not in found.remedies
+
+
+def test_gradients_of_zero_have_no_size_to_grow_from() -> None:
+    """A policy that has solved its task gets none, until an episode goes another way."""
+    solved = [
+        replace(made(i, Step(loss=0.0)), scalars={"loss": 0.0, "grad_norm": 0.0}) for i in range(40, 120)
+    ]
+    for reading in solved:
+        reading.columns["grad_norm"].zero_()
+    steps = [made(i, Step(loss=math.sin(5.3 * i))) for i in range(160)]
+    assert told([*steps[:40], *solved, *steps[120:]]) == []
+    assert told([*solved, *steps[120:]]) == []
 
 
 # -- causes and places -------------------------------------------------------------------------------------
@@ -368,6 +390,12 @@ def test_a_learning_rate_that_rose_is_named(name: str) -> None:
     rose, rate = RATES[name]
     found = next(f for _, f in told(rated(SPIKED, rate)) if f.code == "TR702")
     assert ("the learning rate has gone from" in str(found.cause)) == rose
+
+
+def test_units_that_died_of_a_rate_that_rose_say_so() -> None:
+    steps = falling(200) + [replace(LOW, zero=True)] * 20
+    found = next(f for _, f in told(rated(steps, RATES["a jump"][1])) if f.code == "SA303")
+    assert "the learning rate has gone from 0.001 to 0.1" in str(found.cause)
 
 
 def test_inputs_are_judged_at_the_first_layer_only() -> None:

@@ -261,8 +261,59 @@ def test_another_training_in_the_same_record_is_not_held_against_the_one_before(
     _, found = train(state if resumed else None)
     assert ("TR702" in found) == resumed
     with Run.open(tmp_path / "run") as run:
-        assert run.since == (0 if resumed else 80)
-        assert {f.code for f in isograd.diagnose(run).findings} == set(found)
+        diagnosis = isograd.diagnose(run)
+        assert any("begins at step 80" in note for note in diagnosis.flow.notes) == (not resumed)
+        assert {f.code for f in diagnosis.findings} == set(found)
+
+
+@pytest.mark.parametrize("resumed", [True, False])
+def test_an_optimizer_that_remembers_nothing_is_told_by_the_first_loss(tmp_path: Path, resumed: bool) -> None:
+    model = nn.Linear(4, 2)
+
+    def train() -> list[str]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+        with isograd.watch(model, optimizer, run=tmp_path / "run") as monitor:
+            for _ in range(80):
+                optimizer.zero_grad()
+                loss = functional.cross_entropy(model(torch.eye(4)), torch.tensor([0, 1, 0, 1]))
+                loss.backward()
+                optimizer.step()
+                monitor.log(loss=loss)
+        return [finding.code for finding in monitor.diagnosis().findings]
+
+    assert train() == []
+    if not resumed:
+        model.reset_parameters()
+    assert train() == []
+    with Run.open(tmp_path / "run") as run:
+        assert any("begins at step 80" in note for note in isograd.diagnose(run).flow.notes) == (not resumed)
+
+
+def test_an_optimizer_that_steps_within_the_backward_is_read(tmp_path: Path) -> None:
+    """One a parameter, in a hook that was there before: the gradient is gone when the backward ends."""
+    torch.manual_seed(0)
+    model = net()
+    optimizers = {p: torch.optim.SGD([p], lr=0.1) for p in model.parameters()}
+    expected: list[float] = []
+
+    def step(p: Tensor) -> None:
+        assert p.grad is not None
+        expected.append(float(p.grad.norm()))
+        optimizers[p].step()
+        optimizers[p].zero_grad()
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(step)
+    with isograd.watch(model, list(optimizers.values()), run=tmp_path / "run"):
+        for x, y in batches(12):
+            functional.cross_entropy(model(x), y).backward()
+    with Run.open(tmp_path / "run") as run:
+        readings = list(run.readings())
+    assert len(readings) == 12
+    for i, reading in enumerate(readings):
+        own = expected[i * len(optimizers) :][: len(optimizers)]
+        assert sorted(reading.columns["grad_norm"].tolist()) == pytest.approx(sorted(own))
+        assert reading.notes == ()
 
 
 def test_a_scalar_may_be_logged_before_or_after_the_step() -> None:

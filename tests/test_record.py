@@ -27,6 +27,7 @@ import torch
 import isograd
 from isograd.cli import main
 from isograd.diagnosis import Finding, Severity
+from isograd.monitor.detectors import Detectors
 from isograd.monitor.reading import Reading
 from isograd.record import NotARun, Run, database, runs
 
@@ -359,6 +360,20 @@ def test_a_full_disk_is_one_warning_and_a_gap(tmp_path: Path) -> None:
         run.append(reading(600))
         (row,) = run.rows(600)
         assert row.notes == (f"{599 - held} steps before this one could not be recorded",)
+
+
+def test_closing_on_a_full_disk_counts_steps_alone(tmp_path: Path) -> None:
+    detectors = Detectors()
+    run = Run.create(tmp_path / "run", detectors=detectors)
+    run.append(reading(0), detectors.observe(reading(0)))
+    run._db.execute("PRAGMA max_page_count = 1")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(1, 200):
+            run.append(reading(step), detectors.observe(reading(step)))
+        missed = 199 - run.last
+        run.close()
+    assert 0 < missed == run.missed
 
 
 LIMITED = """

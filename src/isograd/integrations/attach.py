@@ -75,6 +75,10 @@ class _Watched:
     """What is kept there; None in all processes but one."""
     process: int
     """Which process trains it: one that is forked from it does not."""
+    since: int
+    """Step of the record at which this process began to train it."""
+    again: bool
+    """Another optimizer has trained it before in this process: the record knows what was found then."""
     shown: tuple[float, int] | None = None
     """When a line of it was first shown, and the step."""
     told: int = 0
@@ -108,7 +112,8 @@ class Attachment:
         @functools.wraps(make)
         def init(optimizer: Any, *args: Any, **kwargs: Any) -> None:
             make(optimizer, *args, **kwargs)
-            self.made.add(optimizer)
+            if not torch.compiler.is_compiling():
+                self.made.add(optimizer)
 
         @functools.wraps(scale)
         def scaled(scaler: Any, outputs: Any) -> Any:
@@ -119,6 +124,10 @@ class Attachment:
 
         @functools.wraps(accumulate)
         def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
+            if (
+                torch.compiler.is_compiling()
+            ):  # nothing of ours may go into a step that is compiled as a whole
+                return accumulate(tensors, *args, **kwargs)
             # a backward inside a backward is reentrant checkpointing
             outermost = not getattr(self.inside, "backward", False)
             if outermost:
@@ -142,7 +151,7 @@ class Attachment:
         torch.optim.Optimizer.__init__ = init  # pyright: ignore[reportAttributeAccessIssue]
         torch.amp.GradScaler.scale = scaled  # pyright: ignore[reportAttributeAccessIssue]
         torch.autograd.backward = backward
-        register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self._safely(self._before_step))
+        register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: self._before_step())
         atexit.register(self.close)
 
     def watch(self, model: nn.Module, optimizers: list[Any], name: str) -> Monitor:
@@ -161,13 +170,24 @@ class Attachment:
             every=self.settings.every,
             deep_every=self.settings.deep_every,
             budget=self.settings.budget,
+            known=before is not None,
         )
         if before is not None:
             self.watched.remove(before)
         loss, record = AccumulatedLoss(monitor, model), monitor.run
-        path = str(getattr(record, "path", path))
+        path, began = str(getattr(record, "path", path)), record.last + 1 if isinstance(record, Run) else 0
         self.watched.append(
-            _Watched(weakref.ref(monitor), weakref.ref(model), loss, name, path, record, os.getpid())
+            _Watched(
+                weakref.ref(monitor),
+                weakref.ref(model),
+                loss,
+                name,
+                path,
+                record,
+                os.getpid(),
+                began if before is None else before.since,
+                before is not None,
+            )
         )
         if number == 1 and not self.settings.quiet and monitor.run is not None:
             threading.Thread(target=self._live, name="isograd-live", daemon=True).start()
@@ -214,8 +234,8 @@ class Attachment:
                 watched.loss.add(loss)
 
     def _before_step(self) -> None:
-        if self.made:
-            self._look()
+        if self.made and not torch.compiler.is_compiling():
+            self._safely(self._look)
 
     def _look(self) -> None:
         """Find the models that own the parameters of the optimizers that were made."""
@@ -394,6 +414,13 @@ def _report(watched: _Watched, deep: bool) -> None:
     if monitor is not None:
         newest = monitor.newest()
         steps, diagnosis = 0 if newest is None else newest.step + 1, monitor.diagnosis()
+        if watched.again and record.recording:
+            with Run.open(record.path) as run:
+                whole = verdict(run, watched.since)
+            known = {finding.code for finding in whole.findings}
+            inside = (finding for finding in diagnosis.findings if finding.code not in known)
+            healthy = {code: words for code, words in diagnosis.healthy.items() if code not in known}
+            diagnosis = replace(diagnosis, findings=(*whole.findings, *inside), healthy=healthy)
         asked = {name: words for name, words in UNEXAMINED.items() if name in diagnosis.unexamined}
         if deep:  # then it says why not
             asked.pop("activations", None)

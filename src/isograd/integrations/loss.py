@@ -36,8 +36,10 @@ class AccumulatedLoss:
             self.value, self._count, self._stepped = None, 0, monitor.stepped
 
     def reached(self) -> bool:
-        """Whether the backward since `before_backward` reached this model."""
-        return self._gradients() != self._before
+        """Whether the backward since `before_backward` reached this model: it left a gradient, or an optimizer that
+        steps within the backward has used it up."""
+        monitor = self._monitor()
+        return self._gradients() != self._before or (monitor is not None and monitor.stepped != self._stepped)
 
     def add(self, loss: Tensor) -> None:
         """Log the sum with this loss in it; nothing waits for the device.

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from importlib import import_module
+from statistics import median
 from typing import Any
 
 from torch import Tensor
 
 from isograd.diagnosis import Finding
-from isograd.monitor.history import Detector, History
+from isograd.monitor.history import RECENT, Detector, History
 from isograd.monitor.reading import Reading
-from isograd.monitor.seen import Seen, alike, nonfinite, seen
-from isograd.record.row import BEGINS
+from isograd.monitor.seen import Seen, alike, nonfinite, seen, spread
+from isograd.record.row import BEGINS, PERHAPS
 from isograd.symptoms import STREAMED
+from isograd.symptoms.loss_spike import DEVIATIONS
 from isograd.symptoms.nonfinite_step import NonFinite
 
 
@@ -29,6 +32,8 @@ class Detectors:
 
     def __init__(self) -> None:
         self.history = History()
+        self.since = 0
+        """The step at which this training began, of those that were recorded one behind the other."""
         self.by_code = {module.CODE: _made(module) for module in map(_module, STREAMED)}
 
     def observe(self, reading: Reading) -> tuple[Finding, ...]:
@@ -44,8 +49,9 @@ class Detectors:
                 seen([reading for reading, count in zip(run, counts, strict=True) if count is None])
             )
             for reading, count in zip(run, counts, strict=True):
-                if BEGINS in reading.notes:
+                if BEGINS in reading.notes or (PERHAPS in reading.notes and not self._goes_on(reading)):
                     vars(self).update(vars(Detectors()))
+                    self.since = reading.step
                 found.append(self._finite(next(finite)) if count is None else self._broken(reading, count))
         return found
 
@@ -59,6 +65,12 @@ class Detectors:
         detector = self._nonfinite
         found = detector.broken(reading, counts, self.history)
         return () if found is None else tuple(detector.tell(found))
+
+    def _goes_on(self, reading: Reading) -> bool:
+        """Does this training go on where the last one ended? The loss of its first step, which no step of its own has
+        changed yet, then is none that would be told as a jump; where none is known, it is taken to."""
+        loss, last = reading.scalars.get("loss", math.nan), self.history.losses[-RECENT:]
+        return math.isnan(loss) or not last or abs(loss - median(last)) <= DEVIATIONS * spread(last)
 
     def outcomes(self) -> tuple[dict[str, str], dict[str, str]]:
         """By code: with what evidence all is well now, and what could not be examined, and why."""
@@ -85,10 +97,11 @@ class Detectors:
     def state(self) -> dict[str, Any]:
         """All that is remembered, as JSON can hold it."""
         detectors = {code: detector.state() for code, detector in self.by_code.items()}
-        return {"history": self.history.state(), "detectors": detectors}
+        return {"since": self.since, "history": self.history.state(), "detectors": detectors}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Go on from `state()`. A detector that the state does not know starts afresh."""
+        self.since = state.get("since", 0)
         self.history.restore(state["history"])
         for code, saved in state["detectors"].items():
             if code in self.by_code:

@@ -52,7 +52,8 @@ class History:
         self.losses: list[float] = []
         """The last 4 x WINDOW."""
         self.norms: list[float] = []
-        """Global gradient norm, the last 4 x WINDOW."""
+        """Global gradient norm, the last 4 x WINDOW that were not zero: without a gradient, as where a policy has solved
+        its task or a hinge is met, there is no size to be compared."""
         self.grads: list[list[float]] = []
         """By matrix, the last 2 x WINDOW."""
         self.updates: list[list[float]] = []
@@ -146,7 +147,7 @@ class History:
             _push(self.weights, weights, WINDOW + 1)
             _push(self.weighed, seen.step, WINDOW + 1)
         _push(self.scales, seen.scale.tolist(), WINDOW + 1)
-        if not math.isnan(seen.grad_norm):
+        if math.isfinite(seen.grad_norm):
             _push(self.norms, seen.grad_norm, 4 * WINDOW)
         if not math.isnan(seen.loss):
             if len(self.first_losses) < START:

@@ -32,7 +32,7 @@ from isograd.monitor.tap import Tap
 from isograd.monitor.unexamined import together, unexamined
 from isograd.monitor.updates import number
 from isograd.record import Run
-from isograd.record.row import BEGINS
+from isograd.record.row import BEGINS, PERHAPS
 from isograd.record.verdict import examined
 from isograd.warning import warn
 
@@ -111,7 +111,10 @@ class Monitor:
         deep_every: int | None = None,
         budget: float = 0.01,
         sinks: Sequence[Sink] = (),
+        known: bool = False,
     ) -> None:
+        """`known`: this very model has been trained into this record before."""
+        self._known = known
         self._model, self._names = model, Names(model)
         self._logged: set[str] = set()
         self._looked_at: Flow | None = None
@@ -337,8 +340,9 @@ class Monitor:
         parts, self._open = self._open, []
         settled, self._settled = self._settled, {}
         step = Ended(self._step, (), (), [], settled, [], time.time(), logged_early=set(settled))
-        if self._behind and all(tap.begins for tap in self._taps):
-            step.notes.append(BEGINS)
+        begins = [tap.begins for tap in self._taps]
+        if self._behind and False not in begins:
+            step.notes.append(BEGINS if all(begins) and not self._known else PERHAPS)
         self._behind = full = False
         for _, part in parts:
             full |= part.full

@@ -71,10 +71,9 @@ def origin(history: History) -> Cause:
             f"{backward:.1f}: the weights were drawn too large"
         )
         return Cause(words, "initialisation", ("critical-initialisation", "insert-normalisation"))
-    before, now = _raised(history)
-    if now > before:
-        words = f"the learning rate has gone from {before:.2g} to {now:.2g}"
-        return Cause(words, "learning-rate", ("lower-learning-rate", "warm-up", "clip-gradients"))
+    higher = raised(history)
+    if higher is not None:
+        return higher
     joined = _joined(history)
     if joined is not None:
         return joined
@@ -141,7 +140,7 @@ def _jumped(history: History) -> Cause | None:
         _, before, after, explained, once = history.jump
         words = (
             f"the loss went from {before:.2g} to {after:.2g} in one step, which explains {explained:.1g} of it at most: "
-            f"{'one batch was unlike the others' if once else 'what the network was given has changed, or the loss itself, as by new targets'}"
+            f"{'one batch was unlike the others' if once else 'what the network was given has changed, or the loss itself, as by new targets, or the weights, by something else than the optimizer'}"
         )
         return Cause(words, "data", ("shuffle the data", "look at the batch", "clip-gradients"))
     return None
@@ -174,6 +173,15 @@ def replaced(history: History) -> Cause | None:
         f"{history.leaps} of the first steps changed the typical weight matrix by a fifth of itself and more: little is left "
         "of the weights as they were drawn; the learning rate"
     )
+    return Cause(words, "learning-rate", ("lower-learning-rate", "warm-up", "clip-gradients"))
+
+
+def raised(history: History) -> Cause | None:
+    """Has a learning rate risen beyond all that it had been, within the window?"""
+    before, now = _raised(history)
+    if not now > before:
+        return None
+    words = f"the learning rate has gone from {before:.2g} to {now:.2g}"
     return Cause(words, "learning-rate", ("lower-learning-rate", "warm-up", "clip-gradients"))
 
 

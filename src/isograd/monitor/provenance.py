@@ -6,6 +6,8 @@ counters of the gradients, which tell whether anything wrote to them in between.
 - Untouched since the last backward: they are raw at the step, and are read there, once.
 - Touched (clipping by whatever function): from then on they are read at the end of the backward.
 - `GradScaler.unscale_` touches them too; it is told of, and the gradients are as raw after as before.
+- An optimizer that steps in a hook of its parameters does so within the backward: its gradients are read there, and the
+  end of that backward is none of the next step's.
 - A step with a closure runs its backward inside: the closure is wrapped, and its first gradient taken.
 
 The first steps are read at the end of the backward, so that clipping is noticed before anything is lost.
@@ -50,7 +52,7 @@ class Provenance:
         self._hooks: list[Any] = []
         self._listened: list[Tensor] = []
         self._last: weakref.ref[Tensor] | None = None
-        self._task = -1
+        self._task, self._stepped_in = -1, -2
         self._versions: Versions | None = None
         self._counts: deque[int] = deque(maxlen=8)
         self._steps = 0
@@ -115,10 +117,11 @@ class Provenance:
         """A step has ended: what follows belongs to the next."""
         if self.backwards:
             self._counts.append(self._taken_after or self.backwards)
-        elif self._last is not None:  # the one that is listened to had no gradient: listen to all again
+        elif self._last is not None and not stepping_inside():  # it had no gradient: listen to all again
             self._steps, self._last = 0, None
             self.listen(self._parameters())
         self.backwards, self._taken_after, self._versions = 0, 0, None
+        self._stepped_in = torch._C._current_graph_task_id() if stepping_inside() else -2
         self._steps += 1
         last = self._last() if self._last is not None else None
         self.added_up = False
@@ -137,10 +140,12 @@ class Provenance:
             self = weak()
             if self is None or torch.compiler.is_compiling():
                 return
+            task = torch._C._current_graph_task_id()  # a flag would stay set after a backward that raised
+            if task == self._stepped_in:
+                return
             self._last = weakref.ref(parameter)
             if self.learning:
                 self._heard.append(self._last)
-            task = torch._C._current_graph_task_id()  # a flag would stay set after a backward that raised
             if task != self._task:
                 self._task = task
                 self._begins(parameter)
@@ -169,11 +174,18 @@ class Provenance:
             self.added_up = any(p is not None and _version(p) == version and _any(p) for p, version in there)
 
     def _end(self) -> None:
+        if self._task == self._stepped_in:  # nothing of this backward is left for the next step
+            return
         self.backwards += 1
         self._versions = self._now()
         if self.added_up:  # the next micro-batch finds them as this one leaves them
             self._left = _versions([ref for ref, _ in self._left])
         self._ended()
+
+
+def stepping_inside() -> bool:
+    """A backward is running: the optimizer steps in a hook of its parameters, as each gradient comes."""
+    return torch._C._current_graph_task_id() >= 0
 
 
 def _nothing() -> None: ...

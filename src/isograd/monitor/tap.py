@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from isograd.monitor import scaling
 from isograd.monitor.parts import Part, Reader, idle
-from isograd.monitor.provenance import Closure, Provenance
+from isograd.monitor.provenance import Closure, Provenance, stepping_inside
 from isograd.monitor.reading import ADDED_UP
 from isograd.monitor.sharding import local
 from isograd.monitor.statistics import norms
@@ -107,10 +107,12 @@ class Tap:
         return self._moved is not None and self._moved.known
 
     @property
-    def begins(self) -> bool:
-        """Its training has begun here, and was not loaded from a checkpoint: the first step has made its state. Of one
-        that never has any, as of plain SGD, this is not known: False."""
-        return bool(self._fresh and self.optimizer is not None and self.optimizer.state)
+    def begins(self) -> bool | None:
+        """Its training has begun here, and was not loaded from a checkpoint: the first step has made its state. None: of
+        one that never has any, as of plain SGD, this is not known."""
+        if self._fresh is False:
+            return False
+        return True if self.optimizer is not None and self.optimizer.state else None
 
     # What the training loop does, in the order in which it happens.
 
@@ -209,7 +211,7 @@ class Tap:
             part = self._read(whole=True)
             if touched:
                 part.notes.append(CLIPPED)
-            if part.buckets and not provenance.backwards:
+            if part.buckets and not provenance.backwards and not stepping_inside():
                 part.notes.append(UNHEARD)
         if provenance.added_up:
             part.notes.append(ADDED_UP)

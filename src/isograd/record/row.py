@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 BEGINS = "a training begins here: its optimizer remembers no step"
 """Note of a step that was recorded behind those of another training, which its own are not to be held against."""
+PERHAPS = "a training begins here, or goes on: its first loss tells"
+"""The same, where the optimizer does not tell: it never remembers a step, or another one goes on with the same model."""
 
 
 @dataclass(frozen=True)

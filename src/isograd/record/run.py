@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from isograd.record import database
 from isograd.record.database import NotARun
 from isograd.record.home import home, name
-from isograd.record.row import BEGINS, Layout, Row, Told, content, encoded
+from isograd.record.row import Layout, Row, Told, content, encoded
 from isograd.warning import warn
 
 if TYPE_CHECKING:
@@ -273,7 +273,7 @@ class Run:
             state = json.dumps(self._memory.state())
             self._db.execute("INSERT OR REPLACE INTO detectors VALUES (0, ?, ?)", (step, state))
 
-    def _failed(self, error: sqlite3.Error, steps: int = 1) -> None:
+    def _failed(self, error: sqlite3.Error, steps: int = 0) -> None:
         """Later steps are tried again: somebody may have made room."""
         self.missed += steps
         if not self._warned:
@@ -330,12 +330,6 @@ class Run:
         """The last step that is recorded; -1: none."""
         row = self._one("SELECT max(step) FROM steps")
         return -1 if row is None or row[0] is None else row[0]
-
-    @property
-    def since(self) -> int:
-        """The first step of the newest training: of those that were recorded one behind the other."""
-        row = self._one("SELECT max(step) FROM steps WHERE notes LIKE ?", (f"%{BEGINS}%",))
-        return 0 if row is None or row[0] is None else row[0]
 
     def __len__(self) -> int:
         """Number of steps that are kept."""

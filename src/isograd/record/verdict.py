@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from isograd.monitor.detectors import Detectors
 
 
-def verdict(run: Run) -> Diagnosis:
-    """What was found while it was recorded, of several trainings in the newest; steps that no detector had seen are
-    shown to them now."""
+def verdict(run: Run, since: int | None = None) -> Diagnosis:
+    """What was found while it was recorded, from the step `since` on or, of several trainings, in the newest; steps that no
+    detector had seen are shown to them now."""
     from isograd.monitor.detectors import Detectors  # the monitor, beside them, imports `examined` from here
 
     detectors = Detectors()
@@ -25,11 +25,11 @@ def verdict(run: Run) -> Diagnosis:
     told = list(run.findings)
     known = {(step, finding.code) for step, finding in told}
     told += [(step, finding) for step, finding in again if (step, finding.code) not in known]
-    last, since = run.last, run.since
-    told = [(step, finding) for step, finding in told if step >= since]
+    last, first = run.last, detectors.since if since is None else since
+    told = [(step, finding) for step, finding in told if step >= first]
     kept = "no step was recorded" if last < 0 else f"{last + 1} steps were recorded, {len(run)} are kept"
-    if since:
-        kept += f"; this is of the training that begins at step {since}"
+    if first:
+        kept += f"; this is of the training that begins at step {first}"
     losses = run.series("loss")[1]
     flow = Flow((), {}, loss=losses[-1] if losses else math.nan, notes=(kept, NOTE))
     return examined(told, detectors, flow=flow)

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import WINDOW, Detector, History
-from isograd.monitor.origin import replaced
+from isograd.monitor.origin import raised, replaced
 from isograd.monitor.seen import Seen
 
 CODE = "SA303"
@@ -160,7 +160,7 @@ class Dying(Detector):
 
 def _after(history: History, words: str) -> str:
     """What is dead, and what went before."""
-    before = replaced(history)
+    before = raised(history) or replaced(history)
     return words if before is None else f"{words}; {before.words}"
 
 

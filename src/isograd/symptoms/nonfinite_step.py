@@ -5,7 +5,8 @@ What it means
 
 Why it happens
     A gradient or signal that exploded, a value that overflowed its number format, data that is not finite, an
-    operation whose derivative is infinite.
+    operation whose derivative is infinite. A loss that is not finite, of gradients that are: the log of 0, 0/0 or a mean
+    over nothing in a term that passes no gradient on, or a target whose logit is masked.
 
 Evidence
     NaN and Inf elements of each parameter's gradient, counted before anything clips them, and the loss. On a GPU they are
@@ -67,7 +68,7 @@ class NonFinite(Detector):
             what = f"the gradient norm of {len(sick)} of {len(reading.sites)} parameters"
         if sick and not math.isfinite(loss):
             what = f"the loss and {what}"
-        words, slug, remedies = self._cause(history)
+        words, slug, remedies = self._cause(history, alone=not sick and "grad_norm" in reading.columns)
         return Finding(
             CODE,
             NAME,
@@ -79,18 +80,26 @@ class NonFinite(Detector):
             remedies=remedies,
         )
 
-    def _cause(self, history: History) -> tuple[str, str, tuple[str, ...]]:
+    def _cause(self, history: History, *, alone: bool) -> tuple[str, str, tuple[str, ...]]:
+        """`alone`: the loss is not finite, its gradient is."""
+        losses = [math.log10(loss) if loss > 0 else -math.inf for loss in history.losses]
+        large = math.isfinite(history.typical_update) and history.typical_update > 0
+        if _risen(history.norms) or _risen(losses) or large:
+            cause = origin(history)
+            return f"the training exploded before: {cause.words}", cause.slug, cause.remedies
+        if alone:
+            return (
+                "the loss alone: all gradients are finite. A term of it is the log of 0, 0/0 or a mean over nothing, as "
+                "of a target whose logit is masked, or of values that are detached",
+                "loss",
+                ("print the terms of the loss one by one, and its targets", FIND),
+            )
         if not history.count:
             return (
                 "no step before it was finite: look at the initial weights, the inputs and the loss",
                 "from-the-start",
                 ("critical-initialisation", "standardise-input", FIND),
             )
-        losses = [math.log10(loss) if loss > 0 else -math.inf for loss in history.losses]
-        large = math.isfinite(history.typical_update) and history.typical_update > 0
-        if _risen(history.norms) or _risen(losses) or large:
-            cause = origin(history)
-            return f"the training exploded before: {cause.words}", cause.slug, cause.remedies
         return (
             "it came at once, from a training that was well: look at the batch, and at operations whose derivative is "
             "infinite",

@@ -11,7 +11,9 @@ Why it happens
 Evidence
     The medians of the two halves of the last 256 losses differ by less than 3 standard errors, 200 steps were taken
     at full pace, by their size or their learning rate (those of annealing do not count), and of the way from the start to
-    zero, less than a tenth was gained, or more than half of what had been gained is lost again. Losses whose noise is as
+    zero, less than a tenth was gained, or more than half of what had been gained is lost again. A loss that is level more than
+    a tenth above its start is no plateau: what throws a training there is told as a spike or as diverging, and where
+    nothing was, the targets have moved, as the returns of a policy that gets better. Losses whose noise is as
     large as their level, or that change sign, are left alone: there a plateau cannot be told from noise. Where the first
     steps replaced the weights, or these have shrunk to a third since, that is the cause.
 
@@ -74,16 +76,23 @@ class Plateau(Detector):
         stuck = self.share < GAINED
         fallen_back = now - history.best > LOST * (first - history.best) and first > history.best
         paced = history.moving if math.isfinite(history.pace) else history.count
-        if paced < STEPS or not flat or not (stuck or fallen_back):
+        near = -share <= GAINED
+        if paced < STEPS or not flat or not near or not (stuck or fallen_back):
             return None
         cause = replaced(history) or shrunk(history)
+        lost = first - history.best > GAINED * first
+        unknown = (
+            "what had been learned was lost, and is not learned again"
+            if lost
+            else "nothing is learned at this pace"
+        )
         where = f"back at {now:.3g} after {history.best:.3g}" if fallen_back else f"still at {now:.3g}"
         return Finding(
             CODE,
             NAME,
             Severity.WARNING,
             f"the loss is {where} and no longer changes; it started from {first:.3g}",
-            cause="nothing is learned at this pace" if cause is None else cause.words,
+            cause=unknown if cause is None else cause.words,
             evidence={
                 "loss": now,
                 "first": first,

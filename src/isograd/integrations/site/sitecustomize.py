@@ -66,6 +66,8 @@ def _say_if_nothing_was_seen() -> None:
             "no optimizer of torch took a step. A loop that updates the weights by itself is watched from inside: "
             "isograd.watch(model, None), and monitor.step() after each step"
         )
+        if "torch._dynamo" in sys.modules:
+            why += ". A step that is compiled as a whole runs no Python: leave loss.backward() and optimizer.step() out of it"
     if ended := getattr(sys, "last_type", None):
         why = f"the script ended with {ended.__name__} before an optimizer of torch took a step"
     print(f"isograd: nothing was recorded: {why}", file=sys.stderr)
