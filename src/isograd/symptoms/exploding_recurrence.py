@@ -56,6 +56,7 @@ def _kernels(flow: Flow) -> list[Outcome]:
     found: list[Outcome] = []
     for site, decades in zip(flow.sites, flow.column("decades").tolist(), strict=True):
         limit = FUSED + 0.5 * math.log10(max(site.shape, default=1))
+        kind = "RNN" if "rnn" in site.operation else site.operation.upper()
         if site.kind == "recurrent" and "cell" not in site.operation and decades > limit:
             found.append(
                 Finding(
@@ -65,7 +66,7 @@ def _kernels(flow: Flow) -> list[Outcome]:
                     f"{site.name} as a whole multiplies the gradient by {decades:+.1f} decades (an error from {limit:+.1f})",
                     sites=(site.place,),
                     evidence={"decades": decades, "threshold": limit},
-                    remedies=_helping({"RNN" if "rnn" in site.operation else site.operation.upper()}),
+                    remedies=_helping({kind}),
                 )
             )
     return found
