@@ -1286,6 +1286,27 @@ def test_vectors_that_score_are_no_biases_and_loud_scores_are_told_with_their_li
     assert any("test_symptoms.py" in word and "logits" in word for rx in found.by_hand for word in rx.advice)
 
 
+class Averaging(nn.Module):
+    """Attention whose values are the data as they came in: no layer makes them."""
+
+    def __init__(self, loud: float) -> None:
+        super().__init__()
+        self.loud, self.query, self.key, self.head = loud, nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.loud * self.query(x) @ self.key(x).mT / 4).softmax(-1)
+        return self.head(weights @ x)
+
+
+@pytest.mark.parametrize(("loud", "codes"), [(1.0, []), (400.0, ["SA304"])])
+def test_attention_over_the_data_itself(loud: float, codes: list[str]) -> None:
+    torch.manual_seed(0)
+    model, x, y = Averaging(loud), torch.randn(16, 12, 8), torch.randint(4, (192,))
+    found = check(model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), y))
+    assert [f.code for f in found.errors] == codes
+    assert len(found.flow.attentions) == 1
+
+
 # -- far-start, constants and cuts -----------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -110,14 +111,17 @@ def is_trivial(operation: str) -> bool:
     return operation in _TRIVIAL_NODES
 
 
-def kind_of_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Kind of a torch call by its name and, for products, by what it multiplies."""
+def kind_of_call(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], data: Collection[Tensor] = ()
+) -> str:
+    """Kind of a torch call by its name and, for products, by what it multiplies; `data`: leaves that are no weights."""
     kind = (
         _KIND_OF.get(name) or _KIND_OF.get(name.rstrip("_")) or _KIND_OF.get(name.strip("_"), "elementwise")
     )
     if kind == "linear" and name not in ("linear", "bilinear"):
         operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        if all(parameter_of(t) is None for t in operands):
+        leaves = [leaf for t in operands if (leaf := parameter_of(t)) is not None]
+        if all(any(leaf is given for given in data) for leaf in leaves):
             return "product"  # of two activations, as in attention
     return kind
 

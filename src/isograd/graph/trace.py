@@ -226,7 +226,7 @@ class Trace(TorchFunctionMode):
         if not tensors:
             return out
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            call = self._call(name, kind_of_call(name, args, kwargs))
+            call = self._call(name, kind_of_call(name, args, kwargs, self.opened))
             self._describe(call, args, kwargs)
             for tensor in tensors:
                 self._attribute(tensor, call)
