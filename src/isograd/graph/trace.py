@@ -30,7 +30,14 @@ from isograd.graph.call import (
     NormalisationStatistics,
 )
 from isograd.graph.cuts import Cuts
-from isograd.graph.operations import ACTIVATIONS, LOSSES, kind_of_call, operation_of, parameter_of
+from isograd.graph.operations import (
+    ACTIVATIONS,
+    LOSSES,
+    kind_of_call,
+    operation_of,
+    parameter_of,
+    summed_over,
+)
 from isograd.graph.source import shown, source
 
 PRODUCTS = ("matmul", "rmatmul", "mv", "dot", "inner", "vecdot")
@@ -266,7 +273,7 @@ class Trace(TorchFunctionMode):
             and id(a) not in self._parameters
         )
         if call.kind in ("linear", "convolution"):
-            self._weigh(call, tensors)
+            self._weigh(call, tensors, args[0] if call.operation == "einsum" else None)
         elif call.kind in ("attention", "product") and not call.parameters:
             call.parameters = self._made_values(call, tensors)
         if call.kind == "convolution":
@@ -278,15 +285,18 @@ class Trace(TorchFunctionMode):
         if call.operation in ("batch_norm", "group_norm", "instance_norm"):
             call.unit_dim = 1
 
-    def _weigh(self, call: Call, tensors: list[Tensor]) -> None:
+    def _weigh(self, call: Call, tensors: list[Tensor], equation: object) -> None:
         """Which parameter this layer multiplies by, and with what fan-in."""
         owned = [(t, parameter_of(t)) for t in tensors]
+        summed = summed_over(equation, tensors) if isinstance(equation, str) else []
         for i, (operand, parameter) in enumerate(owned):
             if parameter is None or id(parameter) not in self._parameters:
                 continue
             if operand.ndim < 2:  # a vector that is added, or one that scores what it is multiplied by
                 if call.operation not in PRODUCTS:
                     self.biases.add(id(parameter))
+            elif i < len(summed):
+                self.weights[id(parameter)] = summed[i]
             elif call.operation == "linear" or call.kind == "convolution":
                 self.weights[id(parameter)] = operand[0].numel()
             else:  # a matrix product: x @ w, or w @ x
