@@ -1307,6 +1307,26 @@ def test_attention_over_the_data_itself(loud: float, codes: list[str]) -> None:
     assert len(found.flow.attentions) == 1
 
 
+@pytest.mark.parametrize(("gain", "codes"), [(1.4, []), (0.02, ["VG102"])])
+def test_a_loss_of_distances_between_outputs_that_are_all_the_same(gain: float, codes: list[str]) -> None:
+    """Biases remain where weights are this small: the loss is as flat as behind a clip, and the layers are the cause."""
+    torch.manual_seed(0)
+    model, x, y = mlp(nn.ReLU, 6, gain), torch.randn(32, 64), torch.arange(32) % 4
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            nn.init.uniform_(layer.bias, -0.1, 0.1)
+
+    def triplet(m: nn.Module) -> Tensor:
+        apart = torch.cdist(out := functional.normalize(m(x), dim=-1), out)
+        same = y[:, None] == y
+        return torch.relu((apart * same).amax(1) - (apart + 9 * same).amin(1) + 0.3).mean()
+
+    found = repair(model, triplet)
+    assert [f.code for f in found.before.errors] == codes
+    assert [f.evidence["cause"] for f in found.before.errors] == ["initialisation"] * len(codes)
+    assert found.cured
+
+
 # -- far-start, constants and cuts -----------------------------------------------------------------
 
 
