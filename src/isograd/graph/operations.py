@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -112,17 +112,14 @@ def is_trivial(operation: str) -> bool:
     return operation in _TRIVIAL_NODES
 
 
-def kind_of_call(
-    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], data: Collection[Tensor] = ()
-) -> str:
-    """Kind of a torch call by its name and, for products, by what it multiplies; `data`: leaves that are no weights."""
+def kind_of_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Kind of a torch call by its name and, for products, by what it multiplies."""
     kind = (
         _KIND_OF.get(name) or _KIND_OF.get(name.rstrip("_")) or _KIND_OF.get(name.strip("_"), "elementwise")
     )
     if kind == "linear" and name not in ("linear", "bilinear"):
         operands = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-        leaves = [leaf for t in operands if (leaf := parameter_of(t)) is not None]
-        if all(any(leaf is given for given in data) for leaf in leaves):
+        if all(parameter_of(t) is None for t in operands):
             return "product"  # of two activations, as in attention
     return kind
 

@@ -233,7 +233,7 @@ class Trace(TorchFunctionMode):
         if not tensors:
             return out
         with torch._C.DisableTorchFunction(), torch.no_grad():
-            call = self._call(name, kind_of_call(name, args, kwargs, self.opened))
+            call = self._call(name, kind_of_call(name, args, kwargs))
             self._describe(call, args, kwargs)
             for tensor in tensors:
                 self._attribute(tensor, call)
@@ -272,6 +272,8 @@ class Trace(TorchFunctionMode):
             and not a.requires_grad
             and id(a) not in self._parameters
         )
+        if call.kind == "linear" and self._averages_data(tensors):
+            call.kind = "product"
         if call.kind in ("linear", "convolution"):
             self._weigh(call, tensors, args[0] if call.operation == "einsum" else None)
         elif call.kind in ("attention", "product") and not call.parameters:
@@ -302,12 +304,21 @@ class Trace(TorchFunctionMode):
             else:  # a matrix product: x @ w, or w @ x
                 self.weights[id(parameter)] = operand.shape[-2 if i == len(owned) - 1 else -1]
 
+    def _averages_data(self, tensors: list[Tensor]) -> bool:
+        """A softmax times the model's own input, which is a leaf as weights are: attention whose values no layer made."""
+        if any(id(parameter_of(t)) in self._parameters for t in tensors):
+            return False
+        return any(n is not None and self.made[n].call.kind == "softmax" for n in self._origins(tensors))
+
+    def _origins(self, tensors: list[Tensor]) -> list[Node | None]:
+        return [self._origin(t, {"reshape", "dropout"}) for t in tensors]
+
     def _made_values(self, call: Call, tensors: list[Tensor]) -> tuple[str, ...]:
         """The parameters of the layer that made what an attention averages."""
         if call.kind == "attention":
             values = tensors[2:3]
         else:  # written out: the operand that is not the softmax
-            nodes = [self._origin(t, {"reshape", "dropout"}) for t in tensors]
+            nodes = self._origins(tensors)
             mixing = {n for n in nodes if n is not None and self.made[n].call.kind == "softmax"}
             self._mixing |= mixing
             weighted = [n is not None and self.made[n].call.weighted for n in nodes]
