@@ -260,3 +260,44 @@ def test_two_measurements_are_the_same() -> None:
     first, second = measure(model, loss), measure(model, loss)
     assert [p.grad_norm_log10 for p in first.parameters] == [p.grad_norm_log10 for p in second.parameters]
     assert first.column("grad_norm_log10").tolist() == second.column("grad_norm_log10").tolist()
+
+
+class Reversed(torch.autograd.Function):
+    """One reversible layer: it keeps no graph, and its backward runs the layer again and differentiates it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Module) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.layer = layer
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            return x + layer(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            (x + ctx.layer(x)).backward(grads[0])
+        return x.grad, None
+
+
+class Reversible(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.inner, self.head = nn.Linear(64, 16), nn.Linear(16, 16), nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        made: Tensor = Reversed.apply(self.enter(x), self.inner)  # pyright: ignore
+        return self.head(made)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_backward_inside_of_the_backward_leaves_no_gradient_behind(trained: bool) -> None:
+    """And what it reaches is not said to receive none."""
+    model, loss = classified(Reversible())
+    if trained:
+        loss(model).backward()
+    before = state(model)
+    found = check(model, loss)
+    assert changes(model, before) == set()
+    assert {p.name: p.state for p in found.flow.parameters}["inner.weight"] == "inside"
+    assert "UP501" not in [f.code for f in found.findings]

@@ -163,6 +163,18 @@ def test_a_clip_is_in_the_unit_of_the_loss() -> None:
     assert scaled == pytest.approx(1e4 * c, rel=0.01)
 
 
+def test_a_gradient_that_explodes_by_itself_is_no_measure_for_a_clip() -> None:
+    """A sine holds the signal: only the gradient grows, and with it every norm."""
+
+    class Sine(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.sin(30 * x)  # holds the signal, and multiplies the gradient
+
+    torch.manual_seed(0)
+    built = classified(mlp(Sine, 8, 1.0))
+    assert asked("clip_gradients", built)["clip_grad_norm"] == 1.0
+
+
 def test_an_epsilon_is_asked_for_where_the_default_would_hold_a_layer_still() -> None:
     torch.manual_seed(0)
     model, loss = classified(mlp(nn.ReLU, 3, HE))

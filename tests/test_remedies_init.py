@@ -609,6 +609,34 @@ def test_an_operand_of_an_einsum_gets_the_variance_of_its_fan_in() -> None:
     assert float(drawn.square().mean()) * layer.fan_in == pytest.approx(1.0, rel=1e-3)
 
 
+@pytest.mark.parametrize(
+    ("equation", "shape", "fan_in"),
+    [
+        ("bid,iode->boe", (6, 10, 8, 12), 48),
+        ("big, iog -> bo", (6, 10, 8), 48),  # splines: their basis is summed over as well
+        ("bid,kiod->bkio", (4, 6, 10, 8), 8),
+        ("...d,de->...e", (8, 12), 8),
+        ("bid,de", (8, 12), 8),
+    ],
+)
+def test_the_fan_in_of_an_einsum_is_what_it_sums_over(
+    equation: str, shape: tuple[int, ...], fan_in: int
+) -> None:
+    torch.manual_seed(0)
+
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(shape))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum(equation, x, self.weight)
+
+    x = torch.randn(5, 6, 8)
+    (weight,) = measure(Product(), lambda m: m(x).square().mean()).parameters
+    assert weight.fan_in == fan_in
+
+
 class Sine(nn.Module):
     """sin(30 W x), with a constant that belongs to the gain of the layer (Sitzmann et al. 2020)."""
 

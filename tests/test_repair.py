@@ -22,7 +22,8 @@ from isograd import check
 from isograd.candidates import depth_over_width
 from isograd.cli import main
 from isograd.judge import short_training
-from isograd.prescription import Patient, Reach
+from isograd.prescription import Patient, Reach, apply
+from isograd.remedies import rescale_weights
 from isograd.repair import Repair, repair
 from tests.models import HE, Apply, Built, Residual, classified, mlp, relu_he, relu_large
 from tests.test_causes import lengths, past
@@ -340,6 +341,23 @@ class Attending(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.norm(x)
         return x + self.inner(y, y, y, need_weights=False)[0]
+
+
+def test_values_and_output_of_an_attention_that_are_loud_as_well_are_scaled_each_by_its_own_factor() -> None:
+    torch.manual_seed(0)
+    attending = Attending(60.0)
+    with torch.no_grad():
+        attending.inner.in_proj_weight[32:].mul_(30)
+        attending.inner.out_proj.weight.mul_(40)
+    body = nn.Sequential(nn.Unflatten(1, (4, 16)), attending, nn.Flatten())
+    model, loss = classified(nn.Sequential(body, nn.Linear(64, 10)))
+    rx = next(iter(rescale_weights.prescribe(Patient(model, check(model, loss), loss))))
+    assert {edit.place.rpartition("inner.")[2] for edit in rx.edits} == {"in_proj_weight", "out_proj.weight"}
+    inner = apply(model, rx).get_submodule("0.1.inner")
+    parts = [*inner.get_parameter("in_proj_weight").split((32, 16)), inner.get_parameter("out_proj.weight")]
+    assert [float(part.detach().square().mean().sqrt()) * 4 for part in parts] == pytest.approx(
+        [1.0] * 3, rel=1e-3
+    )
 
 
 def test_queries_and_keys_that_are_packed_in_an_attention_are_scaled_and_its_values_kept() -> None:

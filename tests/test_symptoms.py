@@ -1286,6 +1286,47 @@ def test_vectors_that_score_are_no_biases_and_loud_scores_are_told_with_their_li
     assert any("test_symptoms.py" in word and "logits" in word for rx in found.by_hand for word in rx.advice)
 
 
+class Averaging(nn.Module):
+    """Attention whose values are the data as they came in: no layer makes them."""
+
+    def __init__(self, loud: float) -> None:
+        super().__init__()
+        self.loud, self.query, self.key, self.head = loud, nn.Linear(8, 16), nn.Linear(8, 16), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = (self.loud * self.query(x) @ self.key(x).mT / 4).softmax(-1)
+        return self.head(weights @ x)
+
+
+@pytest.mark.parametrize(("loud", "codes"), [(1.0, []), (400.0, ["SA304"])])
+def test_attention_over_the_data_itself(loud: float, codes: list[str]) -> None:
+    torch.manual_seed(0)
+    model, x, y = Averaging(loud), torch.randn(16, 12, 8), torch.randint(4, (192,))
+    found = check(model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), y))
+    assert [f.code for f in found.errors] == codes
+    assert len(found.flow.attentions) == 1
+
+
+@pytest.mark.parametrize(("gain", "codes"), [(1.4, []), (0.02, ["VG102"])])
+def test_a_loss_of_distances_between_outputs_that_are_all_the_same(gain: float, codes: list[str]) -> None:
+    """Biases remain where weights are this small: the loss is as flat as behind a clip, and the layers are the cause."""
+    torch.manual_seed(0)
+    model, x, y = mlp(nn.ReLU, 6, gain), torch.randn(32, 64), torch.arange(32) % 4
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            nn.init.uniform_(layer.bias, -0.1, 0.1)
+
+    def triplet(m: nn.Module) -> Tensor:
+        apart = torch.cdist(out := functional.normalize(m(x), dim=-1), out)
+        same = y[:, None] == y
+        return torch.relu((apart * same).amax(1) - (apart + 9 * same).amin(1) + 0.3).mean()
+
+    found = repair(model, triplet)
+    assert [f.code for f in found.before.errors] == codes
+    assert [f.evidence["cause"] for f in found.before.errors] == ["initialisation"] * len(codes)
+    assert found.cured
+
+
 # -- far-start, constants and cuts -----------------------------------------------------------------
 
 

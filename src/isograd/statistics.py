@@ -155,7 +155,8 @@ class Parameter:
     state: str
     """'measured', 'frozen' (requires no gradient), 'unused' (its module did not run), 'no-grad' (it ran under
     `no_grad`), 'detached' (it ran, but the loss does not depend on it), 'stepped' (all that the loss knows of it went
-    through round, sign or another step, whose derivative is zero), or 'unmeasured' (the backward failed)."""
+    through round, sign or another step, whose derivative is zero), 'inside' (reversible layers: a backward that runs
+    inside of the backward gives it its gradient, whose size is not known), or 'unmeasured' (the backward failed)."""
     grad_norm_log10: float
     """log10 of the gradient's L2 norm; -inf: exactly zero; NaN: not measured."""
     weight_norm: float

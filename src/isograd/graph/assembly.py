@@ -257,6 +257,8 @@ class Assembly:
                 state = "frozen"
             elif self.failure is not None:
                 state = "unmeasured"
+            elif name not in self._scales and p.grad is not None:
+                state = "inside"
             elif name not in self.read.gradients or name not in self._scales:
                 module = name.rpartition(".")[0]
                 closed = "no-grad" if module in self.trace.closed else "unused"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +122,19 @@ def kind_of_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> st
         if all(parameter_of(t) is None for t in operands):
             return "product"  # of two activations, as in attention
     return kind
+
+
+def summed_over(equation: str, operands: Sequence[Tensor]) -> list[int]:
+    """Of each operand of an einsum, how many of its elements are summed into one of the result: a weight's fan-in."""
+    given, arrow, result = equation.replace(" ", "").partition("->")
+    kept = set(result) if arrow else {letter for letter in given if given.count(letter) == 1}
+    counts: list[int] = []
+    for term, operand in zip(given.split(","), operands, strict=False):
+        front, _, back = term.partition("...")
+        sizes = dict(zip(front, operand.shape, strict=False))
+        sizes.update(zip(reversed(back), reversed(operand.shape), strict=False))
+        counts.append(math.prod(size for letter, size in sizes.items() if letter not in kept))
+    return counts
 
 
 def parameter_of(tensor: Tensor) -> Tensor | None:

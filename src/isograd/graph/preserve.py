@@ -16,17 +16,23 @@ from torch.utils import _pytree as pytree
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Restore buffers (BatchNorm statistics), train/eval mode and random generators, bit by bit.
+    """Restore buffers (BatchNorm statistics), train/eval mode, `.grad` and random generators, bit by bit.
 
-    Costs one copy of the buffers. Parameters and their `.grad` are never written by a measurement.
+    Costs one copy of the buffers. Parameters are never written by a measurement. Their `.grad` are taken away
+    meanwhile: reversible layers run a backward of their own inside of the backward, and it accumulates.
     """
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(m, dict(m._buffers), set(m._non_persistent_buffers_set)) for m in model.modules()]
     copies = {id(b): b.clone() for _, held, _ in buffers for b in held.values() if isinstance(b, Tensor)}
     generators = _generators(model)
+    grads = [(p, p.grad) for p in model.parameters() if p.is_leaf]
+    for p, _ in grads:
+        p.grad = None
     try:
         yield
     finally:
+        for p, grad in grads:
+            p.grad = grad
         for module, training in modes:
             module.training = training
         with torch.no_grad():

@@ -30,7 +30,14 @@ from isograd.graph.call import (
     NormalisationStatistics,
 )
 from isograd.graph.cuts import Cuts
-from isograd.graph.operations import ACTIVATIONS, LOSSES, kind_of_call, operation_of, parameter_of
+from isograd.graph.operations import (
+    ACTIVATIONS,
+    LOSSES,
+    kind_of_call,
+    operation_of,
+    parameter_of,
+    summed_over,
+)
 from isograd.graph.source import shown, source
 
 PRODUCTS = ("matmul", "rmatmul", "mv", "dot", "inner", "vecdot")
@@ -265,8 +272,10 @@ class Trace(TorchFunctionMode):
             and not a.requires_grad
             and id(a) not in self._parameters
         )
+        if call.kind == "linear" and self._averages_data(tensors):
+            call.kind = "product"
         if call.kind in ("linear", "convolution"):
-            self._weigh(call, tensors)
+            self._weigh(call, tensors, args[0] if call.operation == "einsum" else None)
         elif call.kind in ("attention", "product") and not call.parameters:
             call.parameters = self._made_values(call, tensors)
         if call.kind == "convolution":
@@ -278,26 +287,38 @@ class Trace(TorchFunctionMode):
         if call.operation in ("batch_norm", "group_norm", "instance_norm"):
             call.unit_dim = 1
 
-    def _weigh(self, call: Call, tensors: list[Tensor]) -> None:
+    def _weigh(self, call: Call, tensors: list[Tensor], equation: object) -> None:
         """Which parameter this layer multiplies by, and with what fan-in."""
         owned = [(t, parameter_of(t)) for t in tensors]
+        summed = summed_over(equation, tensors) if isinstance(equation, str) else []
         for i, (operand, parameter) in enumerate(owned):
             if parameter is None or id(parameter) not in self._parameters:
                 continue
             if operand.ndim < 2:  # a vector that is added, or one that scores what it is multiplied by
                 if call.operation not in PRODUCTS:
                     self.biases.add(id(parameter))
+            elif i < len(summed):
+                self.weights[id(parameter)] = summed[i]
             elif call.operation == "linear" or call.kind == "convolution":
                 self.weights[id(parameter)] = operand[0].numel()
             else:  # a matrix product: x @ w, or w @ x
                 self.weights[id(parameter)] = operand.shape[-2 if i == len(owned) - 1 else -1]
+
+    def _averages_data(self, tensors: list[Tensor]) -> bool:
+        """A softmax times the model's own input, which is a leaf as weights are: attention whose values no layer made."""
+        if any(id(parameter_of(t)) in self._parameters for t in tensors):
+            return False
+        return any(n is not None and self.made[n].call.kind == "softmax" for n in self._origins(tensors))
+
+    def _origins(self, tensors: list[Tensor]) -> list[Node | None]:
+        return [self._origin(t, {"reshape", "dropout"}) for t in tensors]
 
     def _made_values(self, call: Call, tensors: list[Tensor]) -> tuple[str, ...]:
         """The parameters of the layer that made what an attention averages."""
         if call.kind == "attention":
             values = tensors[2:3]
         else:  # written out: the operand that is not the softmax
-            nodes = [self._origin(t, {"reshape", "dropout"}) for t in tensors]
+            nodes = self._origins(tensors)
             mixing = {n for n in nodes if n is not None and self.made[n].call.kind == "softmax"}
             self._mixing |= mixing
             weighted = [n is not None and self.made[n].call.weighted for n in nodes]

@@ -2,7 +2,8 @@
 
 What it does
     Asks the training for a maximal gradient norm. c is what the whole gradient's norm would be if every weight's were
-    the median weight's, less the decades by which the signal grows, and never more than the norm measured.
+    the median weight's, less the decades by which the signal grows, and never more than the norm measured. Where the
+    gradient itself explodes, by more than the signal does, no norm of it tells what a usual one is: c is then 1.
 
 When it helps
     Where single batches make gradients far larger than usual, or the first layers' gradient explodes: a step then
@@ -26,9 +27,12 @@ from collections.abc import Iterator
 from statistics import median
 
 from isograd.prescription import Edit, Patient, Prescription, Reach, Safety, not_applicable
+from isograd.symptoms.exploding_gradient import ERROR
 
 SLUG = "clip-gradients"
 TREATS = ("EG201", "RN602", "TR702", "gradient-spikes")
+USUAL = 1.0
+"""The norm that most published trainings are clipped at, in the unit of a loss whose mean is taken."""
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
@@ -42,8 +46,10 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     total = top + math.log10(sum(10 ** (2 * (level - top)) for level in levels)) / 2
     weights = [p.grad_norm_log10 for p in measured if len(p.shape) > 1] or levels
     typical = median(weights) + math.log10(len(weights)) / 2
-    growth = patient.flow.growth  # of the signal: it is in every weight's gradient, as input times delta
-    threshold = min(total, typical - (growth if growth > 0 else 0.0))
+    growth = max(patient.flow.growth, 0.0) if math.isfinite(patient.flow.growth) else 0.0
+    # The signal's growth is in every weight's gradient, as input times delta; what the gradient's adds is in most.
+    exploding = patient.flow.lost - growth >= ERROR
+    threshold = min(total, math.log10(USUAL) if exploding else typical - growth)
     if abs(threshold) > 30:
         yield not_applicable(
             SLUG, f"a typical gradient norm is 10^{threshold:.0f}: no clip makes steps of it, the layers do"

@@ -41,6 +41,9 @@ LOUD = 10.0
 """Factor beyond which a layer is scaled down alone, and a head at all, which may start at zero or small: at ten times its
 gain a loss starts at several times a constant answer."""
 
+APART = ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
+"""Projections of `nn.MultiheadAttention` that have a parameter of their own; the others are in one, row behind row."""
+
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
     """One factor for each layer that is off."""
@@ -75,15 +78,15 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
 
 
 def _packed(model: nn.Module) -> Iterator[Edit]:
-    """Loud queries and keys of `nn.MultiheadAttention`, which projects inside of one call, to sigma_w 1."""
+    """Loud projections of `nn.MultiheadAttention`, which projects inside of one call, to sigma_w 1."""
     for name, module in model.named_modules():
         if not isinstance(module, nn.MultiheadAttention):
             continue
-        width = module.embed_dim
-        weights = ("in_proj_weight", (0, 2 * width)), ("q_proj_weight", None), ("k_proj_weight", None)
-        for leaf, rows in weights:
-            weight = getattr(module, leaf)
-            if isinstance(weight, Tensor) and weight.requires_grad:
+        width, parameters = module.embed_dim, dict(module.named_parameters())
+        together = [("in_proj_weight", (0, 2 * width)), ("in_proj_weight", (2 * width, 3 * width))]
+        for leaf, rows in [*together, *((name, None) for name in APART)]:
+            weight = parameters.get(leaf)
+            if weight is not None and weight.requires_grad:
                 part = weight if rows is None else weight[slice(*rows)]
                 sigma_w = rms(part) * math.sqrt(part.shape[1])
                 if LOUD < sigma_w < math.inf:
@@ -100,7 +103,7 @@ def _scaled(
         SLUG,
         " and ".join(
             [f"{len(off)} of {count} layers scaled to the critical gain"] * bool(off)
-            + [f"queries and keys of {len(packed)} attentions scaled to gain 1"] * bool(packed)
+            + [f"{len(packed)} projections of attentions scaled to gain 1"] * bool(packed)
         ),
         (
             *(

@@ -246,6 +246,9 @@ def _at_output(flow: Flow) -> Outcome:
     if stopped is not None:
         site = flow.sites[stopped]
         one = site.operation in ("softmax", "log_softmax") and site.shape[-1:] == (1,)
+        told = flow.column("varying").tolist()
+        if log == -math.inf and layers and told[head] == 0 < told[0]:
+            return _alike(site)
         return Finding(
             CODE,
             NAME,
@@ -294,6 +297,20 @@ def _at_output(flow: Flow) -> Outcome:
             )
     sure = _flat(flow, costs) or _sure(flow)
     return sure or Healthy(f"the gradient at the model's output is not zero (log10 norm {log:.1f})")
+
+
+def _alike(site: Site) -> Finding:
+    """The head gives all samples the very same numbers: a loss of distances between samples has no slope there."""
+    return Finding(
+        CODE,
+        NAME,
+        Severity.ERROR,
+        f"no gradient leaves the model's output: at {site.place} it is exactly zero, and all samples have the same output",
+        cause="the layers lose what tells the samples apart, and the loss compares them with each other",
+        sites=(site.place,),
+        evidence={"output": site.operation, "told_apart": 0.0, "cause": "initialisation"},
+        remedies=("critical-initialisation",),
+    )
 
 
 def _flat(flow: Flow, costs: dict[int, float]) -> Finding | None:
