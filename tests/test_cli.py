@@ -312,3 +312,17 @@ def test_the_demo_says_what_is_wrong_and_what_to_type(run: Run) -> None:
     assert "isograd check isograd.demo:network" in commands
     assert run("check isograd.demo:network").status == 1
     assert run("explain vanishing-gradient").status == 0
+
+
+@pytest.mark.parametrize("command", ["check", "spectrum", "horizon"])
+def test_a_report_for_a_folder_that_is_missing_is_refused_before_anything_is_built(
+    run: Run, command: str
+) -> None:
+    result = run(f"{command} net.py:no_such_name -o no/such/report")
+    assert result.status == 2
+    assert "there is no folder no/such to write report to" in result.err
+
+
+@pytest.mark.parametrize("command", ["check", "repair", "spectrum"])
+def test_what_to_type_is_the_command_that_was_typed(run: Run, command: str) -> None:
+    assert f"try  isograd {command} net.py:" in run(f"{command} net.py").err

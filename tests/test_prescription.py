@@ -168,3 +168,9 @@ def test_a_prescription_for_another_model_is_refused_in_words() -> None:
         apply(mlp(nn.Sigmoid, 5), exchanged())
     with pytest.raises(ValueError, match=r"the model has no 6\.weight: draw was prescribed"):
         apply(mlp(nn.Sigmoid, 2), drawn())
+
+
+def test_a_prescription_where_the_model_belongs_is_told() -> None:
+    model = mlp(nn.Tanh, 2)
+    with pytest.raises(TypeError, match=r"apply\(model, rx\)"):
+        apply(not_applicable("lsuv", Reach.INITIALISATION, "no weights"), model)  # pyright: ignore[reportArgumentType]

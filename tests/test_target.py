@@ -158,6 +158,8 @@ def test_what_the_user_prints_stays_out_of_stdout(folder: Path, capsys: pytest.C
     ("text", "words"),
     [
         ("nett.py:model", ["there is no file nett.py; did you mean net?"]),
+        (":model", [":model names no file and no module", "a target is file.py:name"]),
+        (".:model", [".:model names no file and no module"]),
         ("nopackage.net:model", ["there is no module nopackage"]),
         ("net.py", ["net.py names no model", "try  isograd check net.py:Net"]),
         ("net.py:modell", ["has no name 'modell'; did you mean model?", "isograd check net.py:with_loss"]),

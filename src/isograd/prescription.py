@@ -305,9 +305,12 @@ def apply(
         seed: of what is drawn at random. A search measures the draw of seed 0.
 
     Raises:
+        TypeError: the prescription was given in the place of the model.
         ValueError: nothing to apply, conflicting edits, another model than was prescribed for, or one that cannot be
             copied.
     """
+    if isinstance(model, Prescription) or isinstance(rx, nn.Module):
+        raise TypeError("the model comes first: apply(model, rx)")
     whole = combined([rx] if isinstance(rx, Prescription) else rx)
     if not whole.edits:
         raise ValueError(f"{whole.remedy} has no edits to apply: {'; '.join(whole.advice) or whole.title}")

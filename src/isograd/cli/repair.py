@@ -11,7 +11,7 @@ import click
 
 from isograd.cli.errors import TargetError
 from isograd.cli.inputs import InputSpec
-from isograd.cli.options import with_inputs
+from isograd.cli.options import OutputFile, with_inputs
 from isograd.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ INTERRUPTED = 130
 @click.option(
     "-o",
     "--output",
-    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    type=OutputFile(),
     help="Write Python that makes the edits: from patch import repair; model = repair(model).",
 )
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random data and weights.")
@@ -109,8 +109,6 @@ def repair(
         )
     if store is not None and not prove:
         raise click.UsageError("--store keeps the trainings of a proof: give --prove as well")
-    if output is not None and not output.parent.is_dir():
-        raise click.UsageError(f"there is no folder {output.parent} to write {output.name} to")
     found, aim = _search(target, inputs, unsafe, train, steps, trainings, budget, seed)
     if output is not None:
         _write(found, output)

@@ -13,6 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
+import click
 from torch import Tensor, nn
 
 from isograd.cli import losses
@@ -101,6 +102,10 @@ def _imported(place: str, text: str) -> ModuleType:
             raise TargetError(f"there is no file {place}{near}")
         with _as_script(path), users_code(f"{place} could not be imported"):
             return _import_file(path)
+    if not all(place.split(".")):
+        raise TargetError(
+            f"{text} names no file and no module", why="a target is file.py:name or package.module:name"
+        )
     sys.path.insert(0, str(Path.cwd()))
     with users_code(f"{place} could not be imported"):
         try:
@@ -108,7 +113,7 @@ def _imported(place: str, text: str) -> ModuleType:
         except ModuleNotFoundError as error:
             if error.name is not None and (place == error.name or place.startswith(error.name + ".")):
                 type_ = (
-                    f"isograd check {place}.py:{text.rpartition(':')[2]}"
+                    f"{_command()} {place}.py:{text.rpartition(':')[2]}"
                     if Path(f"{place}.py").is_file()
                     else ""
                 )
@@ -151,6 +156,12 @@ def _as_script(path: Path) -> Iterator[None]:
         sys.argv = given
 
 
+def _command() -> str:
+    """The command that was typed, to be typed again."""
+    context = click.get_current_context(silent=True)
+    return f"isograd {context.info_name if context is not None else 'check'}"
+
+
 def _offer(place: str, module: ModuleType) -> str:
     """The commands for the models that this file seems to hold."""
     names = [
@@ -166,7 +177,7 @@ def _offer(place: str, module: ModuleType) -> str:
             )
         )
     ]
-    return "\n".join(f"isograd check {place}:{name}" for name in names[:5])
+    return "\n".join(f"{_command()} {place}:{name}" for name in names[:5])
 
 
 # -- what the name gives -------------------------------------------------------------------------------
@@ -198,13 +209,13 @@ def _bare(text: str, model: nn.Module, inputs: Sequence[InputSpec], seed: int) -
         raise TargetError(
             f"{text} is a model without data",
             why="its input has to be described, or its loss given",
-            type_=f"isograd check {text} {suggestion(model)}\n"
+            type_=f"{_command()} {text} {suggestion(model)}\n"
             f"or a function that returns (model, loss), where loss(model) is the training loss on one batch",
         )
     with users_code(f"the input for {text} could not be made"):
         args, kwargs = losses.random_inputs(model, inputs, seed)
     why = f"the data was {' '.join(f'--input {spec}' for spec in inputs)}"
-    type_ = f"isograd check {text} {suggestion(model)}"
+    type_ = f"{_command()} {text} {suggestion(model)}"
     return Target(text, model, _guarded(text, losses.of_call(args, kwargs, seed), why=why, type_=type_))
 
 
