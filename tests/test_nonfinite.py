@@ -188,6 +188,12 @@ CAUSES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Tensor], 
         "empty",
         "mean of nothing: its input is empty",
     ),
+    "a cross entropy of nothing": (
+        net,
+        lambda m: functional.cross_entropy(m(X[:0]), NOBODY[:0]),
+        "empty",
+        "cross_entropy of nothing: its input is empty",
+    ),
     "an Inf, and its consumer": (
         net,
         lambda m: (lambda y: (y - y.max()).mean())((m(X) * 1e4).exp()),

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from isograd.cli import losses
 from isograd.cli.errors import TargetError
 from isograd.cli.inputs import InputSpec, InputType, suggestion
-from isograd.cli.target import load
+from isograd.cli.target import load, resolve
 
 NET = """
 import torch
@@ -181,6 +181,13 @@ def test_a_target_that_is_none(folder: Path, text: str, words: list[str]) -> Non
         assert word in said(error)
     assert "isograd/cli" not in said(error), "no frame of ours"
     assert "importlib" not in said(error)
+
+
+def test_for_what_is_no_model_no_models_are_offered(folder: Path) -> None:
+    with pytest.raises(TargetError) as error:
+        resolve("net.py:trainn", model=False)
+    assert "has no name 'trainn'" in said(error)
+    assert "try" not in said(error)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def proof(
 
 def named(text: str) -> Train:
     """The training function that `file.py:train` names."""
-    found: Any = resolve(text)
+    found: Any = resolve(text, model=False)
     takes = list(inspect.signature(found).parameters) if callable(found) else []
     if len(takes) < 2:
         raise TargetError(

@@ -72,8 +72,8 @@ def load(text: str, inputs: Sequence[InputSpec] = (), *, seed: int = 0) -> Targe
 # -- what the text names -------------------------------------------------------------------------------
 
 
-def resolve(text: str) -> Any:
-    """The object that a target's text names, not yet called."""
+def resolve(text: str, *, model: bool = True) -> Any:
+    """The object that a target's text names, not yet called. `model`: it should be one, and others are offered."""
     place, colon, name = text.rpartition(":")
     if not colon:
         place, name = text, ""
@@ -87,8 +87,9 @@ def resolve(text: str) -> Any:
     found: Any = module
     for part in name.split("."):
         if not hasattr(found, part):
+            near = nearest(name, vars(module))
             raise TargetError(
-                f"{place} has no name {name!r}{nearest(name, vars(module))}", type_=_offer(place, module)
+                f"{place} has no name {name!r}{near}", type_=_offer(place, module) if model else ""
             )
         found = getattr(found, part)
     return found

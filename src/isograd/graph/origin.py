@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from torch.autograd.graph import Node
 
@@ -92,17 +92,21 @@ def _infinite(call: Call) -> bool:
 
 def _nothing(run: Traced, node: Node) -> str:
     """Why there is nothing to average; '' where there is something."""
-    if any(
-        0 in (run.trace.made[child].shape or ())
-        for child in run.graph.children[node]
-        if child in run.trace.made
-    ):
+    if any(0 in shape for shape in _shapes_below(run, node)):
         return "its input is empty"
     for call in run.trace.losses:
         low, high = call.values[4:6].tolist()
         if call.node is node and call.target == "classes" and low == high < 0:
             return f"every target is {low:.0f}, which is ignored"
     return ""
+
+
+def _shapes_below(run: Traced, node: Node) -> Iterator[tuple[int, ...]]:
+    """Shapes of what a call was given, behind the steps that it is made of: a cross entropy is of two."""
+    for child in run.graph.children[node]:
+        made = run.trace.made.get(child)
+        if made is not None:
+            yield from _shapes_below(run, child) if made.shape is None else (made.shape,)
 
 
 def _reaching(graph: Graph, rms: Mapping[Node, float]) -> list[Node]:

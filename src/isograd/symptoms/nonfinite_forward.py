@@ -40,7 +40,7 @@ HELP = {
     "data": ("check the data of this batch for values that are not finite",),
     "weights": ("go back to a checkpoint that is finite: a step before this one has broken the model",),
     "mask": ("keep one element of each row unmasked, or put a large finite number in place of the Inf",),
-    "empty": ("skip batches without a target",),
+    "empty": ("skip batches without a sample or a target",),
 }
 """What helps, by cause."""
 
