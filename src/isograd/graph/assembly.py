@@ -81,10 +81,7 @@ class Assembly:
                 if a.node in self.run.graph.children
             ),
             normalisations=self._normalisations(),
-            attentions=tuple(
-                Attention(step_site(self.trace.made[seen.node]), spread, self._through(seen.node))
-                for seen, spread in zip(self.trace.attentions, self.read.spreads, strict=True)
-            ),
+            attentions=self._attentions(),
             parameters=self._parameters(),
             modules=self._modules(),
             layers=_layers(self.main),
@@ -222,20 +219,26 @@ class Assembly:
             found.append(Normalisation(site, seen.epsilon, variance, output, given))
         return tuple(found)
 
-    def _through(self, node: Node) -> float:
-        """What the derivative of bounded functions leaves between the sums of queries and keys and their softmax."""
-        known = {
+    def _attentions(self) -> tuple[Attention, ...]:
+        slopes = {
             seen.node: values[0] / largest
             for seen, values in zip(self.trace.activations, self.read.activations, strict=True)
             if ACTIVATIONS[seen.function].bounded and (largest := ACTIVATIONS[seen.function].largest_slope)
         }
+        return tuple(
+            Attention(step_site(self.trace.made[seen.node]), spread, self._through(seen.node, slopes))
+            for seen, spread in zip(self.trace.attentions, self.read.spreads, strict=True)
+        )
+
+    def _through(self, node: Node, slopes: dict[Node, float]) -> float:
+        """What the derivative of bounded functions leaves between the sums of queries and keys and their softmax."""
         stack, walked, left = [node], set[Node](), 1.0
         while stack:
             if (node := stack.pop()) in walked:
                 continue
             walked.add(node)
-            if node in known:
-                left = min(left, known[node])
+            if node in slopes:
+                left = min(left, slopes[node])
             elif node not in self.trace.made or self.trace.made[node].call.kind in LEADING:
                 stack += self.run.graph.children[node]
         return left

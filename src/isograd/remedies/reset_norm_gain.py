@@ -44,12 +44,11 @@ of one size. Near zero the two lie decades apart."""
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
     """Ones and zeros for every normalisation layer whose gain is far off."""
-    meant = bool(patient.flow.splits)
-    off = {name: (module, size) for name, module, size in _gains(patient) if not _fine(size, meant)}
-    lengths = {name: size for name, size in _lengths(patient.model) if not _fine(size, meant)}
-    added = _added(patient)
+    model, meant, added = patient.model, bool(patient.flow.splits), _added(patient)
+    off = {name: (module, size) for name, module, size in _gains(model, added) if not _fine(size, meant)}
+    lengths = {name: size for name, size in _lengths(model) if not _fine(size, meant)}
     if not off and not lengths:
-        frozen = [n for n, _, size in _gains(patient, trainable=False) if not _fine(size, meant)]
+        frozen = [n for n, _, size in _gains(model, added, trainable=False) if not _fine(size, meant)]
         if frozen:
             yield not_applicable(
                 SLUG,
@@ -97,9 +96,11 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     )
 
 
-def _gains(patient: Patient, *, trainable: bool = True) -> Iterator[tuple[str, nn.Module, float]]:
-    added = _added(patient)
-    for name, module in norms(patient.model):
+def _gains(
+    model: nn.Module, added: set[str], *, trainable: bool = True
+) -> Iterator[tuple[str, nn.Module, float]]:
+    """Normalisations and the size of what each multiplies by: its weight, or 1 + weight for those in `added`."""
+    for name, module in norms(model):
         gain = getattr(module, "weight", None)
         if isinstance(gain, Tensor) and gain.ndim == 1 and gain.requires_grad is trainable:
             yield name, module, rms(gain + 1 if name in added else gain)
