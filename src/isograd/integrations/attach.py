@@ -124,9 +124,8 @@ class Attachment:
 
         @functools.wraps(accumulate)
         def backward(tensors: Any, *args: Any, **kwargs: Any) -> None:
-            if (
-                torch.compiler.is_compiling()
-            ):  # nothing of ours may go into a step that is compiled as a whole
+            # nothing of ours may go into a step that is compiled as a whole
+            if torch.compiler.is_compiling():
                 return accumulate(tensors, *args, **kwargs)
             # a backward inside a backward is reentrant checkpointing
             outermost = not getattr(self.inside, "backward", False)
