@@ -177,8 +177,8 @@ def _chosen(recipe: Recipe, train: Trainer) -> tuple[Repair, list[Run]]:
     """What isograd prescribes where it may choose by as many trainings as random search, and those trainings."""
     tries: list[Run] = []
 
-    def score(model: nn.Module, _: int) -> float:
-        tries.extend(trained([Member(model, recipe, CHOOSING_SEED)], train.data, train.epochs))
+    def score(model: nn.Module, again: int) -> float:
+        tries.extend(trained([Member(model, recipe, CHOOSING_SEED + again)], train.data, train.epochs))
         return _learned(tries[-1])
 
     model = member(recipe, train.data, CHOOSING_SEED).model.train()

@@ -475,8 +475,28 @@ def test_a_training_is_asked_about_what_no_gradient_shows() -> None:
     assert found.prescription is not None
     assert found.prescription.remedy == "exchange-activation"
     scored.clear()
-    assert repair(model, loss, train=without_sigmoids, trainings=1).score_before == -6
-    assert len(scored) == 2  # as it is, and one change
+    assert repair(model, loss, train=without_sigmoids, trainings=2).score_before == -6
+    assert len(scored) == 4  # as it is and one change, from each of two seeds
+    unasked = repair(model, loss, train=without_sigmoids, trainings=1)
+    assert unasked.prescription is None
+    assert unasked.note.endswith("a change of it asks for two trainings")
+
+
+def test_a_change_of_what_is_healthy_is_taken_when_a_second_seed_agrees() -> None:
+    torch.manual_seed(0)
+    body = [part for _ in range(6) for part in (nn.Linear(64, 64), nn.BatchNorm1d(64), nn.Sigmoid())]
+    model, loss = classified(nn.Sequential(*body, nn.Linear(64, 10)))
+    seeds: list[int] = []
+
+    def lucky(changed: nn.Module, seed: int) -> float:
+        seeds.append(seed)
+        exchanged = not any(isinstance(module, nn.Sigmoid) for module in changed.modules())
+        return float(exchanged and seed == 0)
+
+    found = repair(model, loss, train=lucky)
+    assert found.prescription is None
+    assert seeds.count(1) >= 2  # the model as it is, and a change that the first seed preferred
+    assert any("with a second seed from 0 to 0" in tried.why for tried in found.tried)
 
 
 def test_loud_states_of_an_lstm_are_drawn_anew_and_not_held_down_by_its_gates() -> None:

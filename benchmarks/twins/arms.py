@@ -75,7 +75,7 @@ def _chosen(case: Case, faulty: bool) -> tuple[Repair, float]:
     found = repair(
         case.build(CHOOSING_SEED, faulty=faulty).train(),
         case.loss(CHOOSING_SEED),
-        train=lambda changed, _: train(case, changed, CHOOSING_SEED),
+        train=lambda changed, again: train(case, changed, CHOOSING_SEED + again),
         trainings=DRAWS,
     )
     return found, time.perf_counter() - started

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from functools import cached_property
 
 import torch
 from torch import nn
@@ -25,37 +24,44 @@ training left 174 (`python -m benchmarks.replay table`)."""
 
 
 class Judge:
-    """Scores of copies of models after the user's training, from one seed."""
+    """Scores of copies of models after the user's training, from one seed, and from a second before it is believed."""
 
     def __init__(self, model: nn.Module, train: Train, trainings: int = TRAININGS) -> None:
         self.model, self.train = model, train
         self.left = trainings
-        """Trainings that may still be made, that of the model as it is not counted."""
+        """Trainings that may still be made, those of the model as it is not counted."""
         self.failure: Exception | None = None
         """What the training of the model as it is raised: nothing is judged."""
+        self._untreated: dict[int, float] = {}
 
-    @cached_property
+    @property
     def before(self) -> float:
-        """Score of the model as it is; NaN: its training raised, and nothing is judged."""
-        self.left += 1
-        try:
-            return self.score(self.model)
-        except Exception as error:  # the user's code: what the search finds without it is kept
-            self.failure = error
-            return math.nan
+        """Score of the model as it is, from the first seed; NaN: its training raised, and nothing is judged."""
+        return self.untreated(0)
 
-    def score(self, model: nn.Module) -> float:
+    def untreated(self, seed: int) -> float:
+        """Score of the model as it is; NaN: its training raised."""
+        if seed not in self._untreated:
+            self.left += 1
+            try:
+                self._untreated[seed] = self.score(self.model, seed)
+            except Exception as error:  # the user's code: what the search finds without it is kept
+                self.failure, self._untreated[seed] = error, math.nan
+        return self._untreated[seed]
+
+    def score(self, model: nn.Module, seed: int = 0) -> float:
         """Of a copy; minus infinity for a training that ended in NaN. Raises what the training raises."""
         self.left -= 1
         with torch.random.fork_rng():
-            value = float(self.train(copied(model), 0))
+            value = float(self.train(copied(model), seed))
         return value if math.isfinite(value) else -math.inf
 
-    def prefers(self, score: float, best: float) -> bool:
-        """Is this score better than the best so far, by more than the noise of one training?"""
-        if not math.isfinite(self.before):
+    def prefers(self, score: float, best: float, seed: int = 0) -> bool:
+        """Is this score better than the best so far, by more than the noise of one training? Both are of this seed."""
+        before = self.untreated(seed)
+        if not math.isfinite(before):
             return score > best
-        return score > best + BETTER * max(abs(self.before), best - self.before)
+        return score > best + BETTER * max(abs(before), best - before)
 
 
 def short_training(loss: Loss, *, steps: int = 40, lr: float = 1e-3) -> Train:
