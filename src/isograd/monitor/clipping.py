@@ -1,4 +1,4 @@
-"""Clip gradients by a norm that was read already."""
+"""Clip gradients: by a norm that was read already, by what it usually is, or unit by unit."""
 
 # torch exports its multi-tensor functions under private names only.
 # pyright: reportPrivateImportUsage=false
@@ -13,24 +13,79 @@ from torch import Tensor
 from isograd.monitor.parts import Part
 from isograd.monitor.sharding import Shards
 from isograd.monitor.updates import number
+from isograd.symptoms.loss_spike import LEAST
 
 SURELY = 1.001
 """The factor is 1 however it is rounded."""
 
 
-def clip(parts: Sequence[Part], max_norm: float, shards: Shards) -> Tensor:
-    """Scale the gradients that were read to a total norm of at most `max_norm`; the raw norm.
+class AdaptiveClip:
+    """A limit that follows the gradient norm: mean and `z` spreads of the log-norms before, for `monitor.clip_`.
+
+    Norms that are not finite or zero are left out of both, and a norm above the limit counts as the limit. However
+    quiet the norms were, one within a fifth of a decade of their mean is none to clip. Nothing waits for a device.
+
+    Args:
+        z: spreads of the log-norm above its mean.
+        max_norm: a limit that holds from the first step on.
+        decay: of the moving mean and variance; 0.97 remembers some thirty steps.
+        warm_up: steps whose norms are only learned from.
+
+    Source: Kumar et al. 2025, ZClip, arXiv:2504.02507, which takes the norm where this takes its logarithm.
+    """
+
+    def __init__(
+        self, z: float = 2.5, *, max_norm: float = math.inf, decay: float = 0.97, warm_up: int = 25
+    ) -> None:
+        if not (z > 0 and max_norm > 0 and 0 < decay < 1 and warm_up > 1):
+            raise ValueError(
+                "AdaptiveClip takes z and max_norm above 0, decay between 0 and 1, warm_up above 1"
+            )
+        self.z, self.max_norm, self.decay, self.warm_up = z, max_norm, decay, warm_up
+        self._seen = torch.zeros(3, dtype=torch.float64)  # how many, their mean, their variance
+
+    def limit(self, norm: Tensor) -> Tensor:
+        """The limit for this step, whose raw norm is then learned from. Scalar tensors."""
+        if self._seen.device != norm.device:
+            self._seen = self._seen.to(norm.device)
+        count, mean, variance = self._seen
+        spread = torch.clamp(self.z * variance.sqrt(), min=LEAST)
+        ready = count >= self.warm_up
+        limit = torch.where(ready, 10 ** (mean + spread), math.inf).clamp(max=self.max_norm)
+        level = torch.minimum(norm.double(), limit).log10()
+        known = level.isfinite() & norm.isfinite()
+        weight = torch.clamp(1 / (count + 1), min=1 - self.decay)
+        off = torch.where(known, level - mean, 0.0)
+        new = torch.stack((count + 1, mean + weight * off, (1 - weight) * (variance + weight * off**2)))
+        self._seen = torch.where(known, new, self._seen)
+        return limit.to(norm.dtype)
+
+    def state_dict(self) -> dict[str, float]:
+        """What was learned, as plain numbers."""
+        return dict(zip(("count", "mean", "variance"), self._seen.tolist(), strict=True))
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from `state_dict()`."""
+        self._seen = torch.tensor([state[name] for name in self.state_dict()], dtype=torch.float64)
+
+
+def clip(parts: Sequence[Part], max_norm: float | AdaptiveClip, shards: Shards) -> tuple[Tensor, Tensor]:
+    """Scale the gradients that were read to a total norm of at most `max_norm`; the raw norm, and the new one.
 
     The factor is that of `torch.nn.utils.clip_grad_norm_`, bit by bit. On the CPU, where the norm can be
     looked at without waiting, nothing is scaled that need not be.
     """
     with torch.no_grad():
         total = total_norm(parts, shards)
+        limit = max_norm.limit(total) if isinstance(max_norm, AdaptiveClip) else max_norm
+        clipped = torch.clamp(total, max=limit)
         if total.device.type == "cpu":
             norm = number(total)
-            if not math.isfinite(norm) or max_norm > SURELY * (norm + 1e-6):
-                return total
-        factor = torch.clamp(max_norm / (total + 1e-6), max=1.0)
+            if not math.isfinite(norm) or number(limit) > SURELY * (norm + 1e-6):
+                return total, clipped
+        elif limit == math.inf and not isinstance(limit, Tensor):
+            return total, clipped
+        factor = torch.clamp(limit / (total + 1e-6), max=1.0)
         if total.device.type != "cpu":  # where it is not finite, 0 * NaN would spread it
             factor = torch.where(total.isfinite(), factor, 1.0)
         for part in parts:
@@ -40,7 +95,30 @@ def clip(parts: Sequence[Part], max_norm: float, shards: Shards) -> Tensor:
                     gradient.mul_(factor)
                 if not dense:
                     torch._foreach_mul_(bucket.gradients, factor.to(bucket.gradients[0].device))
-        return total
+        return total, clipped
+
+
+def clip_units(parameters: Sequence[Tensor], ratio: float, eps: float) -> None:
+    """Scale the gradient of each unit (a row of a matrix, a filter; a whole vector) to `ratio` of its weight norm.
+
+    Source: Brock et al. 2021, arXiv:2102.06171, adaptive gradient clipping. Units whose norm is not finite are left
+    as they are, sparse gradients too.
+    """
+    with torch.no_grad():
+        for p in parameters:
+            gradient = p.grad
+            if gradient is None or gradient.is_sparse:
+                continue
+            weight, norm = _units(p.detach()), _units(gradient)
+            factor = (ratio * weight.clamp(min=eps) / norm.clamp(min=1e-30)).clamp(max=1.0)
+            gradient.mul_(torch.where(norm.isfinite(), factor, 1.0).to(gradient.dtype))
+
+
+def _units(tensor: Tensor) -> Tensor:
+    """Norm of each unit in float32, in a shape that multiplies the tensor."""
+    dims = tuple(range(1, tensor.ndim)) or None
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return torch.linalg.vector_norm(tensor, dim=dims, keepdim=True, dtype=dtype)
 
 
 def total_norm(parts: Sequence[Part], shards: Shards) -> Tensor:

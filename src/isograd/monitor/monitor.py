@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from isograd.diagnosis import Diagnosis, Finding, diagnose
 from isograd.flow import Flow
 from isograd.monitor import scaling
-from isograd.monitor.clipping import clip
+from isograd.monitor.clipping import AdaptiveClip, clip, clip_units, total_norm
 from isograd.monitor.cost import YOUNG, Cost, Pace
 from isograd.monitor.deep import Deep
 from isograd.monitor.detectors import Detectors
@@ -185,8 +185,11 @@ class Monitor:
             else:
                 self._scalars[name] = kept(value)
 
-    def clip_(self, max_norm: float) -> Tensor:
+    def clip_(self, max_norm: float | AdaptiveClip) -> Tensor:
         """Clip the gradients of all watched optimizers to a total norm, as `clip_grad_norm_` does.
+
+        Args:
+            max_norm: a number, or an `isograd.AdaptiveClip` that is kept from step to step.
 
         Returns:
             The raw total norm, as a scalar tensor. It was read for the monitor anyway: unless gradients
@@ -194,13 +197,58 @@ class Monitor:
             they are, so that it can be told which of them was it.
         """
         norm: list[Tensor] = []
-        self.guarded(lambda: norm.append(clip([tap.current() for tap in self._taps], max_norm, self._shards)))
+        self.guarded(lambda: norm.extend(clip([tap.current() for tap in self._taps], max_norm, self._shards)))
         if not norm:  # the monitor has failed, or is closed: clipping must not stop with it
-            watched = [p for tap in self._taps for p in tap.parameters()]
-            return nn.utils.clip_grad_norm_(watched, max_norm)
+            number = max_norm.max_norm if isinstance(max_norm, AdaptiveClip) else max_norm
+            return nn.utils.clip_grad_norm_(self._watched(), number)
         for tap in self._taps:
-            tap.clipped_to(norm[0].clamp(max=max_norm))
+            tap.clipped_to(norm[1])
         return norm[0]
+
+    def clip_units_(self, ratio: float = 0.01, *, eps: float = 1e-3) -> Tensor:
+        """Clip the gradient of each unit to a share of the norm of its weights: adaptive gradient clipping.
+
+        A unit is a row of a matrix, a filter of a convolution, or a whole vector. `eps` stands for weights that are
+        smaller. Heads are usually left out: give them an optimizer of their own that is not watched by this monitor.
+
+        Returns:
+            The raw total norm, as a scalar tensor.
+
+        Source: Brock et al. 2021, arXiv:2102.06171.
+        """
+        norms: list[Tensor] = []
+
+        def read() -> None:
+            norms.append(total_norm([tap.current() for tap in self._taps], self._shards))
+
+        self.guarded(read)
+        clip_units(self._watched(), ratio, eps)
+        self.guarded(read)
+        if len(norms) < 2:
+            return nn.utils.get_total_norm([p.grad for p in self._watched() if p.grad is not None])
+        for tap in self._taps:
+            tap.clipped_to(norms[1])
+        return norms[0]
+
+    def _watched(self) -> list[Tensor]:
+        return [p for tap in self._taps for p in tap.parameters()]
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is watched."""
+        return self._model
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """Torch's optimizers that are watched."""
+        return [tap.optimizer for tap in self._taps if tap.optimizer is not None]
+
+    def left_out(self, note: str, *, restored: bool = False) -> None:
+        """A step was not made with the gradients that are there; `restored`: weights and optimizers are older ones again."""
+        for tap in self._taps:
+            self.guarded(lambda tap=tap: tap.finish(note))
+            if restored:
+                tap.restored()
 
     def step(self) -> None:
         """A step has ended: for optimizers that are none of torch's, while the gradients are there."""
