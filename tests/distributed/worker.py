@@ -111,7 +111,7 @@ def guarded(mode: str) -> None:
     torch.manual_seed(0)
     twin = Net().double()
     model = MODES[mode](copy.deepcopy(twin))
-    pair = (twin, model)
+    pair, norms = (twin, model), list[float]()
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in pair]
     monitors = [isograd.watch(m, optimizer) for m, optimizer in zip(pair, optimizers, strict=True)]
     guards = [isograd.Guard(monitor, every=16, max_norm=isograd.AdaptiveClip()) for monitor in monitors]
@@ -128,12 +128,24 @@ def guarded(mode: str) -> None:
     told = [[(event.step, event.what) for event in guard.events] for guard in guards]
     assert told[0] == told[1], told
     assert [what for _, what in told[1]] == ["left out"] * 3 + ["went back"], told
-    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
-        whole = ours.full_tensor() if sharding.is_sharded(ours) else ours
-        torch.testing.assert_close(whole, theirs, rtol=1e-9, atol=1e-12)
+    alike(model, twin, lambda p: p)
+    for m, x, optimizer, monitor in zip(pair, batch_of(0, mode), optimizers, monitors, strict=True):
+        optimizer.zero_grad()
+        m(x).square().mean().backward()
+        monitor.clip_units_(1e-4)
+        optimizer.step()
+        norms.append(monitor.latest().scalars["clipped_norm"])
+    alike(model, twin, lambda p: p.grad)
+    torch.testing.assert_close(norms[1], norms[0], rtol=1e-6, atol=0)
     for monitor in monitors:
         monitor.close()
     distributed.barrier()
+
+
+def alike(model: nn.Module, twin: nn.Module, of: Callable[[Tensor], Tensor | None]) -> None:
+    for ours, theirs in zip(map(of, model.parameters()), map(of, twin.parameters()), strict=True):
+        whole = ours.full_tensor() if sharding.is_sharded(ours) else ours
+        torch.testing.assert_close(whole, theirs, rtol=1e-6, atol=1e-12)
 
 
 def train(mode: str, rule: str, clip: str) -> None:

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from isograd.monitor.parts import Part
 from isograd.monitor.sharding import Shards
@@ -69,56 +71,94 @@ class AdaptiveClip:
         self._seen = torch.tensor([state[name] for name in self.state_dict()], dtype=torch.float64)
 
 
-def clip(parts: Sequence[Part], max_norm: float | AdaptiveClip, shards: Shards) -> tuple[Tensor, Tensor]:
-    """Scale the gradients that were read to a total norm of at most `max_norm`; the raw norm, and the new one.
+class Taken(Protocol):
+    """An optimizer whose gradients are read."""
+
+    def current(self) -> Part: ...
+    def parameters(self) -> Sequence[Tensor]: ...
+    def clipped_to(self, norm: Tensor) -> None: ...
+
+
+def clip(taps: Sequence[Taken], max_norm: float | AdaptiveClip, shards: Shards) -> Tensor:
+    """Scale the gradients to a total norm of at most `max_norm`, by what is read of them; the raw norm.
 
     The factor is that of `torch.nn.utils.clip_grad_norm_`, bit by bit. On the CPU, where the norm can be
     looked at without waiting, nothing is scaled that need not be.
     """
     with torch.no_grad():
+        parts = [tap.current() for tap in taps]
         total = total_norm(parts, shards)
         limit = max_norm.limit(total) if isinstance(max_norm, AdaptiveClip) else max_norm
-        clipped = torch.clamp(total, max=limit)
-        if total.device.type == "cpu":
-            norm = number(total)
-            if not math.isfinite(norm) or number(limit) > SURELY * (norm + 1e-6):
-                return total, clipped
-        elif limit == math.inf and not isinstance(limit, Tensor):
-            return total, clipped
-        factor = torch.clamp(limit / (total + 1e-6), max=1.0)
-        if total.device.type != "cpu":  # where it is not finite, 0 * NaN would spread it
-            factor = torch.where(total.isfinite(), factor, 1.0)
-        for part in parts:
-            for bucket in part.buckets:
-                dense = [g for p in bucket.parameters if (g := p.grad) is not None and g.is_sparse]
-                for gradient in dense:
-                    gradient.mul_(factor)
-                if not dense:
-                    torch._foreach_mul_(bucket.gradients, factor.to(bucket.gradients[0].device))
-        return total, clipped
+        if _needed(total, limit):
+            factor = torch.clamp(limit / (total + 1e-6), max=1.0)
+            if total.device.type != "cpu":  # where it is not finite, 0 * NaN would spread it
+                factor = torch.where(total.isfinite(), factor, 1.0)
+            for part in parts:
+                _scale(part, factor)
+        for tap in taps:
+            tap.clipped_to(torch.clamp(total, max=limit))
+        return total
 
 
-def clip_units(parameters: Sequence[Tensor], ratio: float, eps: float) -> None:
-    """Scale the gradient of each unit (a row of a matrix, a filter; a whole vector) to `ratio` of its weight norm.
+def _needed(total: Tensor, limit: float | Tensor) -> bool:
+    """Has anything to be scaled? Where that would have to be waited for, it may have."""
+    if total.device.type != "cpu":
+        return isinstance(limit, Tensor) or limit < math.inf
+    norm = number(total)
+    return math.isfinite(norm) and number(limit) <= SURELY * (norm + 1e-6)
 
-    Source: Brock et al. 2021, arXiv:2102.06171, adaptive gradient clipping. Units whose norm is not finite are left
-    as they are, sparse gradients too.
-    """
+
+def _scale(part: Part, factor: Tensor) -> None:
+    for bucket in part.buckets:
+        dense = [g for p in bucket.parameters if (g := p.grad) is not None and g.is_sparse]
+        for gradient in dense:
+            gradient.mul_(factor)
+        if not dense:
+            torch._foreach_mul_(bucket.gradients, factor.to(bucket.gradients[0].device))
+
+
+def clip_unread(parameters: Sequence[Tensor], max_norm: float | AdaptiveClip) -> Tensor:
+    """The same where nothing is read: an adaptive limit is its `max_norm`."""
+    return clip_grad_norm_(parameters, max_norm.max_norm if isinstance(max_norm, AdaptiveClip) else max_norm)
+
+
+def clip_units(taps: Sequence[Taken], ratio: float, eps: float, shards: Shards) -> Tensor:
+    """Scale the gradient of each unit to `ratio` of its weight norm, or of `eps`; the raw total norm."""
+    with torch.no_grad():
+        raw = total_norm([tap.current() for tap in taps], shards)
+        for tap in taps:
+            _scale_units(tap.parameters(), ratio, eps)
+        clipped = total_norm([tap.current() for tap in taps], shards)
+        for tap in taps:
+            tap.clipped_to(clipped)
+        return raw
+
+
+def clip_units_unread(parameters: Sequence[Tensor], ratio: float, eps: float) -> Tensor:
+    """The same where nothing is read."""
+    raw = get_total_norm([p.grad for p in parameters if p.grad is not None])
+    _scale_units(parameters, ratio, eps)
+    return raw
+
+
+def _scale_units(parameters: Sequence[Tensor], ratio: float, eps: float) -> None:
+    """A unit is a row of a matrix, a filter, a whole vector. Units whose norm is not finite are left as they are, sparse
+    gradients too. Source: Brock et al. 2021, arXiv:2102.06171, adaptive gradient clipping."""
     with torch.no_grad():
         for p in parameters:
             gradient = p.grad
             if gradient is None or gradient.is_sparse:
                 continue
-            weight, norm = _units(p.detach()), _units(gradient)
+            weight, norm = _units(p), _units(gradient)
             factor = (ratio * weight.clamp(min=eps) / norm.clamp(min=1e-30)).clamp(max=1.0)
             gradient.mul_(torch.where(norm.isfinite(), factor, 1.0).to(gradient.dtype))
 
 
 def _units(tensor: Tensor) -> Tensor:
     """Norm of each unit in float32, in a shape that multiplies the tensor."""
-    dims = tuple(range(1, tensor.ndim)) or None
+    dims = tuple(range(1, tensor.ndim))
     dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    return torch.linalg.vector_norm(tensor, dim=dims, keepdim=True, dtype=dtype)
+    return torch.linalg.vector_norm(tensor, dim=dims or None, keepdim=bool(dims), dtype=dtype)
 
 
 def total_norm(parts: Sequence[Part], shards: Shards) -> Tensor:

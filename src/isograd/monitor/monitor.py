@@ -17,7 +17,13 @@ from torch.optim import Optimizer
 from isograd.diagnosis import Diagnosis, Finding, diagnose
 from isograd.flow import Flow
 from isograd.monitor import scaling
-from isograd.monitor.clipping import AdaptiveClip, clip, clip_units, total_norm
+from isograd.monitor.clipping import (
+    AdaptiveClip,
+    clip,
+    clip_units,
+    clip_units_unread,
+    clip_unread,
+)
 from isograd.monitor.cost import YOUNG, Cost, Pace
 from isograd.monitor.deep import Deep
 from isograd.monitor.detectors import Detectors
@@ -197,13 +203,9 @@ class Monitor:
             they are, so that it can be told which of them was it.
         """
         norm: list[Tensor] = []
-        self.guarded(lambda: norm.extend(clip([tap.current() for tap in self._taps], max_norm, self._shards)))
-        if not norm:  # the monitor has failed, or is closed: clipping must not stop with it
-            number = max_norm.max_norm if isinstance(max_norm, AdaptiveClip) else max_norm
-            return nn.utils.clip_grad_norm_(self._watched(), number)
-        for tap in self._taps:
-            tap.clipped_to(norm[1])
-        return norm[0]
+        self.guarded(lambda: norm.append(clip(self._taps, max_norm, self._shards)))
+        # The monitor has failed, or is closed: clipping must not stop with it.
+        return norm[0] if norm else clip_unread(self._watched(), max_norm)
 
     def clip_units_(self, ratio: float = 0.01, *, eps: float = 1e-3) -> Tensor:
         """Clip the gradient of each unit to a share of the norm of its weights: adaptive gradient clipping.
@@ -216,19 +218,9 @@ class Monitor:
 
         Source: Brock et al. 2021, arXiv:2102.06171.
         """
-        norms: list[Tensor] = []
-
-        def read() -> None:
-            norms.append(total_norm([tap.current() for tap in self._taps], self._shards))
-
-        self.guarded(read)
-        clip_units(self._watched(), ratio, eps)
-        self.guarded(read)
-        if len(norms) < 2:
-            return nn.utils.get_total_norm([p.grad for p in self._watched() if p.grad is not None])
-        for tap in self._taps:
-            tap.clipped_to(norms[1])
-        return norms[0]
+        norm: list[Tensor] = []
+        self.guarded(lambda: norm.append(clip_units(self._taps, ratio, eps, self._shards)))
+        return norm[0] if norm else clip_units_unread(self._watched(), ratio, eps)
 
     def _watched(self) -> list[Tensor]:
         return [p for tap in self._taps for p in tap.parameters()]
