@@ -90,7 +90,7 @@ def repair(
             the least reach that make the flow healthy the one that trains best is taken, and a model whose flow is
             healthy is repaired if it trains better for it, as deep post-norm transformers do. What it raises is kept
             in `.failure`.
-        trainings: changed models that are trained at most.
+        trainings: of changed models, at most; a change of what is healthy takes two, from two seeds that have to agree.
         progress: is told what is tried.
 
     Returns:
