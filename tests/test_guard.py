@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from test_monitor import batches, net
 from torch import Tensor, nn
 from torch.nn import functional
 
 import isograd
+from isograd.cli import cli
 from isograd.monitor.guard import BROKEN, LONG, MOST, SETTLED
 
 
@@ -167,7 +170,7 @@ def test_a_batch_that_is_not_finite_is_left_out_and_leaves_no_trace(bad: float) 
         guard = isograd.Guard(monitor, every=20)
         trained(model, optimizer, 31, spoil=spoil, guard=guard)
         assert whats(guard) == ["left out"]
-        assert any("isograd.Guard" in note for note in monitor.latest().notes)
+        assert any(note.startswith("isograd.Guard: left out") for note in monitor.latest().notes)
         before = flat(model), int(next(iter(optimizer.state.values()))["step"])
         trained(model, optimizer, 1, spoil=lambda _step, x: x * bad, guard=guard)
     assert torch.equal(flat(model), before[0])
@@ -303,6 +306,17 @@ def test_a_training_that_is_resumed_knows_its_rate(guarded: Guarded) -> None:
     assert again.factor == guard.factor == 0.5
     assert again.state_dict() == state
     trained(model, optimizer, 5, guard=again)
+
+
+def test_the_report_of_a_run_tells_what_was_done(tmp_path: Path) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with isograd.watch(model, optimizer, run=tmp_path / "run") as monitor:
+        guard = isograd.Guard(monitor)
+        trained(model, optimizer, 20, spoil=lambda step, x: x * math.nan if step > 15 else x, guard=guard)
+    said = CliRunner().invoke(cli, ["report", str(tmp_path / "run")]).output
+    assert "step 16     isograd.Guard: left out, the loss is nan\n" in said
+    assert "step 18     isograd.Guard: went back, to step 0: the loss is nan" in said
 
 
 def test_wrong_arguments_say_what_to_type() -> None:

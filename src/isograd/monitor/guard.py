@@ -43,9 +43,13 @@ class Event:
     factor: float
     """Of the learning rate, from then on."""
 
-    def __str__(self) -> str:
+    @property
+    def said(self) -> str:
         rate = f"; learning rate x {self.factor:g}" if self.what != "left out" else ""
-        return f"step {self.step}: {self.what}, {self.why}{rate}"
+        return f"{self.what}, {self.why}{rate}"
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.said}"
 
 
 class _Snapshot:
@@ -265,7 +269,7 @@ class Guard:
             self._raise(f"{why} at weights whose loss was finite: the batch is to blame")
         self._snapshots[-1].mend()
         self._note("left out", why)
-        self.monitor.left_out(f"left out by isograd.Guard: {why}")
+        self.monitor.left_out(self.events[-1].said)
         if self._broken == LONG:
             warn(
                 f"isograd.Guard has left out {LONG} steps in a row, the newest is {self.steps}: {why}. "
@@ -296,7 +300,7 @@ class Guard:
         self._lowered, self._given_back = self._lowered + 1, False
         self._calm_since = self._kept_at = self.steps
         self._note("went back", f"to step {snapshot.step}: {why}")
-        self.monitor.left_out(f"isograd.Guard {self.events[-1]}", restored=True)
+        self.monitor.left_out(self.events[-1].said, restored=True)
         return True
 
     def _settle(self) -> None:

@@ -38,7 +38,7 @@ from isograd.monitor.tap import Tap
 from isograd.monitor.unexamined import together, unexamined
 from isograd.monitor.updates import number
 from isograd.record import Run
-from isograd.record.row import BEGINS, PERHAPS
+from isograd.record.row import BEGINS, GUARDED, PERHAPS
 from isograd.record.verdict import examined
 from isograd.warning import warn
 
@@ -235,10 +235,10 @@ class Monitor:
         """Torch's optimizers that are watched."""
         return [tap.optimizer for tap in self._taps if tap.optimizer is not None]
 
-    def left_out(self, note: str, *, restored: bool = False) -> None:
+    def left_out(self, why: str, *, restored: bool = False) -> None:
         """A step was not made with the gradients that are there; `restored`: weights and optimizers are older ones again."""
         for tap in self._taps:
-            self.guarded(lambda tap=tap: tap.finish(note))
+            self.guarded(lambda tap=tap: tap.finish(GUARDED + why))
             if restored:
                 tap.restored()
 
@@ -389,6 +389,7 @@ class Monitor:
             step.suspicious |= any(bucket.suspicious for bucket in part.buckets)
             step.packed += self._packed(part)
             step.notes += part.notes
+        step.suspicious |= any(note.startswith(GUARDED) for note in step.notes)
         for i, tap in enumerate(self._taps):
             # an optimizer may have none, or None where it finds one by itself
             rate = None if tap.optimizer is None else tap.optimizer.param_groups[0].get("lr")
