@@ -57,8 +57,6 @@ class _Snapshot:
 
     def __init__(self, step: int, monitor: Monitor, losses: list[float]) -> None:
         self.step, self.losses = step, list(losses)
-        self.used = False
-        """It was gone back to."""
         model, optimizers = monitor.model, monitor.optimizers
         stepped = [(o, p) for o in optimizers for group in o.param_groups for p in group["params"]]
         self._buffers = [(t, _copy(t)) for t in model.buffers()]
@@ -116,6 +114,12 @@ class _Curve:
         """Not on its way up: nothing that a snapshot should keep."""
         base = Baseline(self.losses, RECENT)
         return not base.enough or base.deviations < diverging.DEVIATIONS / 2
+
+    def jumps(self, loss: float) -> bool:
+        """Is this one loss as far out as five would have to be for a jump?"""
+        base = Baseline([*self.losses, *[loss] * RECENT], RECENT)
+        first = median(self.first)
+        return jumped(base, first) if base.enough else loss >= diverging.RISE * abs(first)
 
     def lost(self) -> str:
         """Why they are; '' if they are not. The rules of TR702 and TR703, as far as they rest on the loss."""
@@ -195,7 +199,9 @@ class Guard:
         self._snapshots: list[_Snapshot] = []
         self._kept_at = 0
         """Step of the newest snapshot, or of the last time that one was gone back to."""
-        self._broken = self._undone = self._lowered = 0
+        self._broken = self._lowered = 0
+        self._gone = False
+        """Back to a snapshot, and no step has been made since."""
         self._calm_since, self._wait, self._given_back = 0, recover, False
 
     @property
@@ -226,8 +232,10 @@ class Guard:
             stepped = self._left_out(f"the loss is {value:g}")
         elif not math.isfinite(norm) and scaler is None:
             stepped = self._left_out(f"the gradient norm is {norm:g}")
+        elif self._gone and self._curve.jumps(value):
+            stepped = self._left_out(f"the loss is {value:.3g}")
         else:
-            self._broken = self._undone = 0
+            self._broken, self._gone = 0, False
             self._curve.add(value)
             why = self._curve.lost()
             stepped = not (why and self._goes_back(why))
@@ -258,25 +266,33 @@ class Guard:
                     group["lr"] = rate
 
     def _left_out(self, why: str) -> bool:
-        """Nothing was changed by it; of several in a row the step before them may be to blame. Where that was undone and no
-        step has been made since, it was not: the rate is given back, and what breaks is left out for as long as it comes."""
+        """Nothing is changed by it. Of several in a row the step before them may be to blame; if that was undone, and no step
+        has been made since, it was not: the rate is given back, and what breaks is left out for as long as it comes."""
         self._broken += 1
-        if self._broken == BROKEN and self._goes_back(f"{why}, as in the {BROKEN - 1} steps before"):
-            self._undone = self._broken
+        if self._gone and self._broken != LONG:
+            if self.events[-1].what == "went back":
+                self._raise(f"{why} at weights whose loss was well: the batch is to blame")
+                self._broken = 1
+        elif self._broken == BROKEN and self._goes_back(f"{why}, as in the {BROKEN - 1} steps before"):
             return False
-        if self._undone and self._broken > self._undone:
-            self._undone = 0
-            self._raise(f"{why} at weights whose loss was finite: the batch is to blame")
         self._snapshots[-1].mend()
         self._note("left out", why)
-        self.monitor.left_out(self.events[-1].said)
         if self._broken == LONG:
-            warn(
-                f"isograd.Guard has left out {LONG} steps in a row, the newest is {self.steps}: {why}. "
-                "isograd.find_nonfinite(model, loss) names the operation",
-                stacklevel=4,
-            )
+            self._is_stuck(why)
+        self.monitor.left_out(self.events[-1].said, restored=self._broken == LONG)
         return False
+
+    def _is_stuck(self, why: str) -> None:
+        """Nothing but what breaks: an older snapshot is the last that may help. What then comes is taken as it is, if it is a
+        number."""
+        snapshot = self._restore(self.steps - self._snapshots[0].step)
+        self._curve, self._gone = _Curve(), False
+        self._note("went back", f"to step {snapshot.step}: {LONG} steps in a row were left out")
+        warn(
+            f"isograd.Guard has left out {LONG} steps in a row, the newest is {self.steps}: {why}. It went back to step "
+            f"{snapshot.step}, and goes on. isograd.find_nonfinite(model, loss) names what is not finite",
+            stacklevel=5,
+        )
 
     def _goes_back(self, why: str) -> bool:
         """To the newest snapshot that was there before the trouble; False: that has not helped, and is not done again."""
@@ -289,19 +305,25 @@ class Guard:
                     stacklevel=4,
                 )
             return False
-        ready = [s for s in reversed(self._snapshots) if self.steps - s.step >= SETTLED and not s.used]
-        snapshot = (ready or self._snapshots)[0]
-        snapshot.restore()
-        snapshot.used = True
-        self._snapshots = self._snapshots[: self._snapshots.index(snapshot) + 1]
-        self._curve.losses = list(snapshot.losses)
+        snapshot = self._restore(SETTLED)
         if self._given_back and self.steps - self._calm_since < self._wait:
             self._wait *= 2
         self._lowered, self._given_back = self._lowered + 1, False
-        self._calm_since = self._kept_at = self.steps
+        self._calm_since = self.steps
+        self._gone = True
         self._note("went back", f"to step {snapshot.step}: {why}")
         self.monitor.left_out(self.events[-1].said, restored=True)
         return True
+
+    def _restore(self, age: int) -> _Snapshot:
+        """The newest snapshot that is so many steps old, or the oldest."""
+        old = [snapshot for snapshot in self._snapshots if self.steps - snapshot.step >= age]
+        snapshot = (old or self._snapshots[:1])[-1]
+        snapshot.restore()
+        self._snapshots = self._snapshots[: self._snapshots.index(snapshot) + 1]
+        self._curve.losses = list(snapshot.losses)
+        self._kept_at = self.steps
+        return snapshot
 
     def _settle(self) -> None:
         """Another step without trouble: give the rate back, take a snapshot."""
