@@ -44,6 +44,8 @@ from isograd.warning import warn
 
 FIRST = 10
 """Steps that are read in full whatever it costs: faults of the initialisation show in them."""
+REPLAYS = 3
+"""Steps that are repeated until one of them tells where it broke."""
 SELDOM = 32
 """Steps from one full reading to the next, at most, as long as a training is young."""
 
@@ -55,6 +57,7 @@ def watch(
     run: str | PathLike[str] | Record | None = None,
     every: int = 1,
     deep_every: int | None = None,
+    replay: bool = False,
     budget: float = 0.01,
     sinks: Sequence[Sink] = (),
 ) -> Monitor:
@@ -70,6 +73,9 @@ def watch(
         run: directory to keep the record in; None keeps none. A run that is there is continued.
         every: keep every so many steps; of the others only those whose gradients are not finite.
         deep_every: measure the flow along the backbone every so many steps, with the batch of that step.
+        replay: keep the batch of each step and the gradient of the model's outputs until the next, and where a gradient
+            is not finite repeat that step on the side: the operation that made the first NaN or Inf is a finding, with its
+            line (NF401, NF402). On a GPU each step then waits for its norms.
         budget: share of the training time that may be spent. The norm of every gradient, and with it
             whether all values are finite, is read at each step; the other columns as often as this
             allows, in the first 10 steps always, and in a step after a call of `latest()`.
@@ -96,7 +102,16 @@ def watch(
     optimizers: list[Any] = [] if optimizer is None else [optimizer]
     if isinstance(optimizer, Sequence):
         optimizers = list(optimizer)
-    return Monitor(model, optimizers, run=run, every=every, deep_every=deep_every, budget=budget, sinks=sinks)
+    return Monitor(
+        model,
+        optimizers,
+        run=run,
+        every=every,
+        deep_every=deep_every,
+        replay=replay,
+        budget=budget,
+        sinks=sinks,
+    )
 
 
 class Monitor:
@@ -115,6 +130,7 @@ class Monitor:
         run: str | PathLike[str] | Record | Callable[[Detectors], Record] | None = None,
         every: int = 1,
         deep_every: int | None = None,
+        replay: bool = False,
         budget: float = 0.01,
         sinks: Sequence[Sink] = (),
         known: bool = False,
@@ -126,7 +142,9 @@ class Monitor:
         self._looked_at: Flow | None = None
         self._every, self._budget = every, budget
         self._deep, self._deep_every = Deep(model), deep_every
+        self._replays = REPLAYS if replay else 0
         self._flow: Flow | None = None
+        self._located: tuple[Finding, ...] = ()
         self._taps: list[Tap] = []
         self._step = self._done = 0  # of the run, and under this monitor
         self._closed = self._begun = self._asked = False
@@ -158,7 +176,7 @@ class Monitor:
         if not optimizers:
             self._taps.append(Tap(self, None, lambda: list(model.parameters())))
         self._finalizer = weakref.finalize(self, Host.close, self._host)
-        if deep_every is not None:
+        if deep_every is not None or replay:
             self._deep.arm()
 
     # What the user calls.
@@ -237,6 +255,8 @@ class Monitor:
 
     def left_out(self, why: str, *, restored: bool = False) -> None:
         """A step was not made with the gradients that are there; `restored`: weights and optimizers are older ones again."""
+        if not restored:
+            self.guarded(self._locate)
         for tap in self._taps:
             self.guarded(lambda tap=tap: tap.finish(GUARDED + why))
             if restored:
@@ -283,6 +303,8 @@ class Monitor:
         unknown = unexamined(
             self._model, self._taps, self._done, self._logged, self._deep, self._deep_every, self._silent
         )
+        if self._replays and self._deep.refused:
+            unknown["replay"] = self._deep.refused
         return replace(diagnosis, unexamined=unknown | diagnosis.unexamined)
 
     def close(self) -> None:
@@ -349,11 +371,18 @@ class Monitor:
         self._begun = True
         self._host.release()
 
-    def stepping(self) -> None:
-        """Look at the step from inside, if it is the turn of one."""
+    def stepping(self, part: Part) -> None:
+        """Look at the step from inside, if it is the turn of one or if it breaks."""
+        if self._replays and part.broken:
+            self._locate()
         if self._deep_every is not None and self._done % self._deep_every == 0 and self._flow is None:
             self._flow = self._deep.measure()
             self._looked_at = self._flow or self._looked_at
+
+    def _locate(self) -> None:
+        if self._replays and (found := self._deep.locate()):
+            self._located, self._replays = (found,), 1
+        self._replays = max(self._replays - 1, 0)
 
     def ended(self, tap: Tap, part: Part) -> None:
         """One optimizer has stepped; the step ends when all have, or when one is about to step again."""
@@ -397,11 +426,12 @@ class Monitor:
                 step.scalars[f"lr_{i}" if i else "lr"] = rate
         step.sites, step.shapes = self._names.sites, self._names.shapes
         step.flow, self._flow = self._flow, None
+        step.found, self._located = self._located, ()
         step.due = self._done % self._every == 0
         self._host.held = step
         self._step += 1
         self._ended(full, deep=step.flow is not None)
-        if self._deep_every is not None and self._done % self._deep_every == 0:
+        if self._replays or (self._deep_every is not None and self._done % self._deep_every == 0):
             self._deep.arm()
 
     def _ended(self, full: bool, deep: bool) -> None:

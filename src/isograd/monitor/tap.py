@@ -51,8 +51,8 @@ class Watcher(Protocol):
         """A backward has ended, or gradients are taken for a step."""
         ...
 
-    def stepping(self) -> None:
-        """The optimizer is about to step: the weights are still those of the backward."""
+    def stepping(self, part: Part) -> None:
+        """The optimizer is about to step with these gradients: the weights are still those of the backward."""
         ...
 
     def ended(self, tap: Tap, part: Part) -> None:
@@ -177,7 +177,7 @@ class Tap:
         if self._fresh is None and self.optimizer is not None:
             self._fresh = not self.optimizer.state
         part = self.take()
-        self._watcher.stepping()
+        self._watcher.stepping(part)
         if part.full and self._moved is not None and not self._moved.known:
             self._sampled.before(part.parameters)
 
