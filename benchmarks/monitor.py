@@ -105,6 +105,18 @@ def watched_clip(model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer,
     return between(lambda _: monitor.clip_(1e9))(model, loss, optimizer, stack)
 
 
+def guarded(model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, stack: ExitStack) -> Step:
+    guard = isograd.Guard(stack.enter_context(isograd.watch(model, optimizer)))
+
+    def step() -> None:
+        optimizer.zero_grad()
+        value = loss(model)
+        value.backward()
+        guard.step(value)
+
+    return step
+
+
 def wandb(model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, stack: ExitStack) -> Step:
     import wandb as tool
 
@@ -159,6 +171,7 @@ METHODS: dict[str, tuple[str, Method]] = {
     "isograd.watch, all columns at every step": ("isograd", watched(1e6)),
     "clip_grad_norm_": ("torch", between(clip)),
     "isograd.watch, monitor.clip_": ("isograd", watched_clip),
+    "isograd.Guard": ("isograd", guarded),
     ".norm().item()": ("torch", between(by_item)),
     "wandb.watch gradients": ("wandb", wandb),
     "Lightning grad_norm": ("lightning", between(lightning)),

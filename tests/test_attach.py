@@ -68,6 +68,36 @@ def test_findings_are_told_at_the_end_on_standard_error(tmp_path: Path) -> None:
     assert "isograd report" in beside.stderr
 
 
+BREAKS = """
+import torch
+torch.manual_seed(0)
+class Unit(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inp, self.out = torch.nn.Linear(4, 8, bias=False), torch.nn.Linear(8, 1)
+    def forward(self, x):
+        h = self.inp(x)
+        return self.out(h / h.norm(dim=-1, keepdim=True))
+model = Unit()
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range(12):
+    x = torch.randn(16, 4) * (step != 9)
+    optimizer.zero_grad()
+    model(x).square().mean().backward()
+    optimizer.step()
+"""
+
+
+def test_the_line_that_broke_a_step_is_told_where_steps_are_replayed(tmp_path: Path) -> None:
+    (tmp_path / "breaks.py").write_text(BREAKS)
+    beside, record = watched([sys.executable, "breaks.py"], tmp_path, "--replay")
+    assert beside.returncode == 0
+    assert "at step 9: the loss is NaN; div · breaks.py:10" in " ".join(beside.stderr.split())
+    with Run.open(record) as kept:
+        (told,) = [told.content for told in kept.told() if told.content["code"] == "NF401"]
+    assert told["evidence"]["source"] == "breaks.py:10"
+
+
 LONG = """
 import time, torch
 w = torch.nn.Linear(4, 1)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from test_monitor import batches, net
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 
 import isograd
@@ -112,3 +115,73 @@ def test_units_that_die_are_told_from_looks_alone() -> None:
             optimizer.step()
         found = {finding.code: finding for finding in monitor.diagnosis().findings}
     assert found["SA303"].sites == ("0.weight",)
+
+
+class Unit(nn.Module):
+    """Rows of length one; a row of zeros has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inp, self.out = nn.Linear(8, 16, bias=False), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inp(x)
+        h = nn.functional.dropout(h, 0.1)
+        h = h / h.norm(dim=-1, keepdim=True)  # here
+        return self.out(h)
+
+
+LINE = next(i for i, text in enumerate(Path(__file__).read_text().splitlines(), 1) if text.endswith("# here"))
+
+
+def broken(
+    spoil: Callable[[Tensor], Tensor], term: Callable[[Tensor], Tensor], *, replay: bool = True
+) -> tuple[isograd.Diagnosis, Tensor]:
+    """Twenty steps; one batch is spoiled, and has a term of its own in its loss."""
+    torch.manual_seed(0)
+    model = Unit()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with isograd.watch(model, optimizer, replay=replay) as monitor:
+        for step, (x, y) in enumerate(batches(20)):
+            out = model(spoil(x) if step == 15 else x)
+            loss = functional.cross_entropy(out, y) + (term(out) if step == 15 else 0.0)
+            optimizer.zero_grad()
+            loss.backward()
+            if step < 19:
+                optimizer.step()
+        return monitor.diagnosis(), torch.get_rng_state()
+
+
+def nothing(out: Tensor) -> Tensor:
+    return out.sum() * 0
+
+
+def test_a_step_that_breaks_is_repeated_and_what_broke_it_has_its_line() -> None:
+    found, state = broken(lambda x: x.index_fill(0, torch.tensor([2]), 0.0), nothing)
+    first = next(finding for finding in found.findings if finding.code == "NF401")
+    assert str(first.evidence["source"]).endswith(f"test_monitor_deep.py:{LINE}")
+    assert first.evidence["operation"] == "div"
+    assert first.message.startswith("at step 15: ")
+    assert sum(finding.code == "NF401" for finding in found.findings) == 1
+    _, alone = broken(lambda x: x.index_fill(0, torch.tensor([2]), 0.0), nothing, replay=False)
+    assert torch.equal(state, alone)  # the dropout of the repetition drew nothing
+
+
+def test_of_a_step_that_the_loss_broke_that_is_said() -> None:
+    found, _ = broken(lambda x: x, lambda out: (out - out.detach()).square().sum().sqrt())
+    (said,) = [finding for finding in found.findings if finding.code == "NF402"]
+    assert "the output of the model is finite" in said.message
+    assert said.evidence["phase"] == "loss"
+
+
+def test_of_a_step_that_its_batch_broke_that_is_said() -> None:
+    found, _ = broken(lambda x: x * torch.nan, nothing)
+    (said,) = [finding for finding in found.findings if finding.code == "NF401"]
+    assert "argument x holds a NaN" in said.message
+
+
+def test_a_model_that_cannot_be_repeated_is_said_to_be_unexamined() -> None:
+    model = torch.compile(Unit(), backend="eager")
+    assert isinstance(model, nn.Module)
+    with isograd.watch(model, torch.optim.SGD(model.parameters(), lr=0.1), replay=True) as monitor:
+        assert "compiled" in monitor.diagnosis().unexamined["replay"]

@@ -792,3 +792,19 @@ def test_the_state_of_an_optimizer_gets_nothing_from_being_watched() -> None:
             loss_of(model, batch).backward()
             optimizer.step()
     assert optimizer.state_dict()["state"] == {}
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, torch.optim.RMSprop])
+def test_the_first_step_may_overflow(make: type[torch.optim.Optimizer]) -> None:
+    """As it does at the scale that a scaler begins with: the optimizer has no state then."""
+    model = net()
+    optimizer = make(model.parameters(), lr=1e-3)  # type: ignore[call-arg]
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+    with isograd.watch(model, optimizer) as monitor:
+        for step, (x, y) in enumerate(batches(3)):
+            optimizer.zero_grad()
+            scaler.scale(functional.cross_entropy(model(x), y) * (1e3 if step == 0 else 1e-3)).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            moved = monitor.latest().columns["update_norm"]
+            assert bool(moved.isnan().all() if step == 0 else (moved > 0).all())

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from isograd.horizon import Horizon as Horizon
     from isograd.horizon import horizon as horizon
     from isograd.measure import measure as measure
+    from isograd.monitor import AdaptiveClip as AdaptiveClip
+    from isograd.monitor import Guard as Guard
     from isograd.monitor import Monitor as Monitor
     from isograd.monitor import Reading as Reading
     from isograd.monitor import watch as watch
@@ -54,6 +56,8 @@ _HOME = {
     "watch": "isograd.monitor",
     "find_nonfinite": "isograd.nonfinite",
     "prove": "isograd.proof",
+    "AdaptiveClip": "isograd.monitor",
+    "Guard": "isograd.monitor",
     "Proof": "isograd.proof",
     "Diagnosis": "isograd.diagnosis",
     "Finding": "isograd.diagnosis",

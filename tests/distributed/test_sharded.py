@@ -37,6 +37,10 @@ def test_05_07_and_23_two_processes_read_what_the_unsharded_twin_reads() -> None
     launch(2, "ddp:adamw:torch", "fsdp2:adamw:torch", "tp:adamw:ours", "fsdp2:rmsprop:none")
 
 
+def test_guards_of_all_processes_decide_alike() -> None:
+    launch(2, "ddp:adamw:guard", "fsdp2:adamw:guard", "tp:adamw:guard")
+
+
 def test_05_and_23_four_processes_on_two_dimensions() -> None:
     launch(4, "fsdp2_tp:adamw:ours", "hsdp:adamw:torch")
 

@@ -106,7 +106,52 @@ def process(rank: int, processes: int, store: str, trainings: list[str]) -> None
     distributed.destroy_process_group()
 
 
+def guarded(mode: str) -> None:
+    """Both leave out a batch that breaks in one process alone, and go back together when weights are lost."""
+    torch.manual_seed(0)
+    twin = Net().double()
+    model = MODES[mode](copy.deepcopy(twin))
+    pair, norms = (twin, model), list[float]()
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in pair]
+    monitors = [isograd.watch(m, optimizer) for m, optimizer in zip(pair, optimizers, strict=True)]
+    guards = [isograd.Guard(monitor, every=16, max_norm=isograd.AdaptiveClip()) for monitor in monitors]
+    for step in range(3 * STEPS):
+        if step == 2 * STEPS:
+            with torch.no_grad():
+                for m in pair:
+                    next(m.parameters()).mul_(torch.inf)
+        for m, x, optimizer, guard in zip(pair, batch_of(step, mode), optimizers, guards, strict=True):
+            optimizer.zero_grad()
+            loss = m(x).square().mean()
+            loss.backward()
+            guard.step(loss)
+    told = [[(event.step, event.what) for event in guard.events] for guard in guards]
+    assert told[0] == told[1], told
+    assert [what for _, what in told[1]] == ["left out"] * 3 + ["went back"], told
+    alike(model, twin, lambda p: p)
+    for m, x, optimizer, monitor in zip(pair, batch_of(0, mode), optimizers, monitors, strict=True):
+        optimizer.zero_grad()
+        m(x).square().mean().backward()
+        monitor.clip_units_(1e-4)
+        optimizer.step()
+        norms.append(monitor.latest().scalars["clipped_norm"])
+    alike(model, twin, lambda p: p.grad)
+    torch.testing.assert_close(norms[1], norms[0], rtol=1e-6, atol=0)
+    for monitor in monitors:
+        monitor.close()
+    distributed.barrier()
+
+
+def alike(model: nn.Module, twin: nn.Module, of: Callable[[Tensor], Tensor | None]) -> None:
+    for ours, theirs in zip(map(of, model.parameters()), map(of, twin.parameters()), strict=True):
+        whole = ours.full_tensor() if sharding.is_sharded(ours) else ours
+        torch.testing.assert_close(whole, theirs, rtol=1e-6, atol=1e-12)
+
+
 def train(mode: str, rule: str, clip: str) -> None:
+    if clip == "guard":
+        guarded(mode)
+        return
     torch.manual_seed(0)
     twin = Net().double()
     model = MODES[mode](copy.deepcopy(twin))

@@ -14,6 +14,7 @@ from isograd.cli.options import with_output
 from isograd.cli.progress import progress
 from isograd.cli.runs import number, state
 from isograd.record import NotARun, Row, Run
+from isograd.record.row import GUARDED
 
 PARTS = 8
 """Columns in which the course of a training is told."""
@@ -62,7 +63,8 @@ def lines(run: Run) -> Iterator[str]:
     if so_far.step < 0:
         yield f"{run.path}  {state(so_far)}, no step was recorded"
         return
-    parts = _parts(list(run.rows()))
+    rows = list(run.rows())
+    parts = _parts(rows)
     first, last = parts[0][0], parts[-1][-1]
     took = f", {_duration(last.time - first.time)}" if last.time > first.time else ""
     yield f"{run.path}  {state(so_far)}, steps {first.step} to {last.step}, {len(run)} kept{took}"
@@ -87,6 +89,9 @@ def lines(run: Run) -> Iterator[str]:
         if found["sites"]:
             yield f"            where  {', '.join(found['sites'])}"
         yield f"            more   isograd explain {found['code']}"
+    yield from (
+        f"step {row.step:<6} {note}" for row in rows for note in row.notes if note.startswith(GUARDED)
+    )
 
 
 def _plain(line: str) -> str:

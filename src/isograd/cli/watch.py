@@ -36,6 +36,11 @@ RUNS = "isograd-runs"
     help="Measure activations and the flow along the depth on each Nth step. Default: never.",
 )
 @click.option(
+    "--replay",
+    is_flag=True,
+    help="Repeat a step whose gradient is not finite on the side, and name the operation with its line.",
+)
+@click.option(
     "--budget",
     type=click.FloatRange(0, 1, min_open=True),
     default=0.01,
@@ -45,7 +50,13 @@ RUNS = "isograd-runs"
 @click.option("--quiet", is_flag=True, help="No live line and no findings at the end, only the record.")
 @click.argument("command", nargs=-1, type=click.UNPROCESSED)
 def watch(
-    run: Path | None, every: int, deep_every: int | None, budget: float, quiet: bool, command: tuple[str, ...]
+    run: Path | None,
+    every: int,
+    deep_every: int | None,
+    replay: bool,
+    budget: float,
+    quiet: bool,
+    command: tuple[str, ...],
 ) -> None:
     """Watch a training script as it is: no line of it changes.
 
@@ -81,7 +92,14 @@ def watch(
     run = run or _default(words)
     where = run.absolute()
     _writable(where)
-    settings = {"run": str(where), "every": every, "deep_every": deep_every, "budget": budget, "quiet": quiet}
+    settings = {
+        "run": str(where),
+        "every": every,
+        "deep_every": deep_every,
+        "replay": replay,
+        "budget": budget,
+        "quiet": quiet,
+    }
     since = time.time()
     settings |= {"pid": os.getpid(), "since": since}
     path = os.pathsep.join(filter(None, (str(SITE), os.environ.get("PYTHONPATH"))))

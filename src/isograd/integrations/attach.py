@@ -54,6 +54,7 @@ class Settings(msgspec.Struct, frozen=True):
     run: str
     every: int = 1
     deep_every: int | None = None
+    replay: bool = False
     budget: float = 0.01
     quiet: bool = False
     pid: int = 0
@@ -168,6 +169,7 @@ class Attachment:
             run=lambda detectors: Run.create(path, detectors=detectors, since=since),
             every=self.settings.every,
             deep_every=self.settings.deep_every,
+            replay=self.settings.replay,
             budget=self.settings.budget,
             known=before is not None,
         )

@@ -1,4 +1,4 @@
-"""Now and then a step is looked at from inside: its flow along the backbone, with its own batch.
+"""Now and then, or where it breaks, a step is looked at from inside: its flow along the backbone, with its own batch.
 
 The loss is not known to the monitor, but its gradient at the model's outputs is: with that as cotangent the
 backward is the user's own. So the step's forward and backward are repeated on the side, once, by
@@ -16,12 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow
 from isograd.graph.operations import ACTIVATIONS
+from isograd.graph.traced import Loss
 from isograd.measure import measure
 from isograd.monitor.names import ADDED
 from isograd.monitor.sharding import is_sharded
+from isograd.nonfinite import find_nonfinite
 from isograd.statistics import Site
+from isograd.symptoms import nonfinite_backward
 
 SAMPLES = 8
 """A unit that is off half of the time is off in 8 samples by chance once in 256."""
@@ -45,7 +49,7 @@ class Staying:
 
 
 class Deep:
-    """Keeps one step's batch and cotangent, and measures its flow.
+    """Keeps one step's batch and cotangent, measures its flow, and names what made a NaN in it.
 
     Attributes:
         refused: why this model cannot be looked at; '' where it can.
@@ -83,22 +87,51 @@ class Deep:
 
     def measure(self) -> Flow | None:
         """The flow of the step whose backward has ended; None if its batch was not seen."""
-        call, cotangents = self._call, self._cotangents
+        loss, _ = self._repeated()
         self.disarm()
-        if call is None or not cotangents:
+        if loss is None:
             return None
+        with torch.enable_grad():
+            return measure(self._model, loss)
+
+    def locate(self) -> Finding | None:
+        """What made the first value that is not finite in the step whose backward has ended; None: nothing in its last forward."""
+        loss, broken = self._repeated()
+        self.disarm()
+        if loss is None:
+            return None
+        with torch.enable_grad():
+            found = find_nonfinite(self._model, loss)
+        if found is None and broken:
+            return Finding(
+                nonfinite_backward.CODE,
+                nonfinite_backward.NAME,
+                Severity.ERROR,
+                "the output of the model is finite, and the gradient that the loss sends back to it is not",
+                cause="the loss function, or what the script does between the model and it",
+                evidence={"operation": "", "source": "", "phase": "loss"},
+                remedies=("safe-loss", "safe-derivative"),
+            )
+        return found
+
+    def _repeated(self) -> tuple[Loss | None, bool]:
+        """The forward of the batch that is kept, and whether what comes back to it is not finite; that counts as 0."""
+        call, cotangents, state = self._call, self._cotangents, self._state
+        if call is None or not cotangents:
+            return None, False
+        finite = {i: torch.nan_to_num(c, nan=0.0, posinf=0.0, neginf=0.0) for i, c in cotangents.items()}
+        broken = any(not torch.equal(finite[i], cotangents[i]) for i in finite)
 
         def loss(model: nn.Module) -> Tensor:
-            if self._state is not None:
-                torch.set_rng_state(self._state)
+            if state is not None:
+                torch.set_rng_state(state)
             with nullcontext() if self._precision is None else torch.autocast(*self._precision):
                 outputs = tree_leaves(model(*call[0], **call[1]))
             return torch.stack(
-                [(outputs[i] * cotangent).sum().float() for i, cotangent in cotangents.items()]
+                [(outputs[i] * cotangent).sum().float() for i, cotangent in finite.items()]
             ).sum()
 
-        with torch.enable_grad():
-            return measure(self._model, loss)
+        return loss, broken
 
     def disarm(self) -> None:
         """Let go of the batch and of the model."""

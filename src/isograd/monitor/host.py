@@ -92,6 +92,8 @@ class Ended:
     """Something is not finite, as far as the training thread could tell without waiting."""
     logged_early: set[str] = field(default_factory=set[str])
     """Names that were logged before the step ended."""
+    found: tuple[Finding, ...] = ()
+    """What was found on the training thread, while the batch was there."""
 
 
 COLUMNS = ("grad_norm", "grad_max", "nonfinite", "zeros", "weight_norm", "update_norm")
@@ -316,7 +318,10 @@ class Host:
         if self._observer is not None:
             follow = self._observer.follow
             found = self._guarded("detectors", lambda: follow(kept)) or found
-        steps = list(zip(kept, found, strict=True))
+        there = {ended.step: ended.found for ended in run}
+        steps = [
+            (reading, findings + there[reading.step]) for reading, findings in zip(kept, found, strict=True)
+        ]
         self.findings += [(reading.step, finding) for reading, findings in steps for finding in findings]
         if self._record is not None:
             extend = self._record.extend

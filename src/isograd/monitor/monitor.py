@@ -17,7 +17,13 @@ from torch.optim import Optimizer
 from isograd.diagnosis import Diagnosis, Finding, diagnose
 from isograd.flow import Flow
 from isograd.monitor import scaling
-from isograd.monitor.clipping import clip
+from isograd.monitor.clipping import (
+    AdaptiveClip,
+    clip,
+    clip_units,
+    clip_units_unread,
+    clip_unread,
+)
 from isograd.monitor.cost import YOUNG, Cost, Pace
 from isograd.monitor.deep import Deep
 from isograd.monitor.detectors import Detectors
@@ -32,12 +38,14 @@ from isograd.monitor.tap import Tap
 from isograd.monitor.unexamined import together, unexamined
 from isograd.monitor.updates import number
 from isograd.record import Run
-from isograd.record.row import BEGINS, PERHAPS
+from isograd.record.row import BEGINS, GUARDED, PERHAPS
 from isograd.record.verdict import examined
 from isograd.warning import warn
 
 FIRST = 10
 """Steps that are read in full whatever it costs: faults of the initialisation show in them."""
+REPLAYS = 3
+"""Steps that are repeated until one of them tells where it broke."""
 SELDOM = 32
 """Steps from one full reading to the next, at most, as long as a training is young."""
 
@@ -49,6 +57,7 @@ def watch(
     run: str | PathLike[str] | Record | None = None,
     every: int = 1,
     deep_every: int | None = None,
+    replay: bool = False,
     budget: float = 0.01,
     sinks: Sequence[Sink] = (),
 ) -> Monitor:
@@ -64,6 +73,9 @@ def watch(
         run: directory to keep the record in; None keeps none. A run that is there is continued.
         every: keep every so many steps; of the others only those whose gradients are not finite.
         deep_every: measure the flow along the backbone every so many steps, with the batch of that step.
+        replay: keep the batch of each step and the gradient of the model's outputs until the next, and where a gradient
+            is not finite repeat that step on the side: the operation that made the first NaN or Inf is a finding, with its
+            line (NF401, NF402). On a GPU each step then waits for its norms.
         budget: share of the training time that may be spent. The norm of every gradient, and with it
             whether all values are finite, is read at each step; the other columns as often as this
             allows, in the first 10 steps always, and in a step after a call of `latest()`.
@@ -90,7 +102,16 @@ def watch(
     optimizers: list[Any] = [] if optimizer is None else [optimizer]
     if isinstance(optimizer, Sequence):
         optimizers = list(optimizer)
-    return Monitor(model, optimizers, run=run, every=every, deep_every=deep_every, budget=budget, sinks=sinks)
+    return Monitor(
+        model,
+        optimizers,
+        run=run,
+        every=every,
+        deep_every=deep_every,
+        replay=replay,
+        budget=budget,
+        sinks=sinks,
+    )
 
 
 class Monitor:
@@ -109,6 +130,7 @@ class Monitor:
         run: str | PathLike[str] | Record | Callable[[Detectors], Record] | None = None,
         every: int = 1,
         deep_every: int | None = None,
+        replay: bool = False,
         budget: float = 0.01,
         sinks: Sequence[Sink] = (),
         known: bool = False,
@@ -120,7 +142,9 @@ class Monitor:
         self._looked_at: Flow | None = None
         self._every, self._budget = every, budget
         self._deep, self._deep_every = Deep(model), deep_every
+        self._replays = REPLAYS if replay else 0
         self._flow: Flow | None = None
+        self._located: tuple[Finding, ...] = ()
         self._taps: list[Tap] = []
         self._step = self._done = 0  # of the run, and under this monitor
         self._closed = self._begun = self._asked = False
@@ -152,7 +176,7 @@ class Monitor:
         if not optimizers:
             self._taps.append(Tap(self, None, lambda: list(model.parameters())))
         self._finalizer = weakref.finalize(self, Host.close, self._host)
-        if deep_every is not None:
+        if deep_every is not None or replay:
             self._deep.arm()
 
     # What the user calls.
@@ -185,8 +209,11 @@ class Monitor:
             else:
                 self._scalars[name] = kept(value)
 
-    def clip_(self, max_norm: float) -> Tensor:
+    def clip_(self, max_norm: float | AdaptiveClip) -> Tensor:
         """Clip the gradients of all watched optimizers to a total norm, as `clip_grad_norm_` does.
+
+        Args:
+            max_norm: a number, or an `isograd.AdaptiveClip` that is kept from step to step.
 
         Returns:
             The raw total norm, as a scalar tensor. It was read for the monitor anyway: unless gradients
@@ -194,13 +221,46 @@ class Monitor:
             they are, so that it can be told which of them was it.
         """
         norm: list[Tensor] = []
-        self.guarded(lambda: norm.append(clip([tap.current() for tap in self._taps], max_norm, self._shards)))
-        if not norm:  # the monitor has failed, or is closed: clipping must not stop with it
-            watched = [p for tap in self._taps for p in tap.parameters()]
-            return nn.utils.clip_grad_norm_(watched, max_norm)
+        self.guarded(lambda: norm.append(clip(self._taps, max_norm, self._shards)))
+        # The monitor has failed, or is closed: clipping must not stop with it.
+        return norm[0] if norm else clip_unread(self._watched(), max_norm)
+
+    def clip_units_(self, ratio: float = 0.01, *, eps: float = 1e-3) -> Tensor:
+        """Clip the gradient of each unit to a share of the norm of its weights: adaptive gradient clipping.
+
+        A unit is a row of a matrix, a filter of a convolution, or a whole vector. `eps` stands for weights that are
+        smaller. Heads are usually left out: give them an optimizer of their own that is not watched by this monitor.
+
+        Returns:
+            The raw total norm, as a scalar tensor.
+
+        Source: Brock et al. 2021, arXiv:2102.06171.
+        """
+        norm: list[Tensor] = []
+        self.guarded(lambda: norm.append(clip_units(self._taps, ratio, eps, self._shards)))
+        return norm[0] if norm else clip_units_unread(self._watched(), ratio, eps)
+
+    def _watched(self) -> list[Tensor]:
+        return [p for tap in self._taps for p in tap.parameters()]
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is watched."""
+        return self._model
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """Torch's optimizers that are watched."""
+        return [tap.optimizer for tap in self._taps if tap.optimizer is not None]
+
+    def left_out(self, why: str, *, restored: bool = False) -> None:
+        """A step was not made with the gradients that are there; `restored`: weights and optimizers are older ones again."""
+        if not restored:
+            self.guarded(self._locate)
         for tap in self._taps:
-            tap.clipped_to(norm[0].clamp(max=max_norm))
-        return norm[0]
+            self.guarded(lambda tap=tap: tap.finish(GUARDED + why))
+            if restored:
+                tap.restored()
 
     def step(self) -> None:
         """A step has ended: for optimizers that are none of torch's, while the gradients are there."""
@@ -243,6 +303,8 @@ class Monitor:
         unknown = unexamined(
             self._model, self._taps, self._done, self._logged, self._deep, self._deep_every, self._silent
         )
+        if self._replays and self._deep.refused:
+            unknown["replay"] = self._deep.refused
         return replace(diagnosis, unexamined=unknown | diagnosis.unexamined)
 
     def close(self) -> None:
@@ -309,11 +371,18 @@ class Monitor:
         self._begun = True
         self._host.release()
 
-    def stepping(self) -> None:
-        """Look at the step from inside, if it is the turn of one."""
+    def stepping(self, part: Part) -> None:
+        """Look at the step from inside, if it is the turn of one or if it breaks."""
+        if self._replays and part.broken:
+            self._locate()
         if self._deep_every is not None and self._done % self._deep_every == 0 and self._flow is None:
             self._flow = self._deep.measure()
             self._looked_at = self._flow or self._looked_at
+
+    def _locate(self) -> None:
+        if self._replays and (found := self._deep.locate()):
+            self._located, self._replays = (found,), 1
+        self._replays = max(self._replays - 1, 0)
 
     def ended(self, tap: Tap, part: Part) -> None:
         """One optimizer has stepped; the step ends when all have, or when one is about to step again."""
@@ -349,6 +418,7 @@ class Monitor:
             step.suspicious |= any(bucket.suspicious for bucket in part.buckets)
             step.packed += self._packed(part)
             step.notes += part.notes
+        step.suspicious |= any(note.startswith(GUARDED) for note in step.notes)
         for i, tap in enumerate(self._taps):
             # an optimizer may have none, or None where it finds one by itself
             rate = None if tap.optimizer is None else tap.optimizer.param_groups[0].get("lr")
@@ -356,11 +426,12 @@ class Monitor:
                 step.scalars[f"lr_{i}" if i else "lr"] = rate
         step.sites, step.shapes = self._names.sites, self._names.shapes
         step.flow, self._flow = self._flow, None
+        step.found, self._located = self._located, ()
         step.due = self._done % self._every == 0
         self._host.held = step
         self._step += 1
         self._ended(full, deep=step.flow is not None)
-        if self._deep_every is not None and self._done % self._deep_every == 0:
+        if self._replays or (self._deep_every is not None and self._done % self._deep_every == 0):
             self._deep.arm()
 
     def _ended(self, full: bool, deep: bool) -> None:

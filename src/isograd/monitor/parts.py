@@ -97,6 +97,11 @@ class Part:
     def parameters(self) -> list[Tensor]:
         return [p for bucket in self.buckets for p in bucket.parameters]
 
+    @property
+    def broken(self) -> bool:
+        """Is a norm not finite? Waits for a device."""
+        return any(not bool(bucket.norms.isfinite().all()) for bucket in self.buckets)
+
     def shares(self, parameters: Sequence[Tensor]) -> dict[str, Tensor]:
         """This process's rows for some of `sharded`, the same columns in every process."""
         columns = ["grad_norm", "nonfinite"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -50,8 +51,8 @@ class Watcher(Protocol):
         """A backward has ended, or gradients are taken for a step."""
         ...
 
-    def stepping(self) -> None:
-        """The optimizer is about to step: the weights are still those of the backward."""
+    def stepping(self, part: Part) -> None:
+        """The optimizer is about to step with these gradients: the weights are still those of the backward."""
         ...
 
     def ended(self, tap: Tap, part: Part) -> None:
@@ -176,7 +177,7 @@ class Tap:
         if self._fresh is None and self.optimizer is not None:
             self._fresh = not self.optimizer.state
         part = self.take()
-        self._watcher.stepping()
+        self._watcher.stepping(part)
         if part.full and self._moved is not None and not self._moved.known:
             self._sampled.before(part.parameters)
 
@@ -240,14 +241,24 @@ class Tap:
                 for bucket in part.buckets:
                     bucket.rows["weight_norm"] = norms(bucket.weights)
                     if self._moved is not None:
-                        moved = self._moved.norms if self._moved.known else self._sampled.norms
-                        bucket.rows["update_norm"] = moved(bucket.parameters)
+                        bucket.rows["update_norm"] = self._updates(bucket.parameters, made=not note)
         if part.full or (not part.buckets and self._watcher.full(self)):
             with torch.no_grad():
                 part.buckets += idle(self.parameters(), self._moved is not None)
         self._watcher.ended(self, part)
         self._part, self.scale, self.clipped, self.taken = None, None, None, False
         self.provenance.stepped()
+
+    def _updates(self, parameters: Sequence[Tensor], made: bool) -> list[Tensor]:
+        """NaN for a step that was left out: the state is that of an older one, or there is none yet."""
+        if not made or self._moved is None:
+            return [torch.full((), math.nan, device=p.device) for p in parameters]
+        return (self._moved.norms if self._moved.known else self._sampled.norms)(parameters)
+
+    def restored(self) -> None:
+        """The optimizer's state is an older one: its steps are counted anew."""
+        if self._moved is not None:
+            self._moved.restored()
 
     def interrupted(self) -> None:
         """The training is over. A backward that no step followed counts if its gradients are not finite: a clip that

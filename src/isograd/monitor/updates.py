@@ -54,6 +54,10 @@ class Moved:
             lengths += self._rule(self, chunk, [groups[id(p)] for p in chunk])
         return lengths
 
+    def restored(self) -> None:
+        """The state was exchanged for an older one: steps that are counted on a device are read again."""
+        self._steps.clear()
+
     def buffers(self, parameters: Sequence[Tensor], name: str) -> list[Tensor]:
         """A buffer of the optimizer for each parameter: what this process holds of it."""
         return [local(self.optimizer.state[p][name]) for p in parameters]

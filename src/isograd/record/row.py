@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from isograd.monitor.reading import Reading
 
 
+GUARDED = "isograd.Guard: "
+"""Begins a note of what a guard has done."""
 BEGINS = "a training begins here: its optimizer remembers no step"
 """Note of a step that was recorded behind those of another training, which its own are not to be held against."""
 PERHAPS = "a training begins here, or goes on: its first loss tells"

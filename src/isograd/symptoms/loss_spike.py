@@ -65,12 +65,7 @@ class Spike(Detector):
         if not base.enough:
             return None
         self.deviations = base.deviations
-        gained = max(history.first_loss - base.level, 0.0)
-        if (
-            base.deviations < DEVIATIONS
-            or base.now < base.level + BEYOND * (base.largest - base.level)
-            or base.rise < max(GIVEN_BACK * gained, LEVEL * abs(history.first_loss))
-        ):
+        if not jumped(base, history.first_loss):
             return None
         leads = moved_first(history)
         lead = max(leads.values(), default=0)
@@ -99,6 +94,16 @@ class Spike(Detector):
         if math.isnan(self.deviations):
             return None
         return f"the loss is {self.deviations:+.1f} spreads from its level (a spike from +{DEVIATIONS:.0f})"
+
+
+def jumped(base: Baseline, first_loss: float) -> bool:
+    """Is the loss of now far above what it was, by more than its noise and a good part of what was gained?"""
+    gained = max(first_loss - base.level, 0.0)
+    return (
+        base.deviations >= DEVIATIONS
+        and base.now >= base.level + BEYOND * (base.largest - base.level)
+        and base.rise >= max(GIVEN_BACK * gained, LEVEL * abs(first_loss))
+    )
 
 
 def moved_first(history: History) -> dict[str, int]:

@@ -13,7 +13,7 @@ Evidence
     told by the norm, and not counted; where only the squares in it overflow, a step that is read in full says so. A step that
     a loss scaler skipped for an overflow is routine and counts only when 10 follow each other. What the run did
     before says whether it exploded or broke at once; the operation that made the first one, with its source
-    line, names `isograd.find_nonfinite(model, loss)`.
+    line, names `isograd.find_nonfinite(model, loss)`, or a monitor that keeps the batch of each step (`replay=True`).
 
 What helps
     Skip the step; a check of the batch; what the cause names.
@@ -39,7 +39,10 @@ NAME = "non-finite-step"
 
 OVERFLOWS = 10
 """Skipped steps in a row: a loss scaler halves its scale each time, ten are three decades."""
-FIND = "name the operation: isograd.find_nonfinite(model, loss), with the batch of this step"
+FIND = (
+    "name the operation: isograd.find_nonfinite(model, loss), with the batch of this step, or the next time "
+    "watch(…, replay=True), isograd watch --replay"
+)
 EXPLODED = 1.0
 """Decades by which gradient or loss had risen before, and above all that they had been: then it exploded. Near its end
 a training that is well has losses ten times as large as others."""

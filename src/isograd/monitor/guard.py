@@ -1,0 +1,386 @@
+"""A training that goes back: steps that would break it are left out, and what broke it is undone at a smaller rate."""
+
+from __future__ import annotations
+
+import math
+from copy import deepcopy
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.amp.grad_scaler import GradScaler
+
+from isograd.monitor.clipping import AdaptiveClip
+from isograd.monitor.history import START, WINDOW, Baseline
+from isograd.monitor.monitor import Monitor
+from isograd.monitor.seen import spread
+from isograd.monitor.sharding import local
+from isograd.symptoms import diverging
+from isograd.symptoms.loss_spike import RECENT, jumped
+from isograd.warning import warn
+
+BROKEN = 3
+"""Steps in a row without a finite loss and gradient: one batch may be odd, of three the weights are to blame."""
+LONG = 20
+"""Steps left out in a row before that is a warning."""
+SETTLED = 16
+"""Steps that a snapshot has to be old: what breaks a training begins before its loss shows it."""
+MOST = 8
+"""Times that the rate is lowered: a training that breaks at 1 / 256 of its rate does not break of its rate."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a guard has done."""
+
+    step: int
+    """Number of the call of `Guard.step`, from 1."""
+    what: str
+    """'left out', 'went back', 'gave back' (the rate) or 'gave up'."""
+    why: str
+    factor: float
+    """Of the learning rate, from then on."""
+
+    @property
+    def said(self) -> str:
+        rate = f"; learning rate x {self.factor:g}" if self.what != "left out" else ""
+        return f"{self.what}, {self.why}{rate}"
+
+    def __str__(self) -> str:
+        return f"step {self.step}: {self.said}"
+
+
+class _Snapshot:
+    """Weights, buffers and optimizer state of one moment, in host memory."""
+
+    def __init__(self, step: int, monitor: Monitor, losses: list[float]) -> None:
+        self.step, self.losses = step, list(losses)
+        model, optimizers = monitor.model, monitor.optimizers
+        stepped = [(o, p) for o in optimizers for group in o.param_groups for p in group["params"]]
+        self._buffers = [(t, _copy(t)) for t in model.buffers()]
+        held = [*model.parameters(), *(p for _, p in stepped)]
+        self._weights = [(t, _copy(t)) for t in {id(t): t for t in held}.values()]
+        self._states = [(o, p, _saved(o.state[p]) if p in o.state else None) for o, p in stepped]
+
+    def restore(self) -> None:
+        """In place. Parameters that came later keep what they have; one that had no optimizer state starts afresh."""
+        with torch.no_grad():
+            for tensor, saved in (*self._weights, *self._buffers):
+                local(tensor).copy_(saved)
+            for optimizer, parameter, saved in self._states:
+                state = optimizer.state.get(parameter)
+                if saved is None or state is None or state.keys() != saved.keys():
+                    optimizer.state.pop(parameter, None)
+                    continue
+                for name, value in saved.items():
+                    if isinstance(value, Tensor):
+                        local(state[name]).copy_(value)
+                    else:
+                        state[name] = deepcopy(value)
+
+    def mend(self) -> None:
+        """Buffers that are not finite: the forward of a batch that breaks goes into the averages of batch normalisation."""
+        with torch.no_grad():
+            for tensor, saved in self._buffers:
+                if not local(tensor).isfinite().all():
+                    local(tensor).copy_(saved)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return local(tensor.detach()).to("cpu", copy=True)
+
+
+def _saved(state: dict[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, Tensor) else deepcopy(v) for k, v in state.items()}
+
+
+@dataclass
+class _Curve:
+    """The loss, and whether the weights that it came from are lost."""
+
+    losses: list[float] = field(default_factory=list[float])
+    first: list[float] = field(default_factory=list[float])
+    """The first START."""
+
+    def add(self, loss: float) -> None:
+        if len(self.first) < START:
+            self.first.append(loss)
+        self.losses = [*self.losses[-4 * WINDOW + 1 :], loss]
+
+    @property
+    def calm(self) -> bool:
+        """Not on its way up: nothing that a snapshot should keep."""
+        base = Baseline(self.losses, RECENT)
+        return not base.enough or base.deviations < diverging.DEVIATIONS / 2
+
+    def jumps(self, loss: float) -> bool:
+        """Is this one loss as far out as five would have to be for a jump?"""
+        base = Baseline([*self.losses, *[loss] * RECENT], RECENT)
+        first = median(self.first)
+        return jumped(base, first) if base.enough else loss >= diverging.RISE * abs(first)
+
+    def lost(self) -> str:
+        """Why they are; '' if they are not. The rules of TR702 and TR703, as far as they rest on the loss."""
+        base = Baseline(self.losses, RECENT)
+        if base.enough and jumped(base, median(self.first)):
+            return f"the loss jumped from {base.level:.3g} to {base.now:.3g}"
+        if len(self.losses) < RECENT or min(self.losses) < 0 or self.first[0] <= 0:
+            return ""
+        now, before = median(self.losses[-RECENT:]), self.losses[-WINDOW - RECENT : -RECENT]
+        noise = spread(before) if len(before) >= WINDOW // 2 else 0.0
+        if now >= diverging.RISE * self.first[0] and now - self.first[0] >= diverging.DEVIATIONS * noise:
+            return f"the loss is at {now:.3g}, {now / self.first[0]:.2g} times where it started"
+        return ""
+
+
+class Guard:
+    """Steps a watched training, unless that would break it; `guard.step(loss)` stands for `optimizer.step()`.
+
+    A step whose loss or gradient is not finite is left out. After three of them, or once the loss has jumped or
+    risen far above where it started (as TR702 and TR703 say), weights and optimizer are those of a snapshot again,
+    and all steps are made at half the rate; after `recover` steps without trouble the rate is given back, half by
+    half. Until something breaks, the weights are bitwise those of a training without it.
+
+    Args:
+        monitor: watches the model and all optimizers that step together. It reads the gradient norm anyway.
+        max_norm: clips as `monitor.clip_` does: a number, or an `AdaptiveClip`.
+        every: steps from one snapshot to the next. Two are kept in host memory, each as large as weights, buffers and
+            optimizer state.
+        backoff: what the learning rate is multiplied by when the training goes back.
+        recover: steps without trouble after which the rate is given back; twice as many each time that this was too early.
+
+    Schedulers, data and random generators go on and are not rewound: the batches that broke it do not come again.
+    On a device each step waits for its loss and its gradient norm. Several processes decide by the mean of their losses.
+
+    Raises:
+        ValueError: nothing is watched that steps; `every` below 16 or `recover` below 1, `backoff` not between 0 and 1.
+
+    Example:
+        >>> with isograd.watch(model, optimizer) as monitor:
+        ...     guard = isograd.Guard(monitor, max_norm=isograd.AdaptiveClip())
+        ...     for x, y in batches:
+        ...         loss = cross_entropy(model(x), y)
+        ...         optimizer.zero_grad()
+        ...         loss.backward()
+        ...         guard.step(loss)
+        >>> print(guard)
+
+    Source: snapshots, halved rates and their return are those of ARC 5.2 and of the reports on large runs (Chowdhery et
+    al. 2022, PaLM, section 5.1); when to act is isograd's own.
+    """
+
+    def __init__(
+        self,
+        monitor: Monitor,
+        *,
+        max_norm: float | AdaptiveClip = math.inf,
+        every: int = 100,
+        backoff: float = 0.5,
+        recover: int = 500,
+    ) -> None:
+        if not monitor.optimizers:
+            raise ValueError("Guard steps optimizers: watch(model, optimizer) has to be given one")
+        if every < SETTLED or recover < 1:
+            raise ValueError(
+                f"every and recover count steps: give every={SETTLED} or more, recover=1 or more"
+            )
+        if not 0 < backoff < 1:
+            raise ValueError(
+                "backoff is what the learning rate is multiplied by, such as 0.5: between 0 and 1"
+            )
+        self.monitor, self.max_norm = monitor, max_norm
+        self.every, self.backoff, self.recover = every, backoff, recover
+        self.steps = 0
+        self.events: list[Event] = []
+        """What was done; the newest thousand."""
+        self._curve = _Curve()
+        self._snapshots: list[_Snapshot] = []
+        self._kept_at = 0
+        """Step of the newest snapshot, or of the last time that one was gone back to."""
+        self._broken = self._lowered = 0
+        self._gone = False
+        """Back to a snapshot, and no step has been made since."""
+        self._calm_since, self._wait, self._given_back = 0, recover, False
+
+    @property
+    def factor(self) -> float:
+        """What the learning rates of the optimizers are multiplied by in a step."""
+        return self.backoff**self._lowered
+
+    def step(self, loss: float | Tensor, *, scaler: GradScaler | None = None) -> bool:
+        """Step all watched optimizers, or leave the step out, or go back. Were they stepped?
+
+        Args:
+            loss: of this step, one element; of accumulated micro-batches their mean. It is logged as `loss`.
+            scaler: of mixed precision. `unscale_`, `step` and `update` are called here: an overflow of the gradient is
+                the scaler's own matter, and no sign of a training that breaks.
+
+        Raises:
+            ValueError: `loss` has several elements.
+        """
+        if not self._snapshots:
+            self._keep()
+        if scaler is not None:
+            for optimizer in self.monitor.optimizers:
+                scaler.unscale_(optimizer)
+        value, norm = _together(loss, self.monitor.clip_(self.max_norm))
+        self.monitor.log(loss=value)
+        self.steps += 1
+        if not math.isfinite(value):
+            stepped = self._left_out(f"the loss is {value:g}")
+        elif not math.isfinite(norm) and scaler is None:
+            stepped = self._left_out(f"the gradient norm is {norm:g}")
+        elif self._gone and self._curve.jumps(value):
+            stepped = self._left_out(f"the loss is {value:.3g}")
+        else:
+            self._broken, self._gone = 0, False
+            self._curve.add(value)
+            why = self._curve.lost()
+            stepped = not (why and self._goes_back(why))
+        if stepped:
+            self._take(scaler)
+            self._settle()
+        if scaler is not None:
+            scaler.update()
+        return stepped
+
+    def _take(self, scaler: GradScaler | None) -> None:
+        """Make the step, at a share of the learning rates that no scheduler sees."""
+        optimizers = self.monitor.optimizers
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        rates = [group["lr"] for group in groups]
+        if self.factor < 1:
+            for group, rate in zip(groups, rates, strict=True):
+                group["lr"] = rate * self.factor
+        try:
+            for optimizer in optimizers:
+                if scaler is None:
+                    optimizer.step()
+                else:
+                    scaler.step(optimizer)
+        finally:
+            if self.factor < 1:
+                for group, rate in zip(groups, rates, strict=True):
+                    group["lr"] = rate
+
+    def _left_out(self, why: str) -> bool:
+        """Nothing is changed by it. Of several in a row the step before them may be to blame; if that was undone, and no step
+        has been made since, it was not: the rate is given back, and what breaks is left out for as long as it comes."""
+        self._broken += 1
+        if self._gone and self._broken != LONG:
+            if self.events[-1].what == "went back":
+                self._raise(f"{why} at weights whose loss was well: the batch is to blame")
+                self._broken = 1
+        elif self._broken == BROKEN and self._goes_back(f"{why}, as in the {BROKEN - 1} steps before"):
+            return False
+        self._snapshots[-1].mend()
+        self._note("left out", why)
+        if self._broken == LONG:
+            self._is_stuck(why)
+        self.monitor.left_out(self.events[-1].said, restored=self._broken == LONG)
+        return False
+
+    def _is_stuck(self, why: str) -> None:
+        """Nothing but what breaks: an older snapshot is the last that may help. What then comes is taken as it is, if it is a
+        number."""
+        snapshot = self._restore(self.steps - self._snapshots[0].step)
+        self._curve, self._gone = _Curve(), False
+        self._note("went back", f"to step {snapshot.step}: {LONG} steps in a row were left out")
+        warn(
+            f"isograd.Guard has left out {LONG} steps in a row, the newest is {self.steps}: {why}. It went back to step "
+            f"{snapshot.step}, and goes on. isograd.find_nonfinite(model, loss) names what is not finite",
+            stacklevel=5,
+        )
+
+    def _goes_back(self, why: str) -> bool:
+        """To the newest snapshot that was there before the trouble; False: that has not helped, and is not done again."""
+        if self._lowered >= MOST:
+            if self.events[-1].what != "gave up":
+                self._note("gave up", f"{why}; a lower rate is no help")
+                warn(
+                    f"isograd.Guard went back {MOST} times and gives up at step {self.steps}: {why}. A lower learning rate is "
+                    "no help: isograd.check(model, loss) looks for the cause",
+                    stacklevel=4,
+                )
+            return False
+        snapshot = self._restore(SETTLED)
+        if self._given_back and self.steps - self._calm_since < self._wait:
+            self._wait *= 2
+        self._lowered, self._given_back = self._lowered + 1, False
+        self._calm_since = self.steps
+        self._gone = True
+        self._note("went back", f"to step {snapshot.step}: {why}")
+        self.monitor.left_out(self.events[-1].said, restored=True)
+        return True
+
+    def _restore(self, age: int) -> _Snapshot:
+        """The newest snapshot that is so many steps old, or the oldest."""
+        old = [snapshot for snapshot in self._snapshots if self.steps - snapshot.step >= age]
+        snapshot = (old or self._snapshots[:1])[-1]
+        snapshot.restore()
+        self._snapshots = self._snapshots[: self._snapshots.index(snapshot) + 1]
+        self._curve.losses = list(snapshot.losses)
+        self._kept_at = self.steps
+        return snapshot
+
+    def _settle(self) -> None:
+        """Another step without trouble: give the rate back, take a snapshot."""
+        if self.factor < 1 and self.steps - self._calm_since >= self._wait:
+            self._raise(f"after {self._wait} steps without trouble")
+            self._given_back = True
+        if self.steps - self._kept_at >= self.every and self._curve.calm:
+            self._keep()
+
+    def _raise(self, why: str) -> None:
+        self._lowered, self._calm_since = self._lowered - 1, self.steps
+        self._note("gave back", why)
+
+    def _keep(self) -> None:
+        self._snapshots = [*self._snapshots[-1:], _Snapshot(self.steps, self.monitor, self._curve.losses)]
+        self._kept_at = self.steps
+
+    def _note(self, what: str, why: str) -> None:
+        self.events = [*self.events[-999:], Event(self.steps, what, why, self.factor)]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a training that is resumed needs to know, as plain values; the snapshots are not in it."""
+        clip = self.max_norm.state_dict() if isinstance(self.max_norm, AdaptiveClip) else None
+        return {
+            "steps": self.steps,
+            "lowered": self._lowered,
+            "calm_since": self._calm_since,
+            "wait": self._wait,
+            "given_back": self._given_back,
+            "losses": self._curve.losses,
+            "first": self._curve.first,
+            "clip": clip,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict()`; a snapshot is taken before the next step."""
+        self.steps, self._lowered = state["steps"], state["lowered"]
+        self._calm_since, self._wait = state["calm_since"], state["wait"]
+        self._given_back = state["given_back"]
+        self._curve = _Curve(list(state["losses"]), list(state["first"]))
+        if isinstance(self.max_norm, AdaptiveClip) and state["clip"] is not None:
+            self.max_norm.load_state_dict(state["clip"])
+        self._snapshots, self._kept_at = [], self.steps
+
+    def __repr__(self) -> str:
+        head = f"Guard: {self.steps} steps, learning rate x {self.factor:g}"
+        return "\n".join([head, *(f"  {event}" for event in self.events)])
+
+
+def _together(loss: float | Tensor, norm: Tensor) -> tuple[float, float]:
+    """Loss and norm as numbers; of several processes the mean loss, and no finite norm if one has none."""
+    value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
+    if value.numel() != 1:
+        raise ValueError(f"a loss is one number: this one has the shape {tuple(value.shape)}")
+    both = torch.stack((local(value).to(norm.device).reshape(()).double(), norm.detach().double()))
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(both)
+        both = both / distributed.get_world_size()
+    value, length = both.tolist()
+    return value, length
