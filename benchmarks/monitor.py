@@ -106,7 +106,7 @@ def watched_clip(model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer,
 
 
 def guarded(model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer, stack: ExitStack) -> Step:
-    guard = isograd.Guard(stack.enter_context(isograd.watch(model, optimizer)))
+    guard = stack.enter_context(isograd.Guard(model, optimizer))
 
     def step() -> None:
         optimizer.zero_grad()

@@ -122,8 +122,10 @@ def adaptive(session: Session) -> Iterator[Step]:
 
 
 def guarded(session: Session, limit: bool = False) -> Iterator[isograd.Guard]:
-    with isograd.watch(session.model, session.optimizer) as monitor:
-        yield isograd.Guard(monitor, max_norm=isograd.AdaptiveClip() if limit else math.inf)
+    with isograd.Guard(
+        session.model, session.optimizer, max_norm=isograd.AdaptiveClip() if limit else math.inf
+    ) as guard:
+        yield guard
 
 
 def trained(watched: Watched, seed: int, way: Callable[[Session], Iterator[object]]) -> Ended:

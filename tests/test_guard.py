@@ -18,6 +18,7 @@ from torch.nn import functional
 import isograd
 from isograd.cli import cli
 from isograd.monitor.guard import BROKEN, LONG, MOST, SETTLED
+from isograd.record import Run
 
 
 def trained(
@@ -103,7 +104,7 @@ def test_each_unit_is_clipped_to_a_share_of_its_weights() -> None:
         assert p.grad is not None
         rows = [(p, p.grad, before)] if p.ndim == 1 else list(zip(p, p.grad, before, strict=True))
         for weight, gradient, old in rows:
-            limit = 0.01 * max(float(weight.norm()), 1e-3)
+            limit = 0.01 * max(float(weight.detach().norm()), 1e-3)
             if not old.isfinite().all():
                 assert torch.equal(gradient.nan_to_num(), old.nan_to_num())
             elif old.norm() <= limit:
@@ -138,8 +139,8 @@ def whats(guard: isograd.Guard) -> list[str]:
 def guarded() -> Iterator[tuple[nn.Sequential, torch.optim.Optimizer, isograd.Guard]]:
     model = net()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    with isograd.watch(model, optimizer) as monitor:
-        yield model, optimizer, isograd.Guard(monitor, every=20, recover=30)
+    with isograd.watch(model, optimizer):
+        yield model, optimizer, isograd.Guard(model, optimizer, every=20, recover=30)
 
 
 def test_where_nothing_breaks_the_weights_are_bitwise_those_without_it() -> None:
@@ -148,8 +149,8 @@ def test_where_nothing_breaks_the_weights_are_bitwise_those_without_it() -> None
         model.append(nn.Dropout(0.1))
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
         torch.manual_seed(1)
-        with isograd.watch(model, optimizer) as monitor:
-            guard = isograd.Guard(monitor, every=20) if with_it else None
+        with isograd.watch(model, optimizer):
+            guard = isograd.Guard(model, optimizer, every=20) if with_it else None
             trained(model, optimizer, 200, guard=guard)
             assert guard is None or not guard.events
         return flat(model), torch.get_rng_state()
@@ -169,7 +170,7 @@ def test_a_batch_that_is_not_finite_is_left_out_and_leaves_no_trace(bad: float) 
         return x.index_fill(0, torch.tensor([0]), bad) if step in (30, 31) else x
 
     with isograd.watch(model, optimizer) as monitor:
-        guard = isograd.Guard(monitor, every=20)
+        guard = isograd.Guard(model, optimizer, every=20)
         trained(model, optimizer, 31, spoil=spoil, guard=guard)
         assert whats(guard) == ["left out"]
         assert any(note.startswith("isograd.Guard: left out") for note in monitor.latest().notes)
@@ -236,8 +237,8 @@ def test_what_diverges_goes_back_at_half_the_rate_and_no_scheduler_sees_it(guard
 def test_a_rate_that_is_too_high_is_lowered_until_the_training_holds() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=30.0)
-    with isograd.watch(model, optimizer) as monitor:
-        guard = isograd.Guard(monitor, every=20)
+    with isograd.watch(model, optimizer):
+        guard = isograd.Guard(model, optimizer, every=20)
         losses = trained(model, optimizer, 250, guard=guard)
     assert guard.factor < 0.5
     assert losses[-1] < 1.5 * losses[0]
@@ -254,8 +255,8 @@ def test_where_no_lower_rate_helps_it_gives_up_once() -> None:
             p *= 1.3
 
     optimizer.register_step_post_hook(swell)
-    with isograd.watch(model, optimizer) as monitor:
-        guard = isograd.Guard(monitor)
+    with isograd.watch(model, optimizer):
+        guard = isograd.Guard(model, optimizer)
         with pytest.warns(UserWarning, match=f"went back {MOST} times and gives up") as told:
             trained(model, optimizer, 30 * MOST, guard=guard)
     assert len(told) == 1
@@ -287,8 +288,8 @@ def test_an_overflow_is_the_scalers_matter() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=5)
-    with isograd.watch(model, optimizer) as monitor:
-        guard = isograd.Guard(monitor)
+    with isograd.watch(model, optimizer):
+        guard = isograd.Guard(model, optimizer)
         for x, y in batches(60):
             loss = functional.cross_entropy(100 * model(x), y)
             optimizer.zero_grad()
@@ -301,8 +302,7 @@ def test_an_overflow_is_the_scalers_matter() -> None:
 def test_two_optimizers_step_together_and_go_back_together() -> None:
     model = net()
     first, second = (torch.optim.SGD(model[i].parameters(), lr=0.1, momentum=0.9) for i in (0, 2))
-    with isograd.watch(model, [first, second]) as monitor:
-        guard = isograd.Guard(monitor)
+    with isograd.Guard(model, [first, second]) as guard:
         start = flat(model)
         trained(model, first, 20, guard=guard)
         assert not torch.equal(flat(model), start)
@@ -321,7 +321,7 @@ def test_a_training_that_is_resumed_knows_its_rate(guarded: Guarded) -> None:
         nn.init.constant_(cast("nn.Linear", model[2]).weight, math.nan)
     trained(model, optimizer, BROKEN, guard=guard)
     state = json.loads(json.dumps(guard.state_dict()))
-    again = isograd.Guard(guard.monitor)
+    again = isograd.Guard(model, optimizer)
     again.load_state_dict(state)
     assert again.factor == guard.factor == 0.5
     assert again.state_dict() == state
@@ -331,8 +331,8 @@ def test_a_training_that_is_resumed_knows_its_rate(guarded: Guarded) -> None:
 def test_the_report_of_a_run_tells_what_was_done(tmp_path: Path) -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with isograd.watch(model, optimizer, run=tmp_path / "run") as monitor:
-        guard = isograd.Guard(monitor)
+    with isograd.watch(model, optimizer, run=tmp_path / "run"):
+        guard = isograd.Guard(model, optimizer)
         trained(model, optimizer, 20, spoil=lambda step, x: x * math.nan if step > 15 else x, guard=guard)
     said = CliRunner().invoke(cli, ["report", str(tmp_path / "run")]).output
     assert "step 16     isograd.Guard: left out, the loss is nan\n" in said
@@ -342,12 +342,30 @@ def test_the_report_of_a_run_tells_what_was_done(tmp_path: Path) -> None:
 def test_wrong_arguments_say_what_to_type() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with isograd.watch(model, None) as monitor, pytest.raises(ValueError, match=r"watch\(model, optimizer\)"):
-        isograd.Guard(monitor)
-    with isograd.watch(model, optimizer) as monitor:
+    with isograd.watch(model, optimizer):
         with pytest.raises(ValueError, match="every=16 or more"):
-            isograd.Guard(monitor, every=1)
+            isograd.Guard(model, optimizer, every=1)
         with pytest.raises(ValueError, match="between 0 and 1"):
-            isograd.Guard(monitor, backoff=2)
+            isograd.Guard(model, optimizer, backoff=2)
         with pytest.raises(ValueError, match=r"one number.*\(2,\)"):
-            isograd.Guard(monitor).step(torch.ones(2))
+            isograd.Guard(model, optimizer).step(torch.ones(2))
+        with pytest.raises(ValueError, match=r"watched already: give run to isograd\.watch"):
+            isograd.Guard(model, optimizer, run="runs/a")
+        with pytest.raises(ValueError, match="all optimizers that are watched together"):
+            isograd.Guard(model, [optimizer, torch.optim.SGD(model.parameters(), lr=0.1)])
+    with pytest.raises(TypeError):
+        isograd.Guard(model, None)  # type: ignore[arg-type]
+
+
+def test_a_guard_alone_watches_and_beside_a_monitor_takes_it(tmp_path: Path) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with isograd.watch(model, optimizer) as monitor:
+        with isograd.Guard(model, optimizer) as guard:
+            assert guard.monitor is monitor
+        trained(model, optimizer, 1)
+        assert monitor.latest().step == 0  # it is not the guard's to close
+    with isograd.Guard(model, optimizer, run=tmp_path / "run") as guard:
+        trained(model, optimizer, 5, guard=guard)
+    with Run.open(tmp_path / "run") as kept:
+        assert [reading.step for reading in kept.readings()] == [0, 1, 2, 3, 4]

@@ -114,7 +114,10 @@ def guarded(mode: str) -> None:
     pair, norms = (twin, model), list[float]()
     optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in pair]
     monitors = [isograd.watch(m, optimizer) for m, optimizer in zip(pair, optimizers, strict=True)]
-    guards = [isograd.Guard(monitor, every=16, max_norm=isograd.AdaptiveClip()) for monitor in monitors]
+    guards = [
+        isograd.Guard(m, optimizer, every=16, max_norm=isograd.AdaptiveClip())
+        for m, optimizer in zip(pair, optimizers, strict=True)
+    ]
     for step in range(3 * STEPS):
         if step == 2 * STEPS:
             with torch.no_grad():

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import math
-from copy import deepcopy
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
-from torch import Tensor, distributed
+from torch import Tensor, distributed, nn
 from torch.amp.grad_scaler import GradScaler
+from torch.optim import Optimizer
 
+from isograd.monitor import scaling
 from isograd.monitor.clipping import AdaptiveClip
 from isograd.monitor.history import START, WINDOW, Baseline
-from isograd.monitor.monitor import Monitor
+from isograd.monitor.monitor import Monitor, watch
+from isograd.monitor.provenance import inner
 from isograd.monitor.seen import spread
 from isograd.monitor.sharding import local
+from isograd.monitor.snapshot import Snapshot
+from isograd.monitor.tap import Tap
 from isograd.symptoms import diverging
 from isograd.symptoms.loss_spike import RECENT, jumped
 from isograd.warning import warn
@@ -50,50 +56,6 @@ class Event:
 
     def __str__(self) -> str:
         return f"step {self.step}: {self.said}"
-
-
-class _Snapshot:
-    """Weights, buffers and optimizer state of one moment, in host memory."""
-
-    def __init__(self, step: int, monitor: Monitor, losses: list[float]) -> None:
-        self.step, self.losses = step, list(losses)
-        model, optimizers = monitor.model, monitor.optimizers
-        stepped = [(o, p) for o in optimizers for group in o.param_groups for p in group["params"]]
-        self._buffers = [(t, _copy(t)) for t in model.buffers()]
-        held = [*model.parameters(), *(p for _, p in stepped)]
-        self._weights = [(t, _copy(t)) for t in {id(t): t for t in held}.values()]
-        self._states = [(o, p, _saved(o.state[p]) if p in o.state else None) for o, p in stepped]
-
-    def restore(self) -> None:
-        """In place. Parameters that came later keep what they have; one that had no optimizer state starts afresh."""
-        with torch.no_grad():
-            for tensor, saved in (*self._weights, *self._buffers):
-                local(tensor).copy_(saved)
-            for optimizer, parameter, saved in self._states:
-                state = optimizer.state.get(parameter)
-                if saved is None or state is None or state.keys() != saved.keys():
-                    optimizer.state.pop(parameter, None)
-                    continue
-                for name, value in saved.items():
-                    if isinstance(value, Tensor):
-                        local(state[name]).copy_(value)
-                    else:
-                        state[name] = deepcopy(value)
-
-    def mend(self) -> None:
-        """Buffers that are not finite: the forward of a batch that breaks goes into the averages of batch normalisation."""
-        with torch.no_grad():
-            for tensor, saved in self._buffers:
-                if not local(tensor).isfinite().all():
-                    local(tensor).copy_(saved)
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return local(tensor.detach()).to("cpu", copy=True)
-
-
-def _saved(state: dict[str, Any]) -> dict[str, Any]:
-    return {k: _copy(v) if isinstance(v, Tensor) else deepcopy(v) for k, v in state.items()}
 
 
 @dataclass
@@ -136,7 +98,7 @@ class _Curve:
 
 
 class Guard:
-    """Steps a watched training, unless that would break it; `guard.step(loss)` stands for `optimizer.step()`.
+    """Steps a training, unless that would break it; `guard.step(loss)` stands for `optimizer.step()`.
 
     A step whose loss or gradient is not finite is left out. After three of them, or once the loss has jumped or
     risen far above where it started (as TR702 and TR703 say), weights and optimizer are those of a snapshot again,
@@ -144,22 +106,29 @@ class Guard:
     half. Until something breaks, the weights are bitwise those of a training without it.
 
     Args:
-        monitor: watches the model and all optimizers that step together. It reads the gradient norm anyway.
+        model: as for `isograd.watch`.
+        optimizer: one of torch's, or several that step together. Where `isograd.watch` watches them already its monitor is
+            taken; otherwise the guard starts one, closed with it.
         max_norm: clips as `monitor.clip_` does: a number, or an `AdaptiveClip`.
         every: steps from one snapshot to the next. Two are kept in host memory, each as large as weights, buffers and
             optimizer state.
         backoff: what the learning rate is multiplied by when the training goes back.
         recover: steps without trouble after which the rate is given back; twice as many each time that this was too early.
+        watching: what `isograd.watch` takes (`run`, `sinks`, `replay` …), where the guard starts it.
 
     Schedulers, data and random generators go on and are not rewound: the batches that broke it do not come again.
     On a device each step waits for its loss and its gradient norm. Several processes decide by the mean of their losses.
 
+    Attributes:
+        monitor: reads the gradients.
+
     Raises:
-        ValueError: nothing is watched that steps; `every` below 16 or `recover` below 1, `backoff` not between 0 and 1.
+        TypeError: an optimizer that is none of torch's.
+        ValueError: `every` below 16, `recover` below 1, `backoff` not between 0 and 1; the optimizers are watched, with others or
+            one by one.
 
     Example:
-        >>> with isograd.watch(model, optimizer) as monitor:
-        ...     guard = isograd.Guard(monitor, max_norm=isograd.AdaptiveClip())
+        >>> with isograd.Guard(model, optimizer, max_norm=isograd.AdaptiveClip()) as guard:
         ...     for x, y in batches:
         ...         loss = cross_entropy(model(x), y)
         ...         optimizer.zero_grad()
@@ -173,15 +142,15 @@ class Guard:
 
     def __init__(
         self,
-        monitor: Monitor,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
         *,
         max_norm: float | AdaptiveClip = math.inf,
         every: int = 100,
         backoff: float = 0.5,
         recover: int = 500,
+        **watching: Any,
     ) -> None:
-        if not monitor.optimizers:
-            raise ValueError("Guard steps optimizers: watch(model, optimizer) has to be given one")
         if every < SETTLED or recover < 1:
             raise ValueError(
                 f"every and recover count steps: give every={SETTLED} or more, recover=1 or more"
@@ -190,19 +159,37 @@ class Guard:
             raise ValueError(
                 "backoff is what the learning rate is multiplied by, such as 0.5: between 0 and 1"
             )
-        self.monitor, self.max_norm = monitor, max_norm
-        self.every, self.backoff, self.recover = every, backoff, recover
+        optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        before = _monitor_of(optimizers)
+        if before is not None and watching:
+            raise ValueError(f"the optimizer is watched already: give {', '.join(watching)} to isograd.watch")
+        self.monitor, self._own = before or watch(model, optimizers, **watching), before is None
+        self.max_norm, self.every, self.backoff, self.recover = max_norm, every, backoff, recover
         self.steps = 0
         self.events: list[Event] = []
         """What was done; the newest thousand."""
         self._curve = _Curve()
-        self._snapshots: list[_Snapshot] = []
+        self._snapshots: list[Snapshot] = []
         self._kept_at = 0
         """Step of the newest snapshot, or of the last time that one was gone back to."""
         self._broken = self._lowered = 0
         self._gone = False
         """Back to a snapshot, and no step has been made since."""
         self._calm_since, self._wait, self._given_back = 0, recover, False
+
+    def close(self) -> None:
+        """Let go of the snapshots, and end the watching that the guard has begun. May be called again."""
+        self._snapshots = []
+        if self._own:
+            self.monitor.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     @property
     def factor(self) -> float:
@@ -315,7 +302,7 @@ class Guard:
         self.monitor.left_out(self.events[-1].said, restored=True)
         return True
 
-    def _restore(self, age: int) -> _Snapshot:
+    def _restore(self, age: int) -> Snapshot:
         """The newest snapshot that is so many steps old, or the oldest."""
         old = [snapshot for snapshot in self._snapshots if self.steps - snapshot.step >= age]
         snapshot = (old or self._snapshots[:1])[-1]
@@ -338,7 +325,7 @@ class Guard:
         self._note("gave back", why)
 
     def _keep(self) -> None:
-        self._snapshots = [*self._snapshots[-1:], _Snapshot(self.steps, self.monitor, self._curve.losses)]
+        self._snapshots = [*self._snapshots[-1:], Snapshot(self.steps, self.monitor, self._curve.losses)]
         self._kept_at = self.steps
 
     def _note(self, what: str, why: str) -> None:
@@ -371,6 +358,20 @@ class Guard:
     def __repr__(self) -> str:
         head = f"Guard: {self.steps} steps, learning rate x {self.factor:g}"
         return "\n".join([head, *(f"  {event}" for event in self.events)])
+
+
+def _monitor_of(optimizers: Sequence[Optimizer]) -> Monitor | None:
+    """The monitor that watches these optimizers, and no others."""
+    taps = [scaling.watched(inner(optimizer)) for optimizer in optimizers]
+    owners = {id(tap.owner): tap.owner for tap in taps if isinstance(tap, Tap)}
+    if not owners:
+        return None
+    owner, *others = owners.values()
+    if not isinstance(owner, Monitor) or others or len(owner.optimizers) != len(optimizers):
+        raise ValueError(
+            "a guard steps all optimizers that are watched together: give it those, in one isograd.watch, or none that is watched"
+        )
+    return owner
 
 
 def _together(loss: float | Tensor, norm: Tensor) -> tuple[float, float]:

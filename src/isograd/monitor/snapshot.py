@@ -1,0 +1,56 @@
+"""Weights, buffers and optimizer state of one moment, to which a training can go back in place."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from isograd.monitor.monitor import Monitor
+from isograd.monitor.sharding import local
+
+
+class Snapshot:
+    """Weights, buffers and optimizer state of one moment, in host memory."""
+
+    def __init__(self, step: int, monitor: Monitor, losses: list[float]) -> None:
+        self.step, self.losses = step, list(losses)
+        model, optimizers = monitor.model, monitor.optimizers
+        stepped = [(o, p) for o in optimizers for group in o.param_groups for p in group["params"]]
+        self._buffers = [(t, _copy(t)) for t in model.buffers()]
+        held = [*model.parameters(), *(p for _, p in stepped)]
+        self._weights = [(t, _copy(t)) for t in {id(t): t for t in held}.values()]
+        self._states = [(o, p, _saved(o.state[p]) if p in o.state else None) for o, p in stepped]
+
+    def restore(self) -> None:
+        """In place. Parameters that came later keep what they have; one that had no optimizer state starts afresh."""
+        with torch.no_grad():
+            for tensor, saved in (*self._weights, *self._buffers):
+                local(tensor).copy_(saved)
+            for optimizer, parameter, saved in self._states:
+                state = optimizer.state.get(parameter)
+                if saved is None or state is None or state.keys() != saved.keys():
+                    optimizer.state.pop(parameter, None)
+                    continue
+                for name, value in saved.items():
+                    if isinstance(value, Tensor):
+                        local(state[name]).copy_(value)
+                    else:
+                        state[name] = deepcopy(value)
+
+    def mend(self) -> None:
+        """Buffers that are not finite: the forward of a batch that breaks goes into the averages of batch normalisation."""
+        with torch.no_grad():
+            for tensor, saved in self._buffers:
+                if not local(tensor).isfinite().all():
+                    local(tensor).copy_(saved)
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return local(tensor.detach()).to("cpu", copy=True)
+
+
+def _saved(state: dict[str, Any]) -> dict[str, Any]:
+    return {k: _copy(v) if isinstance(v, Tensor) else deepcopy(v) for k, v in state.items()}
