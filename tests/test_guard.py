@@ -264,6 +264,15 @@ def test_where_no_lower_rate_helps_it_gives_up_once() -> None:
     assert whats(guard).count("gave up") == 1
 
 
+def test_a_training_whose_first_batches_are_bad_begins_with_the_first_that_is_not(guarded: Guarded) -> None:
+    model, optimizer, guard = guarded
+    start = flat(model)
+    trained(model, optimizer, 8, spoil=lambda step, x: x * math.nan if step < BROKEN + 2 else x, guard=guard)
+    assert guard.factor == 1
+    assert int(next(iter(optimizer.state.values()))["step"]) == 8 - BROKEN - 2
+    assert not torch.equal(start, flat(model))
+
+
 def test_batches_that_are_far_out_are_left_out_and_others_go_on(guarded: Guarded) -> None:
     """At weights whose loss was well it is the batch; where nothing else comes, that is what there is to learn."""
     model, optimizer, guard = guarded

@@ -79,6 +79,8 @@ class _Curve:
 
     def jumps(self, loss: float) -> bool:
         """Is this one loss as far out as five would have to be for a jump?"""
+        if not self.first:
+            return False
         base = Baseline([*self.losses, *[loss] * RECENT], RECENT)
         first = median(self.first)
         return jumped(base, first) if base.enough else loss >= diverging.RISE * abs(first)
