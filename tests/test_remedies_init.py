@@ -25,6 +25,7 @@ from isograd.prescription import Patient, Prescription, apply
 from isograd.remedies import (
     NAMES,
     chrono_initialisation,
+    classic_initialisation,
     critical_initialisation,
     delta_orthogonal,
     exchange_activation,
@@ -662,3 +663,43 @@ def test_a_constant_behind_a_layer_is_a_part_of_its_gain() -> None:
     assert [layer.times for layer in found] == pytest.approx([30.0] * 6 + [1.0], rel=1e-3)
     rx = next(iter(orthogonal_initialisation.prescribe(Patient(model, diagnosis, loss))))
     assert check(apply(model, rx), loss).verdict == "healthy"
+
+
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 24, "vdim": 40}], ids=["packed", "separate"])
+def test_the_projections_of_an_attention_are_layers_with_their_own_fan_in(sizes: dict[str, int]) -> None:
+    class Crossed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.MultiheadAttention(16, 2, add_bias_kv=True, batch_first=True, **sizes)
+            self.into, self.head = nn.Linear(16, 16), nn.Linear(16, 3)
+            with torch.no_grad():
+                for name, weight in self.inner.named_parameters():
+                    if name.endswith("weight"):
+                        weight.mul_(1e-3)
+
+        def forward(self, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            x = torch.relu(self.into(x))
+            return self.head((x + self.inner(x, key, value, need_weights=False)[0]).mean(1))
+
+    torch.manual_seed(0)
+    model = Crossed()
+    given = (torch.randn(8, 5, 16), torch.randn(8, 5, sizes.get("kdim", 16)))
+    value, y = torch.randn(8, 5, sizes.get("vdim", 16)), torch.randint(3, (8,))
+    loss = lambda m: functional.cross_entropy(m(*given, value), y)  # noqa: E731
+    patient = Patient(model, check(model, loss), loss)
+    projections = [la for la in layers(patient.flow, model) if la.attends]
+    fan_in = [16, sizes.get("kdim", 16), sizes.get("vdim", 16), 16]
+    assert sorted(la.fan_in for la in projections) == sorted(fan_in)
+    assert all(
+        (la.shape[0], la.activation, la.calls, la.head) == (16, "linear", 0, False) for la in projections
+    )
+    for remedy in (critical_initialisation, orthogonal_initialisation, classic_initialisation, lsuv):
+        rx = next(rx for rx in remedy.prescribe(patient) if rx.applicable)
+        inner = apply(model, rx).get_submodule("inner")
+        for leaf, weight in inner.named_parameters():
+            for part in weight.detach().chunk(3 if leaf == "in_proj_weight" else 1):
+                if leaf.endswith("weight"):
+                    sigma_w = float(part.square().mean().sqrt()) * math.sqrt(part.shape[1])
+                    assert 0.5 < sigma_w < 2, (remedy.SLUG, leaf)
+        kept = {"inner.bias_k", "inner.bias_v"}
+        assert not kept & {edit.place for edit in rx.edits}

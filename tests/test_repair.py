@@ -347,8 +347,9 @@ def test_values_and_output_of_an_attention_that_are_loud_as_well_are_scaled_each
     torch.manual_seed(0)
     attending = Attending(60.0)
     with torch.no_grad():
-        attending.inner.in_proj_weight[32:].mul_(30)
-        attending.inner.out_proj.weight.mul_(40)
+        for part, factor in zip(attending.inner.in_proj_weight.split(16), (60, 60, 30), strict=True):
+            nn.init.orthogonal_(part, factor)  # no independent draws, which would be drawn anew
+        nn.init.orthogonal_(attending.inner.out_proj.weight, 40)
     body = nn.Sequential(nn.Unflatten(1, (4, 16)), attending, nn.Flatten())
     model, loss = classified(nn.Sequential(body, nn.Linear(64, 10)))
     rx = next(iter(rescale_weights.prescribe(Patient(model, check(model, loss), loss))))
@@ -368,7 +369,7 @@ def test_queries_and_keys_that_are_packed_in_an_attention_are_scaled_and_its_val
     assert [f.code for f in found.before.errors] == ["SA304"]
     assert found.cured
     assert found.prescription is not None
-    assert {edit.rows for edit in found.prescription.edits} == {(0, 32)}
+    assert {edit.rows for edit in found.prescription.edits} == {(0, 16), (16, 32)}
 
 
 def test_of_errors_that_are_left_it_is_said_what_to_write_and_of_warnings_nothing() -> None:

@@ -170,6 +170,8 @@ class Parameter:
     """Inputs that each output of its layer sums over; 0: no layer multiplies by it."""
     bias: bool = False
     """A layer adds it."""
+    matrices: int = 1
+    """Layers that it is the weight of, row behind row: 3 where it makes queries, keys and values at once."""
     first_update: float = math.nan
     """rms(first update) / rms(weight) under the optimizer's rule; NaN: no optimizer given."""
 

@@ -288,6 +288,7 @@ class Assembly:
                     where,
                     self.trace.weights.get(id(p), 0),
                     id(p) in self.trace.biases,
+                    3 if id(p) in self.trace.packed else 1,
                     self._updates.get(name, math.nan),
                 )
             )

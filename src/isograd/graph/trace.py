@@ -93,6 +93,8 @@ class Trace(TorchFunctionMode):
     """Nodes of the tensors the model itself returned."""
     weights: dict[int, int] = field(default_factory=dict[int, int])
     """Fan-in of the parameters that layers multiply by, by the parameter's id."""
+    packed: set[int] = field(default_factory=set[int])
+    """Ids of those that make queries, keys and values at once, one below the other."""
     biases: set[int] = field(default_factory=set[int])
     """Ids of the parameters that those layers add."""
     given: set[int] = field(default_factory=set[int])
@@ -235,6 +237,8 @@ class Trace(TorchFunctionMode):
         with torch._C.DisableTorchFunction(), torch.no_grad():
             call = self._call(name, kind_of_call(name, args, kwargs))
             self._describe(call, args, kwargs)
+            if name == "multi_head_attention_forward":
+                self._project(signal.bound(func, args, kwargs))
             for tensor in tensors:
                 self._attribute(tensor, call)
             if derivative is not None and activation is not None:
@@ -303,6 +307,18 @@ class Trace(TorchFunctionMode):
                 self.weights[id(parameter)] = operand[0].numel()
             else:  # a matrix product: x @ w, or w @ x
                 self.weights[id(parameter)] = operand.shape[-2 if i == len(owned) - 1 else -1]
+
+    def _project(self, given: dict[str, Any]) -> None:
+        """The layers of an attention that projects inside of its one call."""
+        for name, value in given.items():
+            if not isinstance(value, Tensor) or id(value) not in self._parameters:
+                continue
+            if name.endswith("_weight"):
+                self.weights[id(value)] = value.shape[1]
+            elif name.endswith("_proj_bias"):  # the other biases are a key and a value of their own
+                self.biases.add(id(value))
+        if not given["use_separate_proj_weight"]:
+            self.packed.add(id(given["in_proj_weight"]))
 
     def _averages_data(self, tensors: list[Tensor]) -> bool:
         """A softmax times the model's own input, which is a leaf as weights are: attention whose values no layer made."""
