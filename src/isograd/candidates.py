@@ -21,6 +21,8 @@ from isograd.remedies import (
     exchange_activation,
     insert_residual,
     orthogonal_initialisation,
+    rescale_weights,
+    scale_residual_branches,
     slugs,
 )
 from isograd.remedies.scale_residual_branches import without_skips
@@ -60,6 +62,11 @@ def candidates(patient: Patient, *, unsafe: bool) -> Iterator[Prescription]:
         yield from changing(patient, {insert_residual.SLUG}, unsafe=unsafe)
     activations: list[Prescription] = []
     for slug in (*ORDER, "leaky-activation"):
+        if slug == scale_residual_branches.SLUG and patient.flow.splits and unsafe:
+            # A branch whose weights are too loud is put right; scaled or at zero it would only be hidden.
+            for quiet in rescale_weights.quietened(patient):
+                yield quiet
+                yield from on_top(quiet, patient.model, changing(patient, {slug}, unsafe=unsafe))
         for rx in changing(patient, {slug}, unsafe=unsafe):
             if rx.reach <= Reach.INITIALISATION:
                 yield rx

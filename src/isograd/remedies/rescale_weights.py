@@ -44,16 +44,11 @@ gain a loss starts at several times a constant answer."""
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
     """One factor for each layer that is off."""
-    found = layers(patient.flow, patient.model, patient.exchanged)
-    fit = [
-        layer
-        for layer in found
-        if layer.calls <= 1 and 0 < layer.sigma_w < math.inf and (not layer.head or _loud(layer))
-    ]
+    fit = _fit(patient)
     off = [layer for layer in fit if abs(math.log(_factor(layer))) > math.log(OFF)]
-    loud = [layer for layer in off if _factor(layer) < 1 / LOUD]
+    loud = [layer for layer in off if _loud(layer)]
     if loud and len(loud) < len(off) and 2 * len(loud) <= len(fit):  # the rest may be as it is meant to be
-        yield _scaled(patient, found, loud, len(fit))
+        yield _scaled(patient, loud, len(fit))
     if not off:
         why = "every weight has the critical gain of its activation" if fit else "no trainable layer was seen"
         yield not_applicable(SLUG, f"{why}, or none that a factor could give it")
@@ -63,14 +58,35 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     if 2 * len(off) > len(fit) and all(m.ndim == 2 and independent(m) for m in matrices):
         yield not_applicable(SLUG, "the weights are independent draws: drawn anew, they lose nothing")
         return
-    yield _scaled(patient, found, off, len(fit))
+    yield _scaled(patient, off, len(fit))
+
+
+def quietened(patient: Patient) -> Iterator[Prescription]:
+    """Only what is ten times too loud: that is wrong whatever stands around it."""
+    fit = _fit(patient)
+    if loud := [layer for layer in fit if _loud(layer)]:
+        yield _scaled(patient, loud, len(fit))
+
+
+def _fit(patient: Patient) -> list[Layer]:
+    """Layers whose size can be told to be right or wrong."""
+    return [
+        layer
+        for layer in layers(patient.flow, patient.model, patient.exchanged)
+        if layer.calls <= 1 and 0 < layer.sigma_w < math.inf and (not layer.head or _loud(layer))
+    ]
 
 
 def _factor(layer: Layer) -> float:
     return wanted(layer) / layer.sigma_w
 
 
-def _scaled(patient: Patient, found: list[Layer], off: list[Layer], count: int) -> Prescription:
+def _loud(layer: Layer) -> bool:
+    return layer.sigma_w > LOUD * wanted(layer)
+
+
+def _scaled(patient: Patient, off: list[Layer], count: int) -> Prescription:
+    found = layers(patient.flow, patient.model, patient.exchanged)
     return Prescription(
         SLUG,
         f"{len(off)} of {count} layers scaled to the critical gain",
@@ -81,10 +97,6 @@ def _scaled(patient: Patient, found: list[Layer], off: list[Layer], count: int) 
         decades=remaining(patient.flow, found),
         references=("Schoenholz et al. 2017, arXiv:1611.01232", "He et al. 2015, arXiv:1502.01852"),
     )
-
-
-def _loud(head: Layer) -> bool:
-    return head.sigma_w > LOUD * wanted(head)
 
 
 def independent(weight: Tensor) -> bool:
