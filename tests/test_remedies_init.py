@@ -665,6 +665,18 @@ def test_a_constant_behind_a_layer_is_a_part_of_its_gain() -> None:
     assert check(apply(model, rx), loss).verdict == "healthy"
 
 
+def test_a_function_that_passes_more_than_it_is_given_costs_nothing() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Sine(8), *(Sine(64) for _ in range(5)), nn.Linear(64, 1))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.div_(500)
+    x, y = torch.randn(64, 8), torch.randn(64, 1)
+    (finding,) = check(model, lambda m: functional.mse_loss(m(x), y)).errors
+    assert finding.evidence["cause"] == "initialisation"
+    assert not [effect for effect in finding.effects if "left out" in effect.intervention]
+
+
 @pytest.mark.parametrize("sizes", [{}, {"kdim": 24, "vdim": 40}], ids=["packed", "separate"])
 def test_the_projections_of_an_attention_are_layers_with_their_own_fan_in(sizes: dict[str, int]) -> None:
     class Crossed(nn.Module):
