@@ -715,3 +715,36 @@ def test_the_projections_of_an_attention_are_layers_with_their_own_fan_in(sizes:
                     assert 0.5 < sigma_w < 2, (remedy.SLUG, leaf)
         kept = {"inner.bias_k", "inner.bias_v"}
         assert not kept & {edit.place for edit in rx.edits}
+
+
+class Hyper(nn.Module):
+    """Each layer's weight is made by another one from what it has learned of that layer (Ha et al. 2016)."""
+
+    def __init__(self, factor: float, width: int = 24) -> None:
+        super().__init__()
+        self.codes = nn.Parameter(torch.randn(4, 8))
+        self.make = nn.ModuleList(nn.Linear(8, width * width) for _ in range(4))
+        self.into, self.head, self.width = nn.Linear(16, width), nn.Linear(width, 4), width
+        for layer in self.make:
+            nn.init.normal_(layer.weight, std=factor / math.sqrt(8))  # pyright: ignore[reportArgumentType]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        for code, make in zip(self.codes, self.make, strict=True):
+            x = functional.relu(functional.linear(x, make(code).view(self.width, self.width)))
+        return self.head(x)
+
+
+def test_a_layer_that_makes_weights_is_drawn_for_their_fan_in() -> None:
+    torch.manual_seed(0)
+    model, x, y = Hyper(0.01), torch.randn(32, 16), torch.randint(4, (32,))
+    loss = lambda m: functional.cross_entropy(m(x), y)  # noqa: E731
+    diagnosis = check(model, loss)
+    found = {la.weight: la for la in layers(diagnosis.flow, model)}
+    assert set(found) == {*(f"make.{i}.weight" for i in range(4)), "into.weight", "head.weight"}
+    assert found["make.1.weight"].times == pytest.approx(math.sqrt(24))
+    assert not any(p.bias for p in diagnosis.flow.parameters if p.name == "codes")
+    rx = next(iter(critical_initialisation.prescribe(Patient(model, diagnosis, loss))))
+    changed = apply(model, rx)
+    assert check(changed, loss).verdict == "healthy"
+    assert torch.equal(changed.get_parameter("codes"), model.codes)

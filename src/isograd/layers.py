@@ -177,13 +177,17 @@ def common_activation(flow: Flow) -> str:
 
 
 def multiplied(flow: Flow) -> dict[str, float]:
-    """Constants right behind a layer of the backbone, by its module: what scales signal and gradient alike."""
+    """What multiplies the output of a layer, by its module: constants right behind it on the backbone, which scale signal
+    and gradient alike, and where it is the weight of another layer the root of that one's fan-in (Chang et al. 2020).
+    """
     before = {site.depth: layer for layer, site in pairwise(flow.sites)}
-    return {
+    constants = {
         before[depth].module: times
         for depth, times in flow.factors.items()
         if before[depth].kind in ("linear", "convolution")
     }
+    made = {p.name.rpartition(".")[0]: math.sqrt(p.generates) for p in flow.parameters if p.generates}
+    return constants | made
 
 
 def _line(flow: Flow) -> Iterator[_Place]:

@@ -172,6 +172,8 @@ class Parameter:
     """A layer adds it."""
     matrices: int = 1
     """Layers that it is the weight of, row behind row: 3 where it makes queries, keys and values at once."""
+    generates: int = 0
+    """Fan-in of the weight that its layer makes for another, as in a hypernetwork; 0: it makes none."""
     first_update: float = math.nan
     """rms(first update) / rms(weight) under the optimizer's rule; NaN: no optimizer given."""
 

@@ -289,6 +289,7 @@ class Assembly:
                     self.trace.weights.get(id(p), 0),
                     id(p) in self.trace.biases,
                     3 if id(p) in self.trace.packed else 1,
+                    self.trace.generated.get(id(p), 0),
                     self._updates.get(name, math.nan),
                 )
             )
