@@ -66,7 +66,7 @@ def candidates(patient: Patient, *, unsafe: bool) -> Iterator[Prescription]:
             # A branch whose weights are too loud is put right; scaled or at zero it would only be hidden.
             for quiet in rescale_weights.quietened(patient):
                 yield quiet
-                yield from on_top(quiet, patient.model, changing(patient, {slug}, unsafe=unsafe))
+                yield from _with_branches(quiet, patient)
         for rx in changing(patient, {slug}, unsafe=unsafe):
             if rx.reach <= Reach.INITIALISATION:
                 yield rx
@@ -155,6 +155,22 @@ def _isometric(patient: Patient) -> Iterator[Prescription]:
     rx = exchange_activation.exchange(patient, names, target)
     if rx.applicable:
         yield from _with_drawn(rx, patient, dict.fromkeys(names, target), (orthogonal_initialisation,))
+
+
+def _with_branches(weights: Prescription, patient: Patient) -> Iterator[Prescription]:
+    """Weights of the right size, and then the ends of the residual branches scaled with their number."""
+    for rx in changing(patient, {scale_residual_branches.SLUG}, unsafe=True):
+        if all(edit.of == ".mul_" for edit in rx.edits):
+            yield replace(
+                weights,
+                remedy=f"{weights.remedy} + {rx.remedy}",
+                title=f"{weights.title}; {rx.title}",
+                edits=(*weights.edits, *rx.edits),
+                treats=tuple(dict.fromkeys((*weights.treats, *rx.treats))),
+                expected=rx.expected,
+                decades=math.nan,
+                references=(*weights.references, *rx.references),
+            )
 
 
 def _with_weights(patient: Patient, structural: list[Prescription]) -> Iterator[Prescription]:

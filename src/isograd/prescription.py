@@ -260,8 +260,7 @@ def _agree(earlier: Edit, later: Edit, rx: Prescription) -> None:
     where = earlier.place or "the model"
     if earlier.place == later.place and earlier.verb == later.verb:
         apart = earlier.rows is not None and later.rows is not None and earlier.rows != later.rows
-        factors = earlier.of == later.of == ".mul_"
-        if earlier.verb == "wrap" or apart or factors or (earlier.verb == "alter" and earlier.of != later.of):
+        if earlier.verb == "wrap" or apart or (earlier.verb == "alter" and earlier.of != later.of):
             return
         raise ValueError(
             f"two edits of {where} conflict: {printed(earlier)} and {printed(later)} ({rx.remedy}); apply one of them"
