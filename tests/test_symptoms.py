@@ -37,6 +37,7 @@ from isograd.statistics import (
     Split,
 )
 from isograd.symptoms import NAMES, Healthy, Unexamined
+from isograd.symptoms.damped_skips import DAMPED
 from tests.models import (
     HE,
     Apply,
@@ -1546,3 +1547,27 @@ def test_adapters_behind_a_frozen_head_of_zeros_are_not_to_blame() -> None:
     assert [f.code for f in found.before.errors] == ["VG102"]
     assert found.prescription is None
     assert "train the head" in str(found)
+
+
+class Beside(nn.Module):
+    """A frozen layer beside a low-rank adapter that starts at zero (Hu et al. 2021)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.whole = nn.Linear(inputs, outputs).requires_grad_(False)
+        self.down, self.up = nn.Linear(inputs, 4, bias=False), nn.Linear(4, outputs, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.whole(x) + self.up(self.down(x))
+
+
+def test_a_layer_beside_another_one_is_no_damped_skip() -> None:
+    torch.manual_seed(0)
+    body = [part for _ in range(3) for part in (Beside(32, 32), nn.ReLU())]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), *body, Beside(32, 10))
+    model, loss = classified(model)
+    flow = check(model, loss).flow
+    assert [split.projected for split in flow.splits.values()] == [True] * 4
+    assert max(split.skip for split in flow.splits.values()) < DAMPED
+    assert not [f for f in check(model, loss).findings if f.code == "VG107"]

@@ -67,6 +67,9 @@ class Split:
     branch: float
     forward_ratio: float
     """rms(branch output) / rms(stream) in the forward pass; NaN: not measured."""
+    projected: bool = False
+    """The skip leads through a layer, whose gain is that of its weights: a shortcut where the width changes, a frozen layer
+    beside its adapter, one expert beside the others."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,7 @@ class Assembly:
                     _ratio(skip, self.passed.entering(i)),
                     _ratio(branch, self.passed.entering(i)),
                     self._forward_ratio(segments[i], segments[i + 1]),
+                    segments[i].projected,
                 )
                 for i, (skip, branch) in read.splits.items()
             },
