@@ -748,3 +748,32 @@ def test_a_layer_that_makes_weights_is_drawn_for_their_fan_in() -> None:
     changed = apply(model, rx)
     assert check(changed, loss).verdict == "healthy"
     assert torch.equal(changed.get_parameter("codes"), model.codes)
+
+
+def test_a_sigmoid_that_makes_one_of_several_results_is_left_alone() -> None:
+    class Boxes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(16, 16), nn.Sigmoid(), nn.Linear(16, 16), nn.Tanh())
+            self.classes, self.boxes = nn.Linear(16, 3), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.body(x)
+            return self.classes(x), self.boxes(x).sigmoid()
+
+    torch.manual_seed(0)
+    model, x, y, boxes = Boxes(), torch.randn(8, 16), torch.randint(3, (8,)), torch.rand(8, 4)
+
+    def loss(m: nn.Module) -> Tensor:
+        scores, found = m(x)
+        return functional.cross_entropy(scores, y) + functional.l1_loss(found, boxes)
+
+    flow = measure(model, loss)
+    assert [(a.function, a.site.module) for a in flow.hidden_activations] == [
+        ("sigmoid", "body.1"),
+        ("tanh", "body.3"),
+    ]
+    rx = next(
+        rx for rx in exchange_activation.prescribe(Patient(model, diagnose(flow), loss)) if rx.applicable
+    )
+    assert [edit.place for edit in rx.edits] == ["body.1"]

@@ -156,6 +156,16 @@ class Flow:
         return len(site.shape) != len(before.shape) or site.shape[dim] != before.shape[dim]
 
     @property
+    def hidden_activations(self) -> list[Activation]:
+        """Those that the hidden signal cannot get round. One that makes a result of the model is none of them."""
+        hidden, results = set(self.sites[self.hidden]), set(self.outputs)
+        return [
+            a
+            for a in self.activations
+            if a.carries and (a.site in hidden or (a.site.depth < 0 and a.site not in results))
+        ]
+
+    @property
     def lost(self) -> float:
         """Decades that depth costs: negative where the gradient vanishes, -inf where it is exactly zero.
 

@@ -47,10 +47,7 @@ CALLED = {"relu": "ReLU", "silu": "SiLU"}
 
 def _functions(flow: Flow) -> Counter[str]:
     """Activation functions that the hidden signal cannot get round, with their number."""
-    hidden = set(flow.sites[flow.hidden])
-    return Counter(
-        a.function for a in flow.activations if a.carries and (a.site.depth < 0 or a.site in hidden)
-    )
+    return Counter(a.function for a in flow.hidden_activations)
 
 
 def _flat(flow: Flow) -> tuple[set[str], str]:

@@ -169,10 +169,7 @@ def rms(tensor: Tensor) -> float:
 
 def common_activation(flow: Flow) -> str:
     """The activation function that most of the hidden signal goes through; 'linear' without one."""
-    hidden = set(flow.sites[flow.hidden])
-    seen = Counter(
-        a.function for a in flow.activations if a.carries and (a.site.depth < 0 or a.site in hidden)
-    )
+    seen = Counter(a.function for a in flow.hidden_activations)
     return seen.most_common(1)[0][0] if seen else "linear"
 
 
