@@ -708,22 +708,28 @@ def test_the_command_says_what_it_could_not_do(
     assert command("other_net.py:buidl") == 2
 
 
-def test_a_loud_branch_is_put_right_before_its_end_is_scaled() -> None:
+@pytest.mark.parametrize("pre", [False, True], ids=["post-norm", "pre-norm"])
+def test_a_loud_branch_is_put_right_before_its_end_is_scaled(pre: bool) -> None:
     """At zero, or scaled with the number of blocks, it would hide values that are thirty times too large."""
     torch.manual_seed(0)
-    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True)
-    model = nn.Sequential(nn.Embedding(20, 32), nn.TransformerEncoder(layer, 4), nn.Linear(32, 20))
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True, norm_first=pre)
+    body = nn.TransformerEncoder(layer, 6, nn.LayerNorm(32) if pre else None, enable_nested_tensor=False)
+    model = nn.Sequential(nn.Embedding(20, 32), body, nn.Linear(32, 20))
     attentions = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
     with torch.no_grad():
         for inner in attentions:
             inner.in_proj_weight[64:].mul_(30)
             inner.out_proj.weight.mul_(30)
     x = torch.randint(20, (8, 12))
-    found = repair(model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), x.roll(1, 1).flatten()))
+
+    def loss(m: nn.Module) -> Tensor:
+        return functional.cross_entropy(m(x).flatten(0, 1), x.roll(1, 1).flatten())
+
+    found = repair(model, loss)
     assert [f.code for f in found.before.errors] == ["VG105"]
     assert found.cured
     after = [m for m in found.model.modules() if isinstance(m, nn.MultiheadAttention)]
     values = [float(inner.in_proj_weight[64:].detach().square().mean().sqrt()) * 32**0.5 for inner in after]
-    assert values == pytest.approx([1.0] * 4, rel=1e-3)
+    assert values == pytest.approx([1.0] * 6, rel=1e-3)
     ends = [float(inner.out_proj.weight.detach().square().mean().sqrt()) * 32**0.5 for inner in after]
     assert all(0.1 < end <= 1.001 for end in ends)

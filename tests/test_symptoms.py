@@ -1571,3 +1571,22 @@ def test_a_layer_beside_another_one_is_no_damped_skip() -> None:
     assert [split.projected for split in flow.splits.values()] == [True] * 4
     assert max(split.skip for split in flow.splits.values()) < DAMPED
     assert not [f for f in check(model, loss).findings if f.code == "VG107"]
+
+
+@pytest.mark.parametrize("factor", [1.0, 30.0])
+def test_an_average_that_drowns_a_whole_stream_makes_all_tokens_alike(factor: float) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True, norm_first=True)
+    body = nn.TransformerEncoder(layer, 6, nn.LayerNorm(32), enable_nested_tensor=False)
+    model = nn.Sequential(nn.Embedding(20, 32), body, nn.Linear(32, 20))
+    with torch.no_grad():
+        for inner in model.modules():
+            if isinstance(inner, nn.MultiheadAttention):
+                inner.in_proj_weight[64:].mul_(factor)
+                inner.out_proj.weight.mul_(factor)
+    x = torch.randint(20, (8, 12))
+    flow = measure(model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), x.flatten()))
+    assert all(split.skip == pytest.approx(1.0) for split in flow.splits.values())
+    errors = diagnose(flow).errors
+    assert [f.code for f in errors] == ["VG105"] * (factor > 1)
+    assert all(f.evidence["loudest_average"] > 10 and f.evidence["distinct"] < 0.1 for f in errors)
