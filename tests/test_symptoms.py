@@ -1590,3 +1590,31 @@ def test_an_average_that_drowns_a_whole_stream_makes_all_tokens_alike(factor: fl
     errors = diagnose(flow).errors
     assert [f.code for f in errors] == ["VG105"] * (factor > 1)
     assert all(f.evidence["loudest_average"] > 10 and f.evidence["distinct"] < 0.1 for f in errors)
+
+
+class Squeezed(nn.Module):
+    """A residual branch that a gate weighs (Hu et al. 2018)."""
+
+    def __init__(self, bias: float) -> None:
+        super().__init__()
+        self.body, self.gate = nn.Linear(16, 16), nn.Linear(16, 16)
+        nn.init.constant_(self.gate.bias, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.relu(self.body(x)) * torch.sigmoid(self.gate(x))
+
+
+@pytest.mark.parametrize(("bias", "closed"), [(-12.0, True), (0.0, False), (12.0, False)])
+def test_gates_that_let_nothing_through_are_told_and_open_ones_are_not(bias: float, closed: bool) -> None:
+    torch.manual_seed(0)
+    model, x, y = (
+        nn.Sequential(*(Squeezed(bias) for _ in range(4)), nn.Linear(16, 3)),
+        torch.randn(32, 16),
+        torch.arange(32) % 3,
+    )
+    diagnosis = diagnose(measure(model, lambda m: functional.cross_entropy(m(x), y)))
+    gates = [a for a in diagnosis.flow.activations if a.function == "sigmoid"]
+    assert [a.gate for a in gates] == [True] * 4
+    assert all(a.saturated > 0.9 for a in gates) == (bias != 0)
+    told = [f for f in diagnosis.findings if f.code == "SA301"]
+    assert [f.severity for f in told] == [Severity.WARNING] * closed

@@ -94,6 +94,10 @@ class Activation:
     """It stands beside others of its function, as in an Inception block, and all gradient of the segment or branch
     passes through one of them."""
 
+    gate: bool = False
+    """Its output is multiplied with another part of the signal, inside of the model."""
+    output_rms: float = math.nan
+
     @property
     def carries(self) -> bool:
         """Can the signal get round it by no way but through the same function?"""
