@@ -359,3 +359,43 @@ def test_gradients_of_different_scale_reach_two_outputs_of_one_node() -> None:
     norms = {p.name: p.grad_norm_log10 for p in flow.parameters}
     for (name, _), gradient in zip(exact.named_parameters(), found, strict=True):
         assert norms[name] == pytest.approx(math.log10(float(gradient.norm())), abs=1e-5)
+
+
+class Dropped(nn.Module):
+    """Drops whole samples, as stochastic depth does, behind its hidden layers."""
+
+    def __init__(self, kept: float) -> None:
+        super().__init__()
+        self.body, self.head, self.kept = (
+            nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)),
+            nn.Linear(8, 2),
+            kept,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = (torch.rand(len(x), 1) < self.kept).float()
+        return self.head(self.body(x) * mask / max(self.kept, 0.1))
+
+
+@pytest.mark.parametrize("kept", [0.5, 0.0])
+def test_one_draw_that_drops_all_samples_is_not_taken_for_the_network(kept: float) -> None:
+    torch.manual_seed(0)
+    model, x, y = Dropped(kept), torch.randn(2, 8), torch.tensor([0, 1])
+    lost = list[float]()
+    for seed in range(8):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        lost.append(measure(model, lambda m: functional.cross_entropy(m(x), y)).lost)
+        assert torch.equal(before, torch.get_rng_state())
+    assert all((one == -math.inf) == (kept == 0) for one in lost)
+
+
+def test_a_dropout_before_the_head_rescales_once_and_is_none_of_depth() -> None:
+    torch.manual_seed(0)
+    body = [nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()]
+    model = nn.Sequential(*body, nn.Dropout(0.99), nn.Linear(64, 3))
+    x, y = torch.randn(256, 16), torch.randint(3, (256,))
+    flow = measure(model, lambda m: functional.cross_entropy(m(x), y))
+    dropout = next(i for i, site in enumerate(flow.sites) if site.kind == "dropout")
+    assert flow.column("decades")[dropout] == pytest.approx(1.0, abs=0.2)  # 1 / sqrt(1 - p)
+    assert flow.hidden.stop == dropout

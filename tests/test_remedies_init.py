@@ -25,6 +25,7 @@ from isograd.prescription import Patient, Prescription, apply
 from isograd.remedies import (
     NAMES,
     chrono_initialisation,
+    classic_initialisation,
     critical_initialisation,
     delta_orthogonal,
     exchange_activation,
@@ -662,3 +663,117 @@ def test_a_constant_behind_a_layer_is_a_part_of_its_gain() -> None:
     assert [layer.times for layer in found] == pytest.approx([30.0] * 6 + [1.0], rel=1e-3)
     rx = next(iter(orthogonal_initialisation.prescribe(Patient(model, diagnosis, loss))))
     assert check(apply(model, rx), loss).verdict == "healthy"
+
+
+def test_a_function_that_passes_more_than_it_is_given_costs_nothing() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Sine(8), *(Sine(64) for _ in range(5)), nn.Linear(64, 1))
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.div_(500)
+    x, y = torch.randn(64, 8), torch.randn(64, 1)
+    (finding,) = check(model, lambda m: functional.mse_loss(m(x), y)).errors
+    assert finding.evidence["cause"] == "initialisation"
+    assert not [effect for effect in finding.effects if "left out" in effect.intervention]
+
+
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 24, "vdim": 40}], ids=["packed", "separate"])
+def test_the_projections_of_an_attention_are_layers_with_their_own_fan_in(sizes: dict[str, int]) -> None:
+    class Crossed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.MultiheadAttention(16, 2, add_bias_kv=True, batch_first=True, **sizes)
+            self.into, self.head = nn.Linear(16, 16), nn.Linear(16, 3)
+            with torch.no_grad():
+                for name, weight in self.inner.named_parameters():
+                    if name.endswith("weight"):
+                        weight.mul_(1e-3)
+
+        def forward(self, x: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            x = torch.relu(self.into(x))
+            return self.head((x + self.inner(x, key, value, need_weights=False)[0]).mean(1))
+
+    torch.manual_seed(0)
+    model = Crossed()
+    given = (torch.randn(8, 5, 16), torch.randn(8, 5, sizes.get("kdim", 16)))
+    value, y = torch.randn(8, 5, sizes.get("vdim", 16)), torch.randint(3, (8,))
+    loss = lambda m: functional.cross_entropy(m(*given, value), y)  # noqa: E731
+    patient = Patient(model, check(model, loss), loss)
+    projections = [la for la in layers(patient.flow, model) if la.attends]
+    fan_in = [16, sizes.get("kdim", 16), sizes.get("vdim", 16), 16]
+    assert sorted(la.fan_in for la in projections) == sorted(fan_in)
+    assert all(
+        (la.shape[0], la.activation, la.calls, la.head) == (16, "linear", 0, False) for la in projections
+    )
+    for remedy in (critical_initialisation, orthogonal_initialisation, classic_initialisation, lsuv):
+        rx = next(rx for rx in remedy.prescribe(patient) if rx.applicable)
+        inner = apply(model, rx).get_submodule("inner")
+        for leaf, weight in inner.named_parameters():
+            for part in weight.detach().chunk(3 if leaf == "in_proj_weight" else 1):
+                if leaf.endswith("weight"):
+                    sigma_w = float(part.square().mean().sqrt()) * math.sqrt(part.shape[1])
+                    assert 0.5 < sigma_w < 2, (remedy.SLUG, leaf)
+        kept = {"inner.bias_k", "inner.bias_v"}
+        assert not kept & {edit.place for edit in rx.edits}
+
+
+class Hyper(nn.Module):
+    """Each layer's weight is made by another one from what it has learned of that layer (Ha et al. 2016)."""
+
+    def __init__(self, factor: float, width: int = 24) -> None:
+        super().__init__()
+        self.codes = nn.Parameter(torch.randn(4, 8))
+        self.make = nn.ModuleList(nn.Linear(8, width * width) for _ in range(4))
+        self.into, self.head, self.width = nn.Linear(16, width), nn.Linear(width, 4), width
+        for layer in self.make:
+            nn.init.normal_(layer.weight, std=factor / math.sqrt(8))  # pyright: ignore[reportArgumentType]
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.into(x)
+        for code, make in zip(self.codes, self.make, strict=True):
+            x = functional.relu(functional.linear(x, make(code).view(self.width, self.width)))
+        return self.head(x)
+
+
+def test_a_layer_that_makes_weights_is_drawn_for_their_fan_in() -> None:
+    torch.manual_seed(0)
+    model, x, y = Hyper(0.01), torch.randn(32, 16), torch.randint(4, (32,))
+    loss = lambda m: functional.cross_entropy(m(x), y)  # noqa: E731
+    diagnosis = check(model, loss)
+    found = {la.weight: la for la in layers(diagnosis.flow, model)}
+    assert set(found) == {*(f"make.{i}.weight" for i in range(4)), "into.weight", "head.weight"}
+    assert found["make.1.weight"].times == pytest.approx(math.sqrt(24))
+    assert not any(p.bias for p in diagnosis.flow.parameters if p.name == "codes")
+    rx = next(iter(critical_initialisation.prescribe(Patient(model, diagnosis, loss))))
+    changed = apply(model, rx)
+    assert check(changed, loss).verdict == "healthy"
+    assert torch.equal(changed.get_parameter("codes"), model.codes)
+
+
+def test_a_sigmoid_that_makes_one_of_several_results_is_left_alone() -> None:
+    class Boxes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(16, 16), nn.Sigmoid(), nn.Linear(16, 16), nn.Tanh())
+            self.classes, self.boxes = nn.Linear(16, 3), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            x = self.body(x)
+            return self.classes(x), self.boxes(x).sigmoid()
+
+    torch.manual_seed(0)
+    model, x, y, boxes = Boxes(), torch.randn(8, 16), torch.randint(3, (8,)), torch.rand(8, 4)
+
+    def loss(m: nn.Module) -> Tensor:
+        scores, found = m(x)
+        return functional.cross_entropy(scores, y) + functional.l1_loss(found, boxes)
+
+    flow = measure(model, loss)
+    assert [(a.function, a.site.module) for a in flow.hidden_activations] == [
+        ("sigmoid", "body.1"),
+        ("tanh", "body.3"),
+    ]
+    rx = next(
+        rx for rx in exchange_activation.prescribe(Patient(model, diagnose(flow), loss)) if rx.applicable
+    )
+    assert [edit.place for edit in rx.edits] == ["body.1"]

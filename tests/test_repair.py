@@ -347,8 +347,9 @@ def test_values_and_output_of_an_attention_that_are_loud_as_well_are_scaled_each
     torch.manual_seed(0)
     attending = Attending(60.0)
     with torch.no_grad():
-        attending.inner.in_proj_weight[32:].mul_(30)
-        attending.inner.out_proj.weight.mul_(40)
+        for part, factor in zip(attending.inner.in_proj_weight.split(16), (60, 60, 30), strict=True):
+            nn.init.orthogonal_(part, factor)  # no independent draws, which would be drawn anew
+        nn.init.orthogonal_(attending.inner.out_proj.weight, 40)
     body = nn.Sequential(nn.Unflatten(1, (4, 16)), attending, nn.Flatten())
     model, loss = classified(nn.Sequential(body, nn.Linear(64, 10)))
     rx = next(iter(rescale_weights.prescribe(Patient(model, check(model, loss), loss))))
@@ -368,7 +369,7 @@ def test_queries_and_keys_that_are_packed_in_an_attention_are_scaled_and_its_val
     assert [f.code for f in found.before.errors] == ["SA304"]
     assert found.cured
     assert found.prescription is not None
-    assert {edit.rows for edit in found.prescription.edits} == {(0, 32)}
+    assert {edit.rows for edit in found.prescription.edits} == {(0, 16), (16, 32)}
 
 
 def test_of_errors_that_are_left_it_is_said_what_to_write_and_of_warnings_nothing() -> None:
@@ -725,3 +726,30 @@ def test_the_command_says_what_it_could_not_do(
     assert not told["cured"]
     assert told["prescription"] is None
     assert command("other_net.py:buidl") == 2
+
+
+@pytest.mark.parametrize("pre", [False, True], ids=["post-norm", "pre-norm"])
+def test_a_loud_branch_is_put_right_before_its_end_is_scaled(pre: bool) -> None:
+    """At zero, or scaled with the number of blocks, it would hide values that are thirty times too large."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True, norm_first=pre)
+    body = nn.TransformerEncoder(layer, 6, nn.LayerNorm(32) if pre else None, enable_nested_tensor=False)
+    model = nn.Sequential(nn.Embedding(20, 32), body, nn.Linear(32, 20))
+    attentions = [m for m in model.modules() if isinstance(m, nn.MultiheadAttention)]
+    with torch.no_grad():
+        for inner in attentions:
+            inner.in_proj_weight[64:].mul_(30)
+            inner.out_proj.weight.mul_(30)
+    x = torch.randint(20, (8, 12))
+
+    def loss(m: nn.Module) -> Tensor:
+        return functional.cross_entropy(m(x).flatten(0, 1), x.roll(1, 1).flatten())
+
+    found = repair(model, loss)
+    assert [f.code for f in found.before.errors] == ["VG105"]
+    assert found.cured
+    after = [m for m in found.model.modules() if isinstance(m, nn.MultiheadAttention)]
+    values = [float(inner.in_proj_weight[64:].detach().square().mean().sqrt()) * 32**0.5 for inner in after]
+    assert values == pytest.approx([1.0] * 6, rel=1e-3)
+    ends = [float(inner.out_proj.weight.detach().square().mean().sqrt()) * 32**0.5 for inner in after]
+    assert all(0.1 < end <= 1.001 for end in ends)

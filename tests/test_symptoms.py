@@ -37,6 +37,7 @@ from isograd.statistics import (
     Split,
 )
 from isograd.symptoms import NAMES, Healthy, Unexamined
+from isograd.symptoms.damped_skips import DAMPED
 from tests.models import (
     HE,
     Apply,
@@ -1546,3 +1547,74 @@ def test_adapters_behind_a_frozen_head_of_zeros_are_not_to_blame() -> None:
     assert [f.code for f in found.before.errors] == ["VG102"]
     assert found.prescription is None
     assert "train the head" in str(found)
+
+
+class Beside(nn.Module):
+    """A frozen layer beside a low-rank adapter that starts at zero (Hu et al. 2021)."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.whole = nn.Linear(inputs, outputs).requires_grad_(False)
+        self.down, self.up = nn.Linear(inputs, 4, bias=False), nn.Linear(4, outputs, bias=False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.whole(x) + self.up(self.down(x))
+
+
+def test_a_layer_beside_another_one_is_no_damped_skip() -> None:
+    torch.manual_seed(0)
+    body = [part for _ in range(3) for part in (Beside(32, 32), nn.ReLU())]
+    model = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), *body, Beside(32, 10))
+    model, loss = classified(model)
+    flow = check(model, loss).flow
+    assert [split.projected for split in flow.splits.values()] == [True] * 4
+    assert max(split.skip for split in flow.splits.values()) < DAMPED
+    assert not [f for f in check(model, loss).findings if f.code == "VG107"]
+
+
+@pytest.mark.parametrize("factor", [1.0, 30.0])
+def test_an_average_that_drowns_a_whole_stream_makes_all_tokens_alike(factor: float) -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(32, 4, 64, dropout=0.0, batch_first=True, norm_first=True)
+    body = nn.TransformerEncoder(layer, 6, nn.LayerNorm(32), enable_nested_tensor=False)
+    model = nn.Sequential(nn.Embedding(20, 32), body, nn.Linear(32, 20))
+    with torch.no_grad():
+        for inner in model.modules():
+            if isinstance(inner, nn.MultiheadAttention):
+                inner.in_proj_weight[64:].mul_(factor)
+                inner.out_proj.weight.mul_(factor)
+    x = torch.randint(20, (8, 12))
+    flow = measure(model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), x.flatten()))
+    assert all(split.skip == pytest.approx(1.0) for split in flow.splits.values())
+    errors = diagnose(flow).errors
+    assert [f.code for f in errors] == ["VG105"] * (factor > 1)
+    assert all(f.evidence["loudest_average"] > 10 and f.evidence["distinct"] < 0.1 for f in errors)
+
+
+class Squeezed(nn.Module):
+    """A residual branch that a gate weighs (Hu et al. 2018)."""
+
+    def __init__(self, bias: float) -> None:
+        super().__init__()
+        self.body, self.gate = nn.Linear(16, 16), nn.Linear(16, 16)
+        nn.init.constant_(self.gate.bias, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.relu(self.body(x)) * torch.sigmoid(self.gate(x))
+
+
+@pytest.mark.parametrize(("bias", "closed"), [(-12.0, True), (0.0, False), (12.0, False)])
+def test_gates_that_let_nothing_through_are_told_and_open_ones_are_not(bias: float, closed: bool) -> None:
+    torch.manual_seed(0)
+    model, x, y = (
+        nn.Sequential(*(Squeezed(bias) for _ in range(4)), nn.Linear(16, 3)),
+        torch.randn(32, 16),
+        torch.arange(32) % 3,
+    )
+    diagnosis = diagnose(measure(model, lambda m: functional.cross_entropy(m(x), y)))
+    gates = [a for a in diagnosis.flow.activations if a.function == "sigmoid"]
+    assert [a.gate for a in gates] == [True] * 4
+    assert all(a.saturated > 0.9 for a in gates) == (bias != 0)
+    told = [f for f in diagnosis.findings if f.code == "SA301"]
+    assert [f.severity for f in told] == [Severity.WARNING] * closed

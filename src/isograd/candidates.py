@@ -21,6 +21,8 @@ from isograd.remedies import (
     exchange_activation,
     insert_residual,
     orthogonal_initialisation,
+    rescale_weights,
+    scale_residual_branches,
     slugs,
 )
 from isograd.remedies.scale_residual_branches import without_skips
@@ -60,6 +62,11 @@ def candidates(patient: Patient, *, unsafe: bool) -> Iterator[Prescription]:
         yield from changing(patient, {insert_residual.SLUG}, unsafe=unsafe)
     activations: list[Prescription] = []
     for slug in (*ORDER, "leaky-activation"):
+        if slug == scale_residual_branches.SLUG and patient.flow.splits and unsafe:
+            # A branch whose weights are too loud is put right; scaled or at zero it would only be hidden.
+            for quiet in rescale_weights.quietened(patient):
+                yield quiet
+                yield from _with_branches(quiet, patient)
         for rx in changing(patient, {slug}, unsafe=unsafe):
             if rx.reach <= Reach.INITIALISATION:
                 yield rx
@@ -148,6 +155,22 @@ def _isometric(patient: Patient) -> Iterator[Prescription]:
     rx = exchange_activation.exchange(patient, names, target)
     if rx.applicable:
         yield from _with_drawn(rx, patient, dict.fromkeys(names, target), (orthogonal_initialisation,))
+
+
+def _with_branches(weights: Prescription, patient: Patient) -> Iterator[Prescription]:
+    """Weights of the right size, and then the ends of the residual branches scaled with their number."""
+    for rx in changing(patient, {scale_residual_branches.SLUG}, unsafe=True):
+        if all(edit.of == ".mul_" for edit in rx.edits):
+            yield replace(
+                weights,
+                remedy=f"{weights.remedy} + {rx.remedy}",
+                title=f"{weights.title}; {rx.title}",
+                edits=(*weights.edits, *rx.edits),
+                treats=tuple(dict.fromkeys((*weights.treats, *rx.treats))),
+                expected=rx.expected,
+                decades=math.nan,
+                references=(*weights.references, *rx.references),
+            )
 
 
 def _with_weights(patient: Patient, structural: list[Prescription]) -> Iterator[Prescription]:

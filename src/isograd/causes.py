@@ -111,6 +111,8 @@ def _own(flow: Flow, before: float) -> Iterator[Effect]:
         return
     column = flow.column("decades").nan_to_num(0.0)
     cost = min(-float(sum(column[site.depth] for site in sites)), before)
+    if cost <= 0:
+        return
     source = next((site.source for site in sites if site.source), "")
     called = f"{named(sites)} ({source})" if source else named(sites)
     yield Effect(f"{called} {OWN}", "activation", before, before - cost, cost)

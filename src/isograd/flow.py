@@ -135,13 +135,18 @@ class Flow:
         """The sites between the input layer and the head.
 
         A layer that changes the width rescales the gradient once, whatever the depth; verdicts about
-        depth leave out an input layer and a head that do so, and all that comes after the head.
+        depth leave out an input layer and a head that do so, a dropout before that head, and all that comes after.
         """
         weighted = [i for i, flag in enumerate(self.column("weighted").tolist()) if flag == 1]
         if not weighted:
             return slice(1, len(self.sites))
         first, last = weighted[0], weighted[-1]
-        return slice(first + 1 if self._resizes(first) else 1, last if self._resizes(last) else last + 1)
+        end = last + 1
+        if self._resizes(last):
+            end = last
+            while end > 1 and self.sites[end - 1].kind == "dropout":
+                end -= 1
+        return slice(first + 1 if self._resizes(first) else 1, end)
 
     def _resizes(self, index: int) -> bool:
         site, before = self.sites[index], self.sites[index - 1]
@@ -149,6 +154,16 @@ class Flow:
             return False
         dim = 1 if site.kind == "convolution" else -1
         return len(site.shape) != len(before.shape) or site.shape[dim] != before.shape[dim]
+
+    @property
+    def hidden_activations(self) -> list[Activation]:
+        """Those that the hidden signal cannot get round. One that makes a result of the model is none of them."""
+        hidden, results = set(self.sites[self.hidden]), set(self.outputs)
+        return [
+            a
+            for a in self.activations
+            if a.carries and (a.site in hidden or (a.site.depth < 0 and a.site not in results))
+        ]
 
     @property
     def lost(self) -> float:

@@ -47,10 +47,7 @@ CALLED = {"relu": "ReLU", "silu": "SiLU"}
 
 def _functions(flow: Flow) -> Counter[str]:
     """Activation functions that the hidden signal cannot get round, with their number."""
-    hidden = set(flow.sites[flow.hidden])
-    return Counter(
-        a.function for a in flow.activations if a.carries and (a.site.depth < 0 or a.site in hidden)
-    )
+    return Counter(a.function for a in flow.hidden_activations)
 
 
 def _flat(flow: Flow) -> tuple[set[str], str]:
@@ -150,10 +147,11 @@ def _critical(model: nn.Module, flow: Flow, activation: str) -> None:
         deviation = sigma_w / math.sqrt(max(known.fan_in, 1)) / times.get(known.name.rpartition(".")[0], 1.0)
         if known.bias:
             nn.init.normal_(parameter, 0.0, sigma_b) if sigma_b else nn.init.zeros_(parameter)
-        elif known.fan_in and (spread := float(parameter.float().std())) > 0:
-            parameter.sub_(parameter.mean()).mul_(deviation / spread)
-        elif known.fan_in:  # constant: nothing to scale, so drawn
-            nn.init.normal_(parameter, 0.0, deviation)
+        for weight in parameter.chunk(known.matrices) if known.fan_in and not known.bias else ():
+            if (spread := float(weight.float().std())) > 0:
+                weight.sub_(weight.mean()).mul_(deviation / spread)
+            else:  # constant: nothing to scale, so drawn
+                nn.init.normal_(weight, 0.0, deviation)
 
 
 @torch.no_grad()

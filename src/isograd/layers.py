@@ -37,6 +37,10 @@ class Layer:
     head: bool
     """The last layer before the loss."""
     convolution: bool = False
+    rows: tuple[int, int] | None = None
+    """Of the parameter, from and to: it holds several layers; None: all of them."""
+    attends: bool = False
+    """A projection of an attention: what is multiplied with other activations, or comes of it."""
     half: bool = False
     """In a number format of 16 bits, in which torch factorises no matrices."""
     times: float = 1.0
@@ -80,6 +84,7 @@ def layers(flow: Flow, model: nn.Module, exchanged: Mapping[str, str] | None = N
     deepest = max((d for d in depths.values() if not math.isnan(d)), default=math.nan)
     last = next((p.module for p in reversed(line) if p.kind in WEIGHTED), "")
     of_head = {id(p) for p in model.get_submodule(last).parameters(recurse=False)} if last else set[int]()
+    attending = _attending(flow)
     biases: dict[str, list[str]] = {}
     for known in flow.parameters:
         if known.bias and known.state != "frozen":
@@ -90,26 +95,37 @@ def layers(flow: Flow, model: nn.Module, exchanged: Mapping[str, str] | None = N
             continue
         module = known.name.rpartition(".")[0]
         head = id(parameters[known.name]) in of_head if last else known.depth == deepest
-        activation = "linear" if head else after.get(module, common if plain else "linear")
-        tensor = parameters[known.name]
-        found.append(
-            Layer(
-                known.name,
-                tuple(biases.get(module, ()) if module else ()),
-                module,
-                known.shape,
-                known.fan_in,
-                rms(tensor) * math.sqrt(known.fan_in),
-                (exchanged or {}).get(activation, activation),
-                calls[module],
-                head,
-                module in convolutions
-                or (not module and tensor.ndim > 2 and tensor[0].numel() == known.fan_in),
-                tensor.element_size() < 4,
-                1.0 if head else times.get(module, 1.0),
+        attends = known.name in attending
+        function = "linear" if head or attends else after.get(module, common if plain else "linear")
+        whole = parameters[known.name]
+        for part, tensor in enumerate(whole.chunk(known.matrices)):
+            rows = (part * len(tensor), (part + 1) * len(tensor))
+            found.append(
+                Layer(
+                    known.name,
+                    tuple(biases.get(module, ()) if module and part == 0 else ()),
+                    module,
+                    tuple(tensor.shape),
+                    known.fan_in,
+                    rms(tensor) * math.sqrt(known.fan_in),
+                    (exchanged or {}).get(function, function),
+                    calls[module],
+                    head,
+                    module in convolutions
+                    or (not module and tensor.ndim > 2 and tensor[0].numel() == known.fan_in),
+                    rows if known.matrices > 1 else None,
+                    attends,
+                    tensor.element_size() < 4,
+                    1.0 if head else times.get(module, 1.0),
+                )
             )
-        )
     return found
+
+
+def _attending(flow: Flow) -> set[str]:
+    """Parameters of the projections of attentions, as far as the attentions themselves know them."""
+    sites = (*flow.sites, *(step.site for steps in flow.ledgers.values() for step in steps))
+    return {name for site in sites if site.kind == "attention" for name in site.parameters}
 
 
 def recurrent(found: list[Layer]) -> list[Layer]:
@@ -119,7 +135,7 @@ def recurrent(found: list[Layer]) -> list[Layer]:
 
 def is_chain(flow: Flow, found: list[Layer]) -> bool:
     """One layer after the other, with nothing but activations between them: what theory's gain per layer is of."""
-    plain = not flow.splits and all(place.kind != "normalisation" for place in _line(flow))
+    plain = not flow.splits and all(p.kind not in ("normalisation", "attention") for p in _line(flow))
     inside = (step.site.kind for steps in flow.ledgers.values() for step in steps)
     plain = plain and not any(kind in WEIGHTED for kind in inside)  # a segment with layers side by side
     return plain and all(layer.calls <= 1 for layer in found) and sum(not la.head for la in found) > 1
@@ -153,21 +169,22 @@ def rms(tensor: Tensor) -> float:
 
 def common_activation(flow: Flow) -> str:
     """The activation function that most of the hidden signal goes through; 'linear' without one."""
-    hidden = set(flow.sites[flow.hidden])
-    seen = Counter(
-        a.function for a in flow.activations if a.carries and (a.site.depth < 0 or a.site in hidden)
-    )
+    seen = Counter(a.function for a in flow.hidden_activations)
     return seen.most_common(1)[0][0] if seen else "linear"
 
 
 def multiplied(flow: Flow) -> dict[str, float]:
-    """Constants right behind a layer of the backbone, by its module: what scales signal and gradient alike."""
+    """What multiplies the output of a layer, by its module: constants right behind it on the backbone, which scale signal
+    and gradient alike, and where it is the weight of another layer the root of that one's fan-in (Chang et al. 2020).
+    """
     before = {site.depth: layer for layer, site in pairwise(flow.sites)}
-    return {
+    constants = {
         before[depth].module: times
         for depth, times in flow.factors.items()
         if before[depth].kind in ("linear", "convolution")
     }
+    made = {p.name.rpartition(".")[0]: math.sqrt(p.generates) for p in flow.parameters if p.generates}
+    return constants | made
 
 
 def _line(flow: Flow) -> Iterator[_Place]:

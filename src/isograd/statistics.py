@@ -67,6 +67,9 @@ class Split:
     branch: float
     forward_ratio: float
     """rms(branch output) / rms(stream) in the forward pass; NaN: not measured."""
+    projected: bool = False
+    """The skip leads through a layer, whose gain is that of its weights: a shortcut where the width changes, a frozen layer
+    beside its adapter, one expert beside the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +93,10 @@ class Activation:
     abreast: bool = False
     """It stands beside others of its function, as in an Inception block, and all gradient of the segment or branch
     passes through one of them."""
+
+    gate: bool = False
+    """Its output is multiplied with another part of the signal, inside of the model."""
+    output_rms: float = math.nan
 
     @property
     def carries(self) -> bool:
@@ -170,6 +177,10 @@ class Parameter:
     """Inputs that each output of its layer sums over; 0: no layer multiplies by it."""
     bias: bool = False
     """A layer adds it."""
+    matrices: int = 1
+    """Layers that it is the weight of, row behind row: 3 where it makes queries, keys and values at once."""
+    generates: int = 0
+    """Fan-in of the weight that its layer makes for another, as in a hypernetwork; 0: it makes none."""
     first_update: float = math.nan
     """rms(first update) / rms(weight) under the optimizer's rule; NaN: no optimizer given."""
 

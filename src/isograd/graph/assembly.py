@@ -71,6 +71,7 @@ class Assembly:
                     _ratio(skip, self.passed.entering(i)),
                     _ratio(branch, self.passed.entering(i)),
                     self._forward_ratio(segments[i], segments[i + 1]),
+                    segments[i].projected,
                 )
                 for i, (skip, branch) in read.splits.items()
             },
@@ -184,8 +185,26 @@ class Assembly:
         site = step_site(self.trace.made[seen.node])
         spine = any(seen.node in s.spine for s in self.main.segments) or seen.node in self._answering
         spine = spine or any(seen.node in s.nodes for other in self.towers for s in other.segments)
-        beside = not spine and seen.node in self._abreast
-        return Activation(site, seen.function, spine, mean, saturated, dead, seen.units, seen.samples, beside)
+        return Activation(
+            site,
+            seen.function,
+            spine,
+            mean,
+            saturated,
+            dead,
+            seen.units,
+            seen.samples,
+            not spine and seen.node in self._abreast,
+            seen.node in self._gates,
+            self.rms.get(seen.node, math.nan),
+        )
+
+    @cached_property
+    def _gates(self) -> set[Node]:
+        """Activations that weigh another part of the signal, between the model's output and its input."""
+        seen = {a.node for a in self.trace.activations}
+        parts = [[*s.nodes, *s.inside] for s in self.main.segments[self.main.exit :]]
+        return {node for nodes in parts for node in seen & _factors(self.run.graph, nodes)}
 
     @cached_property
     def _abreast(self) -> set[Node]:
@@ -288,6 +307,8 @@ class Assembly:
                     where,
                     self.trace.weights.get(id(p), 0),
                     id(p) in self.trace.biases,
+                    3 if id(p) in self.trace.packed else 1,
+                    self.trace.generated.get(id(p), 0),
                     self._updates.get(name, math.nan),
                 )
             )

@@ -102,6 +102,8 @@ class Segment:
     """Nodes between them and the next segment: what a residual branch does."""
     skip: set[tuple[Node, int]] = field(default_factory=set[tuple[Node, int]])
     """Edges (node, index) by which the skip path enters the next segment."""
+    projected: bool = False
+    """The skip path leads through layers of its own."""
     branch: Node | None = None
     """Where the residual branch ends: its last operation, next to the addition."""
     spine: list[Node] = field(default_factory=list[Node])
@@ -301,6 +303,7 @@ def _split(graph: Graph, trace: Trace, segment: Segment, following: Node) -> Non
             other, taken = _walk(graph, [large], inside, following)
             mine, path = _walk(graph, [small], inside, following)
             skip = mine - other
+            segment.projected = weights[small] > 0
             rest = [n for n in segment.inside if n in taken and n not in path]
     if not skip or not rest:
         return

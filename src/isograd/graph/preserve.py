@@ -64,6 +64,11 @@ def _generators(model: nn.Module) -> list[tuple[Any, Any]]:
     return states
 
 
+def drawn() -> list[Tensor]:
+    """The states of torch's generators: what has drawn from one has changed it."""
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else ())]
+
+
 def copied(model: nn.Module) -> nn.Module:
     """A deep copy; results of the last forward that the model keeps are copied as numbers.
 

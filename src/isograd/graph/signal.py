@@ -195,11 +195,16 @@ def spread(func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | None:
     return (left / even).double()
 
 
-def _of_module(func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor:
-    """The logits inside of one call of `nn.MultiheadAttention`: query and key are (token, sample, feature)."""
+def bound(func: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:
+    """The arguments of a call of a Python function by their names, defaults included."""
     call = inspect.signature(func).bind(*args, **kwargs)
     call.apply_defaults()
-    given = call.arguments
+    return call.arguments
+
+
+def _of_module(func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor:
+    """The logits inside of one call of `nn.MultiheadAttention`: query and key are (token, sample, feature)."""
+    given = bound(func, args, kwargs)
     size, heads = given["embed_dim_to_check"], given["num_heads"]
     if given["use_separate_proj_weight"]:
         weights = given["q_proj_weight"], given["k_proj_weight"]

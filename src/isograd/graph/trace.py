@@ -93,6 +93,10 @@ class Trace(TorchFunctionMode):
     """Nodes of the tensors the model itself returned."""
     weights: dict[int, int] = field(default_factory=dict[int, int])
     """Fan-in of the parameters that layers multiply by, by the parameter's id."""
+    generated: dict[int, int] = field(default_factory=dict[int, int])
+    """Of the parameters whose layer makes a weight, as in a hypernetwork, that weight's fan-in, by the parameter's id."""
+    packed: set[int] = field(default_factory=set[int])
+    """Ids of those that make queries, keys and values at once, one below the other."""
     biases: set[int] = field(default_factory=set[int])
     """Ids of the parameters that those layers add."""
     given: set[int] = field(default_factory=set[int])
@@ -235,6 +239,8 @@ class Trace(TorchFunctionMode):
         with torch._C.DisableTorchFunction(), torch.no_grad():
             call = self._call(name, kind_of_call(name, args, kwargs))
             self._describe(call, args, kwargs)
+            if name == "multi_head_attention_forward":
+                self._project(signal.bound(func, args, kwargs))
             for tensor in tensors:
                 self._attribute(tensor, call)
             if derivative is not None and activation is not None:
@@ -290,6 +296,12 @@ class Trace(TorchFunctionMode):
     def _weigh(self, call: Call, tensors: list[Tensor], equation: object) -> None:
         """Which parameter this layer multiplies by, and with what fan-in."""
         owned = [(t, parameter_of(t)) for t in tensors]
+        if call.operation == "linear" or call.kind == "convolution":
+            owned = owned[
+                1:
+            ]  # what comes first is no weight, even where it is learned, as the queries of a decoder are
+            if owned and owned[0][1] is None:
+                self._generate(owned[0][0])
         summed = summed_over(equation, tensors) if isinstance(equation, str) else []
         for i, (operand, parameter) in enumerate(owned):
             if parameter is None or id(parameter) not in self._parameters:
@@ -303,6 +315,26 @@ class Trace(TorchFunctionMode):
                 self.weights[id(parameter)] = operand[0].numel()
             else:  # a matrix product: x @ w, or w @ x
                 self.weights[id(parameter)] = operand.shape[-2 if i == len(owned) - 1 else -1]
+
+    def _generate(self, weight: Tensor) -> None:
+        """A layer whose weight is no parameter: another one may have made it."""
+        node = self._origin(weight, {"reshape"})
+        call = self.made[node].call if node is not None else None
+        if call is not None and call.kind == "linear":
+            layer = [p for p in self.model.parameters() if self._parameters[id(p)] in call.parameters]
+            self.generated |= {id(p): weight[0].numel() for p in layer if p.ndim > 1}
+
+    def _project(self, given: dict[str, Any]) -> None:
+        """The layers of an attention that projects inside of its one call."""
+        for name, value in given.items():
+            if not isinstance(value, Tensor) or id(value) not in self._parameters:
+                continue
+            if name.endswith("_weight"):
+                self.weights[id(value)] = value.shape[1]
+            elif name.endswith("_proj_bias"):  # the other biases are a key and a value of their own
+                self.biases.add(id(value))
+        if not given["use_separate_proj_weight"]:
+            self.packed.add(id(given["in_proj_weight"]))
 
     def _averages_data(self, tensors: list[Tensor]) -> bool:
         """A softmax times the model's own input, which is a leaf as weights are: attention whose values no layer made."""

@@ -62,7 +62,7 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
 
 def weight(layer: Layer, of: str, arguments: dict[str, Value]) -> Edit:
     """The weight of a layer, drawn by `of`."""
-    return Edit(layer.weight, "fill", of, arguments, before=f"sigma_w {layer.sigma_w:.3g}")
+    return Edit(layer.weight, "fill", of, arguments, layer.rows, before=f"sigma_w {layer.sigma_w:.3g}")
 
 
 def biases(found: list[Layer], zero: bool = False) -> Iterator[Edit]:

@@ -37,7 +37,7 @@ from isograd.graph.operations import ACTIVATIONS
 from isograd.layers import Layer, is_chain, layers
 from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
 from isograd.remedies.critical_initialisation import biases, gain, weight
-from isograd.statistics import Activation, Site
+from isograd.statistics import Site
 
 SLUG = "exchange-activation"
 TREATS = ("activation", "SA301", "VG101", "EG202", "NF401", "NF402")
@@ -107,7 +107,7 @@ def differentiated(flow: Flow) -> bool:
 
 def functions(flow: Flow) -> list[str]:
     """Activation functions that the hidden signal cannot get round, once each, in the order of the forward."""
-    return list(dict.fromkeys(a.function for a in _hidden(flow)))
+    return list(dict.fromkeys(a.function for a in flow.hidden_activations))
 
 
 def own_functions(flow: Flow) -> list[Site]:
@@ -207,7 +207,7 @@ def exchanges(
     edits: dict[str, Edit] = {}
     by_hand: list[str] = []
     calls: dict[tuple[str, str], list[str]] = {}
-    hidden = _hidden(patient.flow)
+    hidden = patient.flow.hidden_activations
     called = Counter((a.site.module, a.function) for a in patient.flow.activations)
     seen = Counter((a.site.module, a.function) for a in hidden)
     elsewhere = {  # a call that each run of the model makes stands where it stands in all of them
@@ -275,11 +275,6 @@ def chain(flow: Flow, found: list[Layer]) -> float:
 
 def _lecun(layer: Layer) -> Layer:
     return replace(layer, sigma_w=1.0)
-
-
-def _hidden(flow: Flow) -> list[Activation]:
-    inside = set(flow.sites[flow.hidden])
-    return [a for a in flow.activations if a.carries and (a.site.depth < 0 or a.site in inside)]
 
 
 def _is_activation(module: nn.Module) -> bool:

@@ -124,7 +124,7 @@ def _branch_factors(patient: Patient) -> dict[str, float]:
 
 def _drawn(layer: Layer, zero: bool, factor: float) -> Edit:
     if zero:
-        return Edit(layer.weight, "fill", "nn.init.zeros_", before=f"sigma_w {layer.sigma_w:.3g}")
+        return weight(layer, "nn.init.zeros_", {})
     std = float(f"{factor * math.sqrt(2 / layer.fan_in):.6g}")
     return weight(layer, "nn.init.normal_", {"std": std})
 

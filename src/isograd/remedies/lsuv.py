@@ -2,7 +2,8 @@
 
 What it does
     Draws orthogonal weights, then runs the batch through the model layer by layer and divides each layer's
-    weights by the standard deviation of its output (layer-sequential unit variance). Biases start at zero.
+    weights by the standard deviation of its output (layer-sequential unit variance). Biases start at zero. The
+    projections of `nn.MultiheadAttention`, whose outputs nobody sees, are orthogonal and not scaled.
 
 When it helps
     Where theory has no answer: odd activations, poolings, concatenations, weights of very unequal fan-in, data that
@@ -43,7 +44,9 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     if patient.loss is None:
         yield not_applicable(SLUG, "it needs data: prescribe(diagnosis, model, loss)")
         return
-    found = [la for la in layers(patient.flow, patient.model) if la.module and la.calls == 1 and not la.head]
+    everything = layers(patient.flow, patient.model)
+    found = [la for la in everything if la.module and la.calls == 1 and not la.head]
+    hidden = [la for la in everything if la.attends and la.calls == 0]
     if not found:
         yield not_applicable(SLUG, "no trainable layer is a module that acts once")
         return
@@ -54,8 +57,8 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
             SLUG, f"unit variance would still lose {-decades:.1f} decades to the slope of {names}"
         )
         return
-    drawn = [orthogonal(layer, 1.0) for layer in found]
-    drawn += [Edit(bias, "fill", "nn.init.zeros_") for layer in found for bias in layer.biases]
+    drawn = [orthogonal(layer, 1.0) for layer in (*found, *hidden)]
+    drawn += [Edit(bias, "fill", "nn.init.zeros_") for layer in (*found, *hidden) for bias in layer.biases]
     try:
         factors = _factors(patient, found, drawn)
     except Exception as error:

@@ -133,7 +133,7 @@ def _alone(edits: list[Edit], biases: list[Edit]) -> Prescription:
 
 def _written_out(patient: Patient, found: list[Layer], states: list[Layer]) -> Iterator[Prescription]:
     widths = {layer.fan_out for layer in states}
-    inputs = [la for la in found if la.calls == 0 and not la.head and la.fan_out in widths]
+    inputs = [la for la in found if la.calls == 0 and not (la.head or la.attends) and la.fan_out in widths]
     steps = max(layer.calls for layer in states)
     size = max((seen.rms for seen in patient.flow.inputs.values()), default=1.0) or 1.0
     before = {layer.weight: f"sigma_w {layer.sigma_w:.3g}" for layer in found}

@@ -24,13 +24,13 @@ References
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from isograd.layers import Layer, layers, rms
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
-from isograd.remedies.critical_initialisation import expected, remaining, wanted
+from isograd.layers import Layer, layers
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
+from isograd.remedies.critical_initialisation import expected, remaining, wanted, weight
 
 SLUG = "rescale-weights"
 TREATS = ("initialisation", "VG101", "EG201", "EG202", "EG205", "attention-logits")
@@ -41,87 +41,62 @@ LOUD = 10.0
 """Factor beyond which a layer is scaled down alone, and a head at all, which may start at zero or small: at ten times its
 gain a loss starts at several times a constant answer."""
 
-APART = ("q_proj_weight", "k_proj_weight", "v_proj_weight", "out_proj.weight")
-"""Projections of `nn.MultiheadAttention` that have a parameter of their own; the others are in one, row behind row."""
-
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
     """One factor for each layer that is off."""
-    found = layers(patient.flow, patient.model, patient.exchanged)
-    factors = {
-        layer.weight: wanted(layer) / layer.sigma_w
-        for layer in found
-        if layer.calls <= 1 and 0 < layer.sigma_w < math.inf and (not layer.head or _loud(layer))
-    }
-    off = {name: factor for name, factor in factors.items() if abs(math.log(factor)) > math.log(OFF)}
-    loud = {name: factor for name, factor in off.items() if factor < 1 / LOUD}
-    if len(loud) == len(off) or 2 * len(loud) > len(factors):
-        loud = {}
-    packed = list(_packed(patient.model))
-    if loud or packed:  # the rest may be as it is meant to be
-        yield _scaled(patient, found, loud, len(factors), packed)
+    fit = _fit(patient)
+    off = [layer for layer in fit if abs(math.log(_factor(layer))) > math.log(OFF)]
+    loud = [layer for layer in off if _loud(layer)]
+    if loud and len(loud) < len(off) and 2 * len(loud) <= len(fit):  # the rest may be as it is meant to be
+        yield _scaled(patient, loud, len(fit))
     if not off:
-        why = (
-            "every weight has the critical gain of its activation"
-            if factors
-            else "no trainable layer was seen"
-        )
+        why = "every weight has the critical gain of its activation" if fit else "no trainable layer was seen"
         yield not_applicable(SLUG, f"{why}, or none that a factor could give it")
         return
     parameters = dict(patient.model.named_parameters())
-    if 2 * len(off) > len(factors) and all(
-        parameters[name].ndim == 2 and independent(parameters[name]) for name in off
-    ):
+    matrices = [parameters[layer.weight][slice(*layer.rows or (None,))] for layer in off]
+    if 2 * len(off) > len(fit) and all(m.ndim == 2 and independent(m) for m in matrices):
         yield not_applicable(SLUG, "the weights are independent draws: drawn anew, they lose nothing")
         return
-    yield _scaled(patient, found, off, len(factors))
+    yield _scaled(patient, off, len(fit))
 
 
-def _packed(model: nn.Module) -> Iterator[Edit]:
-    """Loud projections of `nn.MultiheadAttention`, which projects inside of one call, to sigma_w 1."""
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.MultiheadAttention):
-            continue
-        width, parameters = module.embed_dim, dict(module.named_parameters())
-        together = [("in_proj_weight", (0, 2 * width)), ("in_proj_weight", (2 * width, 3 * width))]
-        for leaf, rows in [*together, *((name, None) for name in APART)]:
-            weight = parameters.get(leaf)
-            if weight is not None and weight.requires_grad:
-                part = weight if rows is None else weight[slice(*rows)]
-                sigma_w = rms(part) * math.sqrt(part.shape[1])
-                if LOUD < sigma_w < math.inf:
-                    factor = {"other": float(f"{1 / sigma_w:.6g}")}
-                    place = f"{name}.{leaf}".lstrip(".")
-                    yield Edit(place, "fill", ".mul_", factor, rows, before=f"sigma_w {sigma_w:.3g}")
+def quietened(patient: Patient) -> Iterator[Prescription]:
+    """Only what is ten times too loud: that is wrong whatever stands around it."""
+    fit = _fit(patient)
+    if loud := [layer for layer in fit if _loud(layer)]:
+        yield _scaled(patient, loud, len(fit))
 
 
-def _scaled(
-    patient: Patient, found: list[Layer], off: dict[str, float], count: int, packed: Sequence[Edit] = ()
-) -> Prescription:
-    before = {layer.weight: f"sigma_w {layer.sigma_w:.3g}" for layer in found}
+def _fit(patient: Patient) -> list[Layer]:
+    """Layers whose size can be told to be right or wrong."""
+    return [
+        layer
+        for layer in layers(patient.flow, patient.model, patient.exchanged)
+        if layer.calls <= 1 and 0 < layer.sigma_w < math.inf and (not layer.head or _loud(layer))
+    ]
+
+
+def _factor(layer: Layer) -> float:
+    return wanted(layer) / layer.sigma_w
+
+
+def _loud(layer: Layer) -> bool:
+    return layer.sigma_w > LOUD * wanted(layer)
+
+
+def _scaled(patient: Patient, off: list[Layer], count: int) -> Prescription:
+    found = layers(patient.flow, patient.model, patient.exchanged)
     return Prescription(
         SLUG,
-        " and ".join(
-            [f"{len(off)} of {count} layers scaled to the critical gain"] * bool(off)
-            + [f"{len(packed)} projections of attentions scaled to gain 1"] * bool(packed)
-        ),
-        (
-            *(
-                Edit(name, "fill", ".mul_", {"other": float(f"{factor:.6g}")}, before=before[name])
-                for name, factor in off.items()
-            ),
-            *packed,
-        ),
+        f"{len(off)} of {count} layers scaled to the critical gain",
+        tuple(weight(layer, ".mul_", {"other": float(f"{_factor(layer):.6g}")}) for layer in off),
         reach=Reach.INITIALISATION,
         treats=TREATS,
         expected=expected(found),
         decades=remaining(patient.flow, found),
         references=("Schoenholz et al. 2017, arXiv:1611.01232", "He et al. 2015, arXiv:1502.01852"),
     )
-
-
-def _loud(head: Layer) -> bool:
-    return head.sigma_w > LOUD * wanted(head)
 
 
 def independent(weight: Tensor) -> bool:

@@ -13,7 +13,7 @@ Why it happens
 
 Evidence
     The norm of the gradient that came by the skip, over that which entered the sum, at each residual connection of the
-    backbone: 1 where the skip is whole. Told where the median is below 0.7 and less than a tenth is left of the way
+    backbone whose skip has no layers of its own: 1 where it is whole. Told where the median is below 0.7 and less than a tenth is left of the way
     through all skips; an error from 15 damped ones. Plain and residual networks of few blocks train alike.
 
 What helps
@@ -59,9 +59,13 @@ def examine(flow: Flow) -> Iterator[Outcome]:
 
 
 def _along(line: Flow) -> Outcome:
-    skips = {depth: split.skip for depth, split in line.splits.items() if not math.isnan(split.skip)}
+    skips = {
+        depth: split.skip
+        for depth, split in line.splits.items()
+        if not (split.projected or math.isnan(split.skip))
+    }
     if not skips:
-        return Healthy("no gradient comes by the residual connections")
+        return Healthy("no gradient comes by skips without layers of their own")
     middle = median(skips.values())
     left = sum(math.log10(max(skip, NOTHING)) for skip in skips.values())
     damped = [depth for depth, skip in skips.items() if skip < DAMPED]

@@ -2,17 +2,20 @@
 
 What it means
     Most elements of a sigmoid, tanh or similar lie on its flat ends, where the derivative is below 5% of
-    its largest value. Little gradient passes.
+    its largest value. Little gradient passes. Or most gates are closed: what they multiply says nothing, and the slope by
+    which they could open is as small as what they let through.
 
 Why it happens
-    Pre-activations that are too large: weights or biases drawn too large, inputs that are not normalised.
+    Pre-activations that are too large: weights or biases drawn too large, inputs that are not normalised. Gates whose
+    biases start far below zero.
 
 Evidence
     The derivative of the activation itself, element by element; only activations that a whole segment or
-    residual branch passes through count, so that a gate may close.
+    residual branch passes through count, so that a gate may close. Of bounded functions that are multiplied with another
+    part of the signal, told where more than half are saturated and let less than 0.005 through.
 
 What helps
-    Smaller weights at the critical gain, standardised inputs, normalisation before the activation.
+    Smaller weights at the critical gain, standardised inputs, normalisation before the activation. Biases of gates at zero.
 
 References
     Glorot and Bengio 2010; Rakitianskaia and Engelbrecht 2015, Measuring Saturation in Neural Networks.
@@ -25,6 +28,7 @@ from collections.abc import Iterator
 from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow
 from isograd.graph.operations import ACTIVATIONS
+from isograd.statistics import Activation
 from isograd.symptoms import Healthy, Outcome, Unexamined
 
 CODE = "SA301"
@@ -33,9 +37,18 @@ NAME = "saturated-units"
 WARNING = 0.5
 """More than half: with fewer, the rest still carries the gradient, and depth shows in its own finding."""
 
+CLOSED = 0.005
+"""rms of a gate that lets nothing through. Squeeze-and-excitation blocks whose gates start at biases of -3 and -4, 0.05 and 0.02
+open, learn slowly; at -6, 0.0025 open, they learn in 150 steps of Adam no more than at -12. Open ones, at 6 and 12, are as
+saturated, and learn as well as those that start half open."""
+
 
 def examine(flow: Flow) -> Iterator[Outcome]:
-    """Saturated share of every activation that has a largest derivative."""
+    """Saturated share of every activation that has a largest derivative, and gates that let nothing through."""
+    gates = [a for a in flow.activations if a.gate and ACTIVATIONS[a.function].bounded]
+    closed = [a for a in gates if a.saturated >= WARNING and a.output_rms < CLOSED]
+    if 2 * len(closed) > len(gates):
+        yield _closed(closed, len(gates))
     seen = [a for a in flow.activations if a.bottleneck and ACTIVATIONS[a.function].largest_slope]
     if not seen:
         yield Unexamined("no activation that saturates on the backbone")
@@ -61,4 +74,24 @@ def examine(flow: Flow) -> Iterator[Outcome]:
             "threshold": WARNING,
         },
         remedies=("critical-initialisation", "standardise-input", "insert-normalisation"),
+    )
+
+
+def _closed(closed: list[Activation], count: int) -> Finding:
+    least = min(closed, key=lambda a: a.output_rms)
+    return Finding(
+        CODE,
+        NAME,
+        Severity.WARNING,
+        f"{len(closed)} of {count} gates are closed: {least.site.name} lets {least.output_rms:.1g} through",
+        cause="what they are made of is far below zero: their branches say nothing, and their own slope is as small",
+        sites=tuple(a.site.place for a in closed[:3]),
+        evidence={
+            "open": least.output_rms,
+            "threshold": CLOSED,
+            "saturated": least.saturated,
+            "gates": count,
+            "cause": "closed-gates",
+        },
+        remedies=("zero-biases",),
     )
