@@ -65,6 +65,49 @@ def test_loops_are_compressed() -> None:
     assert "for i in range(1, 12, 2):" in code
 
 
+@pytest.mark.parametrize(
+    ("places", "loops"),
+    [
+        (["inp", *(f"layers.{i}.w" for i in range(9)), "out"], ['*(f"layers.{i}.w" for i in range(9))']),
+        (
+            [f"stage{s}.{i}.{w}" for s in (1, 2) for i in range(4) for w in ("a", "b")],
+            [f'*(f"stage{s}.{{i}}{{part}}" for i in range(4) for part in (".a", ".b"))' for s in (1, 2)],
+        ),
+        ([f"block{i:02d}.w" for i in range(4)], []),
+        (["3.w", "2.w", "1.w", "1.w", "2.w", "4.w", "6.w"], ["range(2, 7, 2)"]),
+    ],
+)
+def test_a_loop_gives_the_places_in_their_order(places: list[str], loops: list[str]) -> None:
+    """Also where some of them are in no loop, and where a number is written with zeros in front."""
+    code = Prescription(
+        "draw", "", tuple(Edit(place, "alter", "surgery.chrono_") for place in places)
+    ).to_code()
+    body = code[code.index("for name in") : code.index("chrono_(model.get_submodule")]
+    assert all(loop in body for loop in loops)
+    got: list[str] = []
+    exec(f"{body}got.append(name)", {"got": got})
+    assert got == places
+
+
+class Called(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.layer(x))
+
+
+def test_calls_that_are_exchanged_are_exchanged_in_a_compiled_model_too() -> None:
+    """Dynamo traced the mode without seeing the line that it asks for, and left the exchange out."""
+    line = f"test_prescription.py:{Called.forward.__code__.co_firstlineno + 1}"
+    arguments = {"of": "sigmoid", "to": "tanh", "lines": (line,)}
+    rx = Prescription("exchange", "", (Edit("0", "alter", "calls.exchange_calls", arguments),))
+    model, x = apply(nn.Sequential(Called(), nn.Linear(4, 2)), rx), torch.randn(3, 4)
+    assert torch.equal(model[0](x), torch.tanh(model[0].layer(x)))
+    assert torch.equal(torch.compile(model, backend="eager")(x), model(x))
+
+
 def test_order_does_not_matter() -> None:
     model = mlp(nn.Sigmoid, 6)
     assert same(apply(model, [drawn(), exchanged()]), apply(model, [exchanged(), drawn()]))
