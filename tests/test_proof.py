@@ -295,6 +295,10 @@ def wordy(model, seed):
 
 def criterion(output):
     return output.mean()
+
+class Pair:
+    def __init__(self, model, seed):
+        pass
 """
 
 
@@ -317,10 +321,11 @@ def test_repair_prove_ends_with_a_proof(net: str, capsys: pytest.CaptureFixture[
 def test_a_function_that_is_no_training_is_refused_in_words(
     net: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as left:
-        main(["repair", f"{net}:build", "--prove", "--train", f"{net}:criterion"])
-    assert left.value.code == 2
-    assert "it is called as train(model, seed)" in capsys.readouterr().err
+    for name in ("criterion", "Pair"):
+        with pytest.raises(SystemExit) as left:
+            main(["repair", f"{net}:build", "--prove", "--train", f"{net}:{name}"])
+        assert left.value.code == 2
+        assert "it is called as train(model, seed)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stopped", [KeyboardInterrupt(), TargetError("it was not proven")])

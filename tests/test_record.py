@@ -449,6 +449,16 @@ def test_what_is_no_run_is_said(tmp_path: Path) -> None:
         Run.create(tmp_path / database.FILE)
 
 
+def test_tables_that_cannot_be_written_are_no_error_of_ours(tmp_path: Path) -> None:
+    with Run.create(tmp_path / "run") as run:
+        run.append(reading(0))
+    (tmp_path / "file").touch()
+    status, text = in_shell(["export", str(tmp_path / "run"), "-o", str(tmp_path / "file" / "tables")])
+    assert status == 2
+    assert "could not be written: Not a directory" in text
+    assert "bug in isograd" not in text
+
+
 def test_a_record_that_was_damaged_is_said(tmp_path: Path) -> None:
     """By Python and by every command; a list of runs goes on with the others."""
     for name in ("broken", "whole"):

@@ -65,7 +65,7 @@ def named(text: str) -> Train:
     """The training function that `file.py:train` names."""
     found: Any = resolve(text, model=False)
     takes = list(inspect.signature(found).parameters) if callable(found) else []
-    if len(takes) < 2:
+    if len(takes) < 2 or isinstance(found, type):
         raise TargetError(
             f"{text} is no training",
             why="it is called as train(model, seed) and returns a score, higher being better",
