@@ -154,7 +154,7 @@ class Stretch:
 
     @property
     def name(self) -> str:
-        tail = "{part}" if len(self.tails) > 1 else _braced(self.tails[0])
+        tail = _braced(self.tails[0]) if len(self.tails) == 1 else "{part}"
         return f'f"{_braced(self.head)}{{i}}{tail}"'
 
 
