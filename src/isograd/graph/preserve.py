@@ -78,13 +78,14 @@ def copied(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model, dict(done))
     except Exception:
-        shared = {id(value): value for module in model.modules() for value in _uncopied(module, done)}
+        tried = dict(done)
+        shared = {id(value): value for module in model.modules() for value in _uncopied(module, tried)}
         if not shared:
             raise
         return copy.deepcopy(model, done | shared)
 
 
-def _uncopied(module: nn.Module, done: dict[int, Any]) -> Iterator[Any]:
+def _uncopied(module: nn.Module, tried: dict[int, Any]) -> Iterator[Any]:
     """Values among the attributes of a module that cannot be copied and hold no part of a model."""
     for name, value in vars(module).items():
         if name in vars(nn.Module()) or any(
@@ -92,6 +93,6 @@ def _uncopied(module: nn.Module, done: dict[int, Any]) -> Iterator[Any]:
         ):
             continue
         try:
-            copy.deepcopy(value, dict(done))
+            copy.deepcopy(value, tried)
         except Exception:
             yield value
