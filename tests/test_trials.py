@@ -183,6 +183,15 @@ def test_ctrl_c_stops_the_workers_and_keeps_what_was_done(tmp_path: Path) -> Non
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 1
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+    """They hold their queue open themselves, and would wait for a task for ever."""
+    process = script(tmp_path, 1)
+    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
+    process.kill()
+    process.communicate(timeout=60)  # its output ends when the last worker has let go of it
+
+
 def until(true: Callable[[], bool], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
     while not true():

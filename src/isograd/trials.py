@@ -29,12 +29,14 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -181,7 +183,7 @@ def _pool(trials: int) -> Iterator[ProcessPoolExecutor]:
     context = multiprocessing.get_context("spawn")
     workers = min(trials, _cores())
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_worker)
     try:
         yield pool
     except BaseException:  # also when the consumer of the results is gone
@@ -197,11 +199,20 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _one_thread() -> None:
+def _worker() -> None:
+    """Set up a process of the pool: one torch thread, and it ends with its parent, however that ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then stops its workers
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     import torch
 
     torch.set_num_threads(1)
+
+
+def _end_with(parent: BaseProcess | None) -> None:
+    """A worker waits for tasks on a pipe that it holds open itself: it would not notice that nobody is left."""
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @contextmanager

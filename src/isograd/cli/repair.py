@@ -122,8 +122,10 @@ def repair(
             proof = _proof(target, inputs, found.prescription, aim.loss, train, seeds, store)
         except KeyboardInterrupt:
             stopped = True
-            kept = "" if store is None else f"; the same command goes on from {store}"
-            click.echo(f"the proof was interrupted before three pairs were complete{kept}", err=True)
+            kept = (
+                "--store FILE keeps trainings" if store is None else f"the same command goes on from {store}"
+            )
+            click.echo(f"the proof was interrupted before three pairs were complete; {kept}", err=True)
         except TargetError as raised:
             error = raised
     _print(found, proof, form)
