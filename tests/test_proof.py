@@ -6,6 +6,8 @@ import json
 import math
 import random
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,20 @@ def test_harm_is_called_harm() -> None:
     found = prove(deep(), EMPTY_HEAD, fixed(0.9, 0.2, 0.01), map=map)
     assert not found.helps
     assert found.sentence.startswith("The repair does harm: 0.2")
+
+
+def test_threads_of_one_process_train_one_after_the_other() -> None:
+    """They share torch's random generators: side by side, no training has the random numbers of its seed."""
+
+    def dropped(model: nn.Module, seed: int) -> float:
+        with torch.no_grad():
+            drawn = [torch.rand(()).item() for _ in range(20) if time.sleep(1e-3) is None]
+            return model(points(0)[0]).norm().item() + sum(drawn)
+
+    with ThreadPoolExecutor(3) as threads:
+        side_by_side = prove(deep(), ORTHOGONAL, dropped, seeds=3, map=threads)
+    alone = prove(deep(), ORTHOGONAL, dropped, seeds=3, map=map)
+    assert {n: a.scores for n, a in side_by_side.arms.items()} == {n: a.scores for n, a in alone.arms.items()}
 
 
 def test_a_control_that_does_as_well_is_named() -> None:

@@ -183,6 +183,11 @@ def test_ctrl_c_stops_the_workers_and_keeps_what_was_done(tmp_path: Path) -> Non
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 1
 
 
+def test_a_number_of_workers_is_no_map() -> None:
+    with pytest.raises(TypeError, match=r"map=4 is neither an Executor nor called like map"):
+        run(str, [1], map=4)  # pyright: ignore[reportArgumentType]
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="signals")
 def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
     """They hold their queue open themselves, and would wait for a task for ever."""

@@ -96,8 +96,11 @@ def run(
     Raises:
         Interrupted: a `KeyboardInterrupt` that holds what was done. Workers that were started here are
             stopped; trials that an executor of the caller's has not begun are cancelled.
+        TypeError: `map` can be called by nobody: it is no number of workers.
         ValueError: the store is some other file, or a setting or a result is not JSON.
     """
+    if map is not None and not isinstance(map, Executor) and not callable(map):
+        raise TypeError(f"map={map!r} is neither an Executor nor called like map: map=ProcessPoolExecutor(4)")
     asked = list(settings)
     keys = [_key(setting) for setting in asked] if store is not None else []
     known = _read(Path(store)) if store is not None else {}
