@@ -189,6 +189,65 @@ def test_an_optimizer_follows_to_the_copy() -> None:
     assert held[1] in optimizer.state
 
 
+def stepped(optimizer: torch.optim.Optimizer, model: nn.Module) -> set[str]:
+    """Names of the parameters that a step moves."""
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def closure() -> Tensor:
+        model.zero_grad()
+        loss = model(torch.ones(4, 64)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # pyright: ignore[reportArgumentType]
+    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+
+
+LEARNED = Prescription("learned", "", (Edit("1", "replace", "nn.PReLU"),), reach=Reach.ACTIVATION)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_lbfgs_follows_and_forgets_the_curvature_of_another_function(in_place: bool) -> None:
+    model = mlp(nn.Sigmoid, 2)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+    assert "0.weight" in stepped(optimizer, model)
+    changed = apply(model, LEARNED, in_place=in_place, optimizer=optimizer)
+    assert {"0.weight", "1.weight"} <= stepped(optimizer, changed)
+
+
+def test_names_of_an_optimizer_are_those_of_the_new_model() -> None:
+    model = mlp(nn.Sigmoid, 2)
+    optimizer = torch.optim.Adam(model.named_parameters())
+    rx = LEARNED + Prescription("w", "", (Edit("0", "wrap", "nn.Sequential"),))
+    changed = apply(model, rx, optimizer=optimizer)
+    assert sorted(optimizer.param_groups[0]["param_names"]) == sorted(
+        n for n, _ in changed.named_parameters()
+    )
+
+
+def test_a_new_parameter_joins_those_of_as_many_axes() -> None:
+    """Weight decay and Muon split a model so."""
+    model = mlp(nn.Sigmoid, 2)
+    few, many = ([p for p in model.parameters() if (p.ndim > 1) is so] for so in (False, True))
+    optimizer = torch.optim.AdamW([{"params": few, "weight_decay": 0.0}, {"params": many}])
+    changed = apply(model, LEARNED, optimizer=optimizer)
+    assert any(p is changed.get_parameter("1.weight") for p in optimizer.param_groups[0]["params"])
+    muon, adam = torch.optim.Muon(many), torch.optim.Adam(few)
+    changed = apply(model, LEARNED, optimizer=[muon, adam])
+    assert any(p is changed.get_parameter("1.weight") for p in adam.param_groups[0]["params"])
+    alone = torch.optim.Muon([p for p in model.parameters() if p.ndim > 1])
+    with pytest.warns(
+        UserWarning, match=r"in no group of the optimizer, which trains others only: 1\.weight"
+    ):
+        apply(model, LEARNED, optimizer=alone)
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    optimizer = torch.optim.Adam(mlp(nn.Sigmoid, 2).parameters())
+    with pytest.raises(ValueError, match="the optimizer trains no parameter of this model"):
+        apply(mlp(nn.Sigmoid, 2), LEARNED, optimizer=optimizer)
+
+
 def test_keys_that_change_are_told() -> None:
     rx = Prescription("w", "", (Edit("0", "wrap", "nn.Sequential"),))
     model = mlp(nn.ReLU, 1)
