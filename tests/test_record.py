@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import itertools
 import multiprocessing
@@ -23,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import isograd
 from isograd.cli import main
@@ -390,6 +392,25 @@ with warnings.catch_warnings(record=True) as told, Run.create(sys.argv[1]) as ru
     run.append(reading(300))
     print(len(told), held, run.last)
 """
+
+
+def test_a_full_disk_is_told_at_the_line_that_watches(tmp_path: Path) -> None:
+    """It is found out on a thread of its own, on whose stack nothing of the user's is."""
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = Run.create(tmp_path / "run")
+    (pages,) = run._db.execute("PRAGMA page_count").fetchone()
+    run._db.execute(f"PRAGMA max_page_count = {pages}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        monitor, line = isograd.watch(model, optimizer, run=run, budget=1), inspect.stack()[0].lineno
+        for _ in range(300):
+            model(torch.ones(2, 4)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        monitor.close()
+    (told,) = [w for w in caught if "cannot record into" in str(w.message)]
+    assert (told.filename, told.lineno) == (__file__, line)
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits on a process's files")

@@ -337,8 +337,7 @@ def apply(
         if left:
             warn(
                 f"new parameters are in no group of the optimizer, which trains others only: {', '.join(left)}; give "
-                "apply all optimizers, or add_param_group to the one that is to train them",
-                stacklevel=2,
+                "apply all optimizers, or add_param_group to the one that is to train them"
             )
     return changed
 

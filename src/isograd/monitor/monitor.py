@@ -296,8 +296,7 @@ class Monitor:
             for tap in self._taps:
                 tap.remove()
             warn(
-                f"isograd.watch failed and has stopped watching; the training goes on unchanged. {type(error).__name__}: {error}",
-                stacklevel=2,
+                f"isograd.watch failed and has stopped watching; the training goes on unchanged. {type(error).__name__}: {error}"
             )
         self._cost.leave()
 
