@@ -166,7 +166,7 @@ def test_any_thread_may_append(tmp_path: Path) -> None:
 def test_a_second_process_gets_a_run_of_its_own(tmp_path: Path) -> None:
     with Run.create(tmp_path / "run") as first:
         with pytest.warns(
-            UserWarning, match="another process is recording into .*run: this run goes to .*run-2"
+            UserWarning, match="another training is being recorded into .*run: this run goes to .*run-2"
         ):
             second = Run.create(tmp_path / "run")
         first.append(reading(0))
@@ -392,6 +392,23 @@ with warnings.catch_warnings(record=True) as told, Run.create(sys.argv[1]) as ru
     run.append(reading(300))
     print(len(told), held, run.last)
 """
+
+
+def test_a_cell_that_is_run_again_goes_on_with_its_record(tmp_path: Path) -> None:
+    """The monitor before it is closed first: its record was still held, by "another process"."""
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.Adam(model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for last in (4, 9):
+            monitor = isograd.watch(model, optimizer, run=tmp_path / "run")
+            for _ in range(5):
+                model(torch.ones(2, 4)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            assert monitor.latest().step == last
+    monitor.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_full_disk_is_told_at_the_line_that_watches(tmp_path: Path) -> None:

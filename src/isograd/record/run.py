@@ -171,7 +171,7 @@ class Run:
                 strangers = True
                 continue
             if strangers:
-                warn(f"another process is recording into {wanted}: this run goes to {path}")
+                warn(f"another training is being recorded into {wanted}: this run goes to {path}")
             try:
                 return cls(path, database.connect(path), held, memory=detectors, limit=limit)
             except BaseException:
