@@ -384,6 +384,7 @@ def test_arguments_that_lead_nowhere_are_refused_before_the_search(
         (["-o", "/no/such/folder/patch.py"], "there is no folder /no/such/folder"),
         (["--store", "proof.jsonl"], "give --prove as well"),
         (["--trainings", "2"], "give one of them as well"),
+        (["--train", "train"], "a training is file.py:name"),
     ):
         with pytest.raises(SystemExit) as left:
             main(["repair", f"{net}:build", *options])

@@ -63,6 +63,12 @@ def proof(
 
 def named(text: str) -> Train:
     """The training function that `file.py:train` names."""
+    if ":" not in text:
+        raise TargetError(
+            f"{text} names no training",
+            why="a training is file.py:name or package.module:name",
+            type_=f"--train {text if text.endswith('.py') else 'net.py'}:train",
+        )
     found: Any = resolve(text, model=False)
     takes = list(inspect.signature(found).parameters) if callable(found) else []
     if len(takes) < 2 or isinstance(found, type):

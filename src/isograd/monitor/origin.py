@@ -96,7 +96,10 @@ def origin(history: History) -> Cause:
     if thrown is not None:
         return thrown
     what = "inputs, weights and the size of the steps" if updates else "inputs and learning rate"
-    words = f"not told by the run: {what} were as before; look at the batch"
+    words = (
+        f"not told by the run: {what} were as before; look at the batch, and at what the loss passes through that this "
+        "optimizer does not train"
+    )
     return Cause(words, "unclear", ("clip-gradients", "lower-learning-rate"))
 
 
