@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -181,6 +182,15 @@ def test_ctrl_c_stops_the_workers_and_keeps_what_was_done(tmp_path: Path) -> Non
     worker = int((tmp_path / "pid").read_text())
     until(lambda: not alive(worker))
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 1
+
+
+def test_what_cannot_travel_is_told_to_stay() -> None:
+    lock = threading.Lock()
+    (only,) = run(lambda _: lock.locked(), [1])
+    assert isinstance(only, Failed)
+    assert "cannot pickle" in only.error
+    assert "map=map runs trials in this process" in only.error
+    assert run(lambda _: lock.locked(), [1], map=map) == [False]
 
 
 def test_a_number_of_workers_is_no_map() -> None:

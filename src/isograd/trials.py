@@ -173,8 +173,9 @@ def _submitted(tasks: Sequence[_Task], executor: Executor) -> Iterator[tuple[int
             except BrokenProcessPool:
                 why = "a worker process died before this trial was done: out of memory, or killed"
                 yield futures[future], Failed(f"BrokenProcessPool: {why}")
-            except Exception as error:  # the result could not be sent back
-                yield futures[future], Failed(_said(error), traceback.format_exc())
+            except Exception as error:  # what the trial itself raises is a result
+                why = f"{_said(error)} (on the way to a worker or back; map=map runs trials in this process)"
+                yield futures[future], Failed(why, traceback.format_exc())
     finally:
         for future in futures:
             future.cancel()
