@@ -392,6 +392,20 @@ def test_arguments_that_lead_nowhere_are_refused_before_the_search(
         assert said in capsys.readouterr().err
 
 
+def test_a_store_that_cannot_be_written_is_told_after_what_was_found(
+    net: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    store = str(tmp_path / "file" / "proof.jsonl")
+    with pytest.raises(SystemExit) as left:
+        main(["repair", f"{net}:build", "--prove", "--seeds", "3", "--store", store])
+    assert left.value.code == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("cured")
+    assert "was not proven: " in err
+    assert "bug in isograd" not in err
+
+
 def test_without_a_training_the_target_s_own_batch_is_fitted(net: str) -> None:
     rx = weights("nn.init.orthogonal_", range(0, 24, 2), gain=math.sqrt(2))
     found = proof_of(f"{net}:build", (), rx, load(f"{net}:build").loss, train=None, seeds=3)

@@ -57,7 +57,7 @@ def proof(
 
     try:
         return prove(build, rx, trained, seeds=seeds, loss=loss, store=store, progress=progress)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:  # the last: a store that cannot be written
         raise TargetError(f"{text} was not proven: {error}") from error
 
 
