@@ -216,11 +216,11 @@ def effects_of(model: nn.Module, loss: Loss) -> tuple[Effect, ...]:
 
 
 class Locked(nn.Sequential):
-    """Holds what cannot be copied."""
+    """Holds what cannot be copied, and with `beside` a tensor in one place with it."""
 
-    def __init__(self, *parts: nn.Module) -> None:
+    def __init__(self, *parts: nn.Module, beside: Tensor | None = None) -> None:
         super().__init__(*parts)
-        self.lock = threading.Lock()
+        self.kept = {"lock": threading.Lock(), "beside": beside}
 
 
 class Logistic(torch.autograd.Function):
@@ -314,10 +314,22 @@ def test_an_affine_module_is_no_activation() -> None:
 def test_a_model_that_cannot_be_copied_is_diagnosed_and_its_causes_are_untested() -> None:
     torch.manual_seed(0)
     model, loss = sigmoid_xavier(10)
-    finding = found(check(Locked(*model), loss), "VG101")  # pyright: ignore[reportArgumentType]
+    locked = Locked(*model.children(), beside=torch.zeros(1))
+    finding = found(check(locked, loss), "VG101")
     assert all(math.isnan(e.given_back) and "could not be tested" in e.note for e in finding.effects)
     assert finding.cause == "no change could be tried on a copy"
     assert "cause" not in finding.evidence
+
+
+def test_what_cannot_be_copied_is_shared_where_it_is_no_part_of_the_model() -> None:
+    torch.manual_seed(0)
+    model, loss = sigmoid_xavier(10)
+    locked = Locked(*model.children())
+    cured = repair(locked, loss)
+    assert cured.cured
+    assert isinstance(cured.model, Locked)
+    assert cured.model.kept is locked.kept
+    assert not {id(p) for p in cured.model.parameters()} & {id(p) for p in locked.parameters()}
 
 
 def test_a_loss_that_closes_over_its_own_model_leaves_the_causes_untested() -> None:

@@ -323,6 +323,24 @@ def test_a_report_for_a_folder_that_is_missing_is_refused_before_anything_is_bui
     assert "there is no folder no/such to write report to" in result.err
 
 
+@pytest.mark.parametrize("command", ["check", "repair", "spectrum", "horizon"])
+@pytest.mark.parametrize("target", ["net.py:shallow", "net:shallow"])
+def test_the_user_s_own_code_is_not_written_over(run: Run, command: str, target: str) -> None:
+    result = run(f"{command} {target} -o ./net.py")
+    assert result.status == 2
+    assert f"-o would write over net.py, which holds {target}" in result.err
+    assert Path("net.py").read_text() == NET
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("command", ["check net.py:shallow", "repair net.py:sigmoids"])
+def test_a_full_disk_is_no_error_of_ours(run: Run, command: str) -> None:
+    result = run(f"{command} -o /dev/full")
+    assert result.status == 2
+    assert result.err.endswith("/dev/full could not be written: No space left on device\n")
+    assert result.out.startswith("cured" if command.startswith("repair") else "")
+
+
 @pytest.mark.parametrize("command", ["check", "repair", "spectrum"])
 def test_what_to_type_is_the_command_that_was_typed(run: Run, command: str) -> None:
     assert f"try  isograd {command} net.py:" in run(f"{command} net.py").err

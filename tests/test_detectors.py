@@ -517,6 +517,28 @@ def test_the_layer_that_moved_first_is_named() -> None:
     assert 12 <= float(spike.evidence["lead"]) <= 20
 
 
+@pytest.mark.parametrize("every", [1, 4])
+@pytest.mark.parametrize("stepped", [False, True])
+def test_a_weight_that_something_else_wrote_to_is_named(every: int, stepped: bool) -> None:
+    """Its norm changes by more than the optimizer's steps can make of it; where one is long enough, nothing is said."""
+    steps: list[Step | Reading] = []
+    for i, step in enumerate(falling(120) + [replace(LOW, loss=3.0, grad=0.5)] * 20):
+        reading, one = made(i, step), torch.tensor([name == "3.weight" for name in SITES])
+        changed = dict(reading.columns)
+        if i >= 120:
+            changed["weight_norm"] = changed["weight_norm"] * torch.where(one, 10.0, 1.0)
+        if i == 120 and stepped:
+            changed["update_norm"] = changed["update_norm"].where(~one, 90.0)
+        kept = changed if i % every == 0 else {name: changed[name] for name in ("grad_norm", "nonfinite")}
+        steps.append(replace(reading, columns=kept))
+    causes = {finding.cause for _, finding in told(steps)}
+    named = {
+        cause for cause in causes if cause.startswith("the norm of 3.weight went from 10 to 100, of which")
+    }
+    assert bool(named) is not stepped
+    assert causes
+
+
 # -- state ---------------------------------------------------------------------------------------------------
 
 

@@ -65,6 +65,49 @@ def test_loops_are_compressed() -> None:
     assert "for i in range(1, 12, 2):" in code
 
 
+@pytest.mark.parametrize(
+    ("places", "loops"),
+    [
+        (["inp", *(f"layers.{i}.w" for i in range(9)), "out"], ['*(f"layers.{i}.w" for i in range(9))']),
+        (
+            [f"stage{s}.{i}.{w}" for s in (1, 2) for i in range(4) for w in ("a", "b")],
+            [f'*(f"stage{s}.{{i}}{{part}}" for i in range(4) for part in (".a", ".b"))' for s in (1, 2)],
+        ),
+        ([f"block{i:02d}.w" for i in range(4)], []),
+        (["3.w", "2.w", "1.w", "1.w", "2.w", "4.w", "6.w"], ["range(2, 7, 2)"]),
+    ],
+)
+def test_a_loop_gives_the_places_in_their_order(places: list[str], loops: list[str]) -> None:
+    """Also where some of them are in no loop, and where a number is written with zeros in front."""
+    code = Prescription(
+        "draw", "", tuple(Edit(place, "alter", "surgery.chrono_") for place in places)
+    ).to_code()
+    body = code[code.index("for name in") : code.index("chrono_(model.get_submodule")]
+    assert all(loop in body for loop in loops)
+    got: list[str] = []
+    exec(f"{body}got.append(name)", {"got": got})
+    assert got == places
+
+
+class Called(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.layer(x))
+
+
+def test_calls_that_are_exchanged_are_exchanged_in_a_compiled_model_too() -> None:
+    """Dynamo traced the mode without seeing the line that it asks for, and left the exchange out."""
+    line = f"test_prescription.py:{Called.forward.__code__.co_firstlineno + 1}"
+    arguments = {"of": "sigmoid", "to": "tanh", "lines": (line,)}
+    rx = Prescription("exchange", "", (Edit("0", "alter", "calls.exchange_calls", arguments),))
+    model, x = apply(nn.Sequential(Called(), nn.Linear(4, 2)), rx), torch.randn(3, 4)
+    assert torch.equal(model[0](x), torch.tanh(model[0].layer(x)))
+    assert torch.equal(torch.compile(model, backend="eager")(x), model(x))
+
+
 def test_order_does_not_matter() -> None:
     model = mlp(nn.Sigmoid, 6)
     assert same(apply(model, [drawn(), exchanged()]), apply(model, [exchanged(), drawn()]))
@@ -144,6 +187,65 @@ def test_an_optimizer_follows_to_the_copy() -> None:
     assert [id(p) for p in held] == [id(p) for p in changed.parameters()]
     assert held[0] not in optimizer.state  # refilled: its moments were of other weights
     assert held[1] in optimizer.state
+
+
+def stepped(optimizer: torch.optim.Optimizer, model: nn.Module) -> set[str]:
+    """Names of the parameters that a step moves."""
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def closure() -> Tensor:
+        model.zero_grad()
+        loss = model(torch.ones(4, 64)).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)  # pyright: ignore[reportArgumentType]
+    return {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+
+
+LEARNED = Prescription("learned", "", (Edit("1", "replace", "nn.PReLU"),), reach=Reach.ACTIVATION)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_lbfgs_follows_and_forgets_the_curvature_of_another_function(in_place: bool) -> None:
+    model = mlp(nn.Sigmoid, 2)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+    assert "0.weight" in stepped(optimizer, model)
+    changed = apply(model, LEARNED, in_place=in_place, optimizer=optimizer)
+    assert {"0.weight", "1.weight"} <= stepped(optimizer, changed)
+
+
+def test_names_of_an_optimizer_are_those_of_the_new_model() -> None:
+    model = mlp(nn.Sigmoid, 2)
+    optimizer = torch.optim.Adam(model.named_parameters())
+    rx = LEARNED + Prescription("w", "", (Edit("0", "wrap", "nn.Sequential"),))
+    changed = apply(model, rx, optimizer=optimizer)
+    assert sorted(optimizer.param_groups[0]["param_names"]) == sorted(
+        n for n, _ in changed.named_parameters()
+    )
+
+
+def test_a_new_parameter_joins_those_of_as_many_axes() -> None:
+    """Weight decay and Muon split a model so."""
+    model = mlp(nn.Sigmoid, 2)
+    few, many = ([p for p in model.parameters() if (p.ndim > 1) is so] for so in (False, True))
+    optimizer = torch.optim.AdamW([{"params": few, "weight_decay": 0.0}, {"params": many}])
+    changed = apply(model, LEARNED, optimizer=optimizer)
+    assert any(p is changed.get_parameter("1.weight") for p in optimizer.param_groups[0]["params"])
+    muon, adam = torch.optim.Muon(many), torch.optim.Adam(few)
+    changed = apply(model, LEARNED, optimizer=[muon, adam])
+    assert any(p is changed.get_parameter("1.weight") for p in adam.param_groups[0]["params"])
+    alone = torch.optim.Muon([p for p in model.parameters() if p.ndim > 1])
+    with pytest.warns(
+        UserWarning, match=r"in no group of the optimizer, which trains others only: 1\.weight"
+    ):
+        apply(model, LEARNED, optimizer=alone)
+
+
+def test_an_optimizer_of_another_model_is_refused() -> None:
+    optimizer = torch.optim.Adam(mlp(nn.Sigmoid, 2).parameters())
+    with pytest.raises(ValueError, match="the optimizer trains no parameter of this model"):
+        apply(mlp(nn.Sigmoid, 2), LEARNED, optimizer=optimizer)
 
 
 def test_keys_that_change_are_told() -> None:

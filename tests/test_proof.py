@@ -6,6 +6,8 @@ import json
 import math
 import random
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +125,20 @@ def test_harm_is_called_harm() -> None:
     found = prove(deep(), EMPTY_HEAD, fixed(0.9, 0.2, 0.01), map=map)
     assert not found.helps
     assert found.sentence.startswith("The repair does harm: 0.2")
+
+
+def test_threads_of_one_process_train_one_after_the_other() -> None:
+    """They share torch's random generators: side by side, no training has the random numbers of its seed."""
+
+    def dropped(model: nn.Module, seed: int) -> float:
+        with torch.no_grad():
+            drawn = [torch.rand(()).item() for _ in range(20) if time.sleep(1e-3) is None]
+            return model(points(0)[0]).norm().item() + sum(drawn)
+
+    with ThreadPoolExecutor(3) as threads:
+        side_by_side = prove(deep(), ORTHOGONAL, dropped, seeds=3, map=threads)
+    alone = prove(deep(), ORTHOGONAL, dropped, seeds=3, map=map)
+    assert {n: a.scores for n, a in side_by_side.arms.items()} == {n: a.scores for n, a in alone.arms.items()}
 
 
 def test_a_control_that_does_as_well_is_named() -> None:
@@ -295,6 +311,10 @@ def wordy(model, seed):
 
 def criterion(output):
     return output.mean()
+
+class Pair:
+    def __init__(self, model, seed):
+        pass
 """
 
 
@@ -317,10 +337,11 @@ def test_repair_prove_ends_with_a_proof(net: str, capsys: pytest.CaptureFixture[
 def test_a_function_that_is_no_training_is_refused_in_words(
     net: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as left:
-        main(["repair", f"{net}:build", "--prove", "--train", f"{net}:criterion"])
-    assert left.value.code == 2
-    assert "it is called as train(model, seed)" in capsys.readouterr().err
+    for name in ("criterion", "Pair"):
+        with pytest.raises(SystemExit) as left:
+            main(["repair", f"{net}:build", "--prove", "--train", f"{net}:{name}"])
+        assert left.value.code == 2
+        assert "it is called as train(model, seed)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("stopped", [KeyboardInterrupt(), TargetError("it was not proven")])
@@ -363,11 +384,26 @@ def test_arguments_that_lead_nowhere_are_refused_before_the_search(
         (["-o", "/no/such/folder/patch.py"], "there is no folder /no/such/folder"),
         (["--store", "proof.jsonl"], "give --prove as well"),
         (["--trainings", "2"], "give one of them as well"),
+        (["--train", "train"], "a training is file.py:name"),
     ):
         with pytest.raises(SystemExit) as left:
             main(["repair", f"{net}:build", *options])
         assert left.value.code == 2
         assert said in capsys.readouterr().err
+
+
+def test_a_store_that_cannot_be_written_is_told_after_what_was_found(
+    net: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    store = str(tmp_path / "file" / "proof.jsonl")
+    with pytest.raises(SystemExit) as left:
+        main(["repair", f"{net}:build", "--prove", "--seeds", "3", "--store", store])
+    assert left.value.code == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("cured")
+    assert "was not proven: " in err
+    assert "bug in isograd" not in err
 
 
 def test_without_a_training_the_target_s_own_batch_is_fitted(net: str) -> None:

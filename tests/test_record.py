@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import itertools
 import multiprocessing
@@ -23,6 +24,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import isograd
 from isograd.cli import main
@@ -164,7 +166,7 @@ def test_any_thread_may_append(tmp_path: Path) -> None:
 def test_a_second_process_gets_a_run_of_its_own(tmp_path: Path) -> None:
     with Run.create(tmp_path / "run") as first:
         with pytest.warns(
-            UserWarning, match="another process is recording into .*run: this run goes to .*run-2"
+            UserWarning, match="another training is being recorded into .*run: this run goes to .*run-2"
         ):
             second = Run.create(tmp_path / "run")
         first.append(reading(0))
@@ -392,6 +394,42 @@ with warnings.catch_warnings(record=True) as told, Run.create(sys.argv[1]) as ru
 """
 
 
+def test_a_cell_that_is_run_again_goes_on_with_its_record(tmp_path: Path) -> None:
+    """The monitor before it is closed first: its record was still held, by "another process"."""
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.Adam(model.parameters())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for last in (4, 9):
+            monitor = isograd.watch(model, optimizer, run=tmp_path / "run")
+            for _ in range(5):
+                model(torch.ones(2, 4)).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            assert monitor.latest().step == last
+    monitor.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_full_disk_is_told_at_the_line_that_watches(tmp_path: Path) -> None:
+    """It is found out on a thread of its own, on whose stack nothing of the user's is."""
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = Run.create(tmp_path / "run")
+    (pages,) = run._db.execute("PRAGMA page_count").fetchone()
+    run._db.execute(f"PRAGMA max_page_count = {pages}")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        monitor, line = isograd.watch(model, optimizer, run=run, budget=1), inspect.stack()[0].lineno
+        for _ in range(300):
+            model(torch.ones(2, 4)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        monitor.close()
+    (told,) = [w for w in caught if "cannot record into" in str(w.message)]
+    assert (told.filename, told.lineno) == (__file__, line)
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits on a process's files")
 def test_the_system_lets_no_file_grow_further(tmp_path: Path) -> None:
     """The write itself fails, as on a full disk: one warning, a gap, and a whole record."""
@@ -447,6 +485,16 @@ def test_what_is_no_run_is_said(tmp_path: Path) -> None:
         Run.open(tmp_path)
     with pytest.raises(ValueError, match="is a file: a run is a directory"):
         Run.create(tmp_path / database.FILE)
+
+
+def test_tables_that_cannot_be_written_are_no_error_of_ours(tmp_path: Path) -> None:
+    with Run.create(tmp_path / "run") as run:
+        run.append(reading(0))
+    (tmp_path / "file").touch()
+    status, text = in_shell(["export", str(tmp_path / "run"), "-o", str(tmp_path / "file" / "tables")])
+    assert status == 2
+    assert "could not be written: Not a directory" in text
+    assert "bug in isograd" not in text
 
 
 def test_a_record_that_was_damaged_is_said(tmp_path: Path) -> None:

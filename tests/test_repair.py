@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import math
 import signal
@@ -714,6 +715,19 @@ def test_the_command_prints_the_diff_and_writes_a_patch(
     exec(NET, names)
     model, loss = names["build"]()
     assert check(names["repair"](model), loss).verdict == "healthy"
+
+
+def test_a_patch_whose_name_is_no_name_in_python_is_told_how_to_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    Path("dashed_net.py").write_text(NET)
+    assert command("dashed_net.py:build", "-o", "my-patch.py") == 0
+    told = capsys.readouterr().err.rpartition("is made: ")[2]
+    names: dict[str, Any] = {"model": importlib.import_module("dashed_net").build()[0]}
+    exec(told, names)
+    assert isinstance(names["model"][1], nn.Tanh)
 
 
 def test_the_command_says_what_it_could_not_do(

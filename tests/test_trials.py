@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -181,6 +182,29 @@ def test_ctrl_c_stops_the_workers_and_keeps_what_was_done(tmp_path: Path) -> Non
     worker = int((tmp_path / "pid").read_text())
     until(lambda: not alive(worker))
     assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 1
+
+
+def test_what_cannot_travel_is_told_to_stay() -> None:
+    lock = threading.Lock()
+    (only,) = run(lambda _: lock.locked(), [1])
+    assert isinstance(only, Failed)
+    assert "cannot pickle" in only.error
+    assert "map=map runs trials in this process" in only.error
+    assert run(lambda _: lock.locked(), [1], map=map) == [False]
+
+
+def test_a_number_of_workers_is_no_map() -> None:
+    with pytest.raises(TypeError, match=r"map=4 is neither an Executor nor called like map"):
+        run(str, [1], map=4)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="signals")
+def test_workers_end_with_a_parent_that_was_killed(tmp_path: Path) -> None:
+    """They hold their queue open themselves, and would wait for a task for ever."""
+    process = script(tmp_path, 1)
+    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
+    process.kill()
+    process.communicate(timeout=60)  # its output ends when the last worker has let go of it
 
 
 def until(true: Callable[[], bool], seconds: float = 60) -> None:

@@ -275,6 +275,13 @@ def test_a_wrapped_model_has_the_same_diagnosis_with_its_causes(
     ]
 
 
+def test_a_model_without_values_is_told_to_get_some() -> None:
+    with torch.device("meta"):
+        model, x = nn.Linear(4, 1), torch.zeros(2, 4)
+    with pytest.raises(ValueError, match="lies on the meta device, where weights have shapes and no values"):
+        measure(model, lambda m: m(x).sum())
+
+
 def test_a_sharded_model_is_told_to_come_before_it_is_sharded() -> None:
     with process_group():
         mesh = init_device_mesh("cpu", (1,))

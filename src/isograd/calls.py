@@ -17,9 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+COMPILED = "a function mode looks at its calls of torch"
+
 
 class Under:
-    """A forward that runs under a mode; it has the signature of the forward that it holds."""
+    """A forward that runs under a mode; it has the signature of the forward that it holds.
+
+    `torch.compile` runs it as it is: a compiled graph knows neither lines nor tensors that are the same object, and
+    would leave the change out without a word.
+    """
 
     def __init__(
         self, forward: Callable[..., Any], mode: Callable[..., TorchFunctionMode], *options: Any
@@ -27,6 +33,11 @@ class Under:
         self.__wrapped__, self.mode, self.options = forward, mode, options
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(self.run, reason=COMPILED)(*args, **kwargs)
+        return self.run(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         with self.mode(*self.options):
             return self.__wrapped__(*args, **kwargs)
 

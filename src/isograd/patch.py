@@ -9,11 +9,12 @@ from __future__ import annotations
 import ast
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from inspect import getsource
-from itertools import groupby
+from itertools import groupby, takewhile
 from textwrap import indent
 
 import torch
@@ -23,6 +24,10 @@ from isograd.prescription import ROOTS, Edit, Prescription, combined, named, pri
 OURS = ("surgery", "modules", "calls")
 LONG = 100
 """Characters after which a list of places is broken."""
+FEWEST = 3
+"""Places that a loop over a number is written for: two are read at a glance."""
+NUMBER = re.compile(r"(?<!\d)(?:0|[1-9]\d*)(?!\d)")
+"""One that is printed as it was written: without zeros in front."""
 
 
 def code(rx: Prescription) -> str:
@@ -116,31 +121,63 @@ def _run(run: Sequence[Edit]) -> str:
 
 def _loops(places: Sequence[str]) -> tuple[list[str], str]:
     """Headers of the loops that give the places in this order, and the name as an expression."""
-    split = [re.fullmatch(r"(\D*)(\d+)(.*)", place, re.DOTALL) for place in places]
-    if all(split):
-        found = [(m[1], int(m[2]), m[3]) for m in split if m]
-        numbers = [number for number, _ in groupby(found, key=lambda f: f[1])]
-        tails = [[tail for _, _, tail in group] for _, group in groupby(found, key=lambda f: f[1])]
-        step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
-        even = step > 0 and numbers == list(range(numbers[0], numbers[-1] + 1, step))
-        alike = all(tail == tails[0] for tail in tails) and len({head for head, _, _ in found}) == 1
-        if even and alike and len(numbers) > 2:
-            head = _braced(found[0][0])
-            last = numbers[-1] + 1
-            span = (
-                f"{numbers[0]}, {last}" + (f", {step}" if step > 1 else "")
-                if numbers[0] or step > 1
-                else f"{last}"
-            )
-            outer = f"for i in range({span}):"
-            if len(tails[0]) == 1:
-                return [outer], f'f"{head}{{i}}{_braced(tails[0][0])}"'
-            inner = ", ".join(map(_string, tails[0]))
-            return [outer, f"for part in ({inner}):"], f'f"{head}{{i}}{{part}}"'
-    listed = ", ".join(map(_string, places))
+    parts = list(_stretches(places))
+    if len(parts) == 1 and isinstance(parts[0], Stretch):
+        return [f"{loop}:" for loop in parts[0].loops], parts[0].name
+    items = [_string(part) if isinstance(part, str) else f"*({part})" for part in parts]
+    listed = ", ".join(items)
     if len(listed) > LONG:
-        listed = "\n" + "".join(f"    {_string(place)},\n" for place in places)
+        listed = "\n" + "".join(f"    {item},\n" for item in items)
     return [f"for name in ({listed}):"], "name"
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Places that differ in a number which counts up, each number with the same endings."""
+
+    head: str
+    numbers: range
+    tails: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.numbers) * len(self.tails)
+
+    def __str__(self) -> str:
+        return f"{self.name} {' '.join(self.loops)}"
+
+    @property
+    def loops(self) -> list[str]:
+        first, last, step = self.numbers.start, self.numbers[-1] + 1, self.numbers.step
+        span = f"{first}, {last}, {step}" if step > 1 else f"{first}, {last}" if first else f"{last}"
+        inner = [f"for part in ({', '.join(map(_string, self.tails))})"] if len(self.tails) > 1 else []
+        return [f"for i in range({span})", *inner]
+
+    @property
+    def name(self) -> str:
+        tail = _braced(self.tails[0]) if len(self.tails) == 1 else "{part}"
+        return f'f"{_braced(self.head)}{{i}}{tail}"'
+
+
+def _stretches(places: Sequence[str]) -> Iterator[Stretch | str]:
+    """The places in their order: stretches where a number counts up, and each other one by itself."""
+    at = 0
+    while at < len(places):
+        found = [_stretch(places[at:], number.start()) for number in NUMBER.finditer(places[at])]
+        longest = max((s for s in found if len(s.numbers) >= FEWEST), key=len, default=None)
+        yield places[at] if longest is None else longest
+        at += 1 if longest is None else len(longest)
+
+
+def _stretch(places: Sequence[str], at: int) -> Stretch:
+    """As many of the first places as the number counts up in that begins with character `at` of the first."""
+    head = places[0][:at]
+    found = [NUMBER.match(place, at) if place.startswith(head) else None for place in places]
+    split = [(int(m[0]), m.string[m.end() :]) for m in takewhile(bool, found) if m]
+    groups = [(i, tuple(tail for _, tail in group)) for i, group in groupby(split, key=lambda s: s[0])]
+    first, tails = groups[0]
+    step = max(groups[1][0] - first, 1) if len(groups) > 1 else 1
+    even = takewhile(lambda g: g[1] == (first + g[0] * step, tails), enumerate(groups))
+    return Stretch(head, range(first, first + step * sum(1 for _ in even), step), tails)
 
 
 def _string(text: str) -> str:
@@ -218,15 +255,22 @@ def _sources(roots: Sequence[str], wanted: set[str]) -> list[str]:
     if not needed:
         return []
     lines = {known[name][0] for name in needed if known[name][2]}
-    torch_last = [
-        sorted(
-            (line for line in lines if (" torch" in line) is ours), key=lambda line: (line[0] == "f", line)
-        )
-        for ours in (False, True)
-    ]
+    torch_last = [_merged(line for line in lines if (" torch" in line) is ours) for ours in (False, True)]
     head = (
         "from __future__ import annotations\n\n"
         + "\n\n".join("\n".join(part) for part in torch_last if part)
         + "\n"
     )
     return [head, *(f"\n{known[name][0]}\n" for name in known if name in needed and not known[name][2])]
+
+
+def _merged(imports: Iterable[str]) -> list[str]:
+    """Sorted, `import` before `from`, and the names of one module in one line."""
+    found: dict[str, list[str]] = {}
+    for line in imports:
+        module, _, name = line.rpartition(" import ")
+        found.setdefault(module or line, []).append(name)
+    joined = [
+        f"{of} import {', '.join(sorted(names))}" if of[0] == "f" else of for of, names in found.items()
+    ]
+    return sorted(joined, key=lambda line: (line[0] == "f", line))

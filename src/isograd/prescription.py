@@ -26,6 +26,7 @@ from isograd.diagnosis import Diagnosis
 from isograd.flow import Flow
 from isograd.graph.preserve import copied
 from isograd.graph.traced import Loss, unwrapped
+from isograd.warning import warn
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -288,7 +289,7 @@ def apply(
     rx: Prescription | Sequence[Prescription],
     *,
     in_place: bool = False,
-    optimizer: torch.optim.Optimizer | None = None,
+    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None,
     seed: int = 0,
 ) -> nn.Module:
     """Make the edits of one or several prescriptions on a deep copy of the model.
@@ -300,14 +301,15 @@ def apply(
         model: not touched unless `in_place`.
         rx: several may be listed in any order.
         in_place: change the model itself and return it.
-        optimizer: follows to the returned model: its parameters are exchanged in their groups, and the state of
-            what was refilled or is gone is dropped. An optimizer that is not given goes on training the old weights.
+        optimizer: follows to the returned model, or several do: their parameters are exchanged in their groups, and
+            the state of what was refilled or is gone is dropped. An optimizer that is not given goes on training the
+            old weights.
         seed: of what is drawn at random. A search measures the draw of seed 0.
 
     Raises:
         TypeError: the prescription was given in the place of the model.
-        ValueError: nothing to apply, conflicting edits, another model than was prescribed for, or one that cannot be
-            copied.
+        ValueError: nothing to apply, conflicting edits, another model than was prescribed for, one that cannot be
+            copied, or an optimizer of another model.
     """
     if isinstance(model, Prescription) or isinstance(rx, nn.Module):
         raise TypeError("the model comes first: apply(model, rx)")
@@ -317,6 +319,10 @@ def apply(
     model = unwrapped(model)[0]
     changed = model if in_place else _copied(model)
     old, names = dict(model.named_parameters()), _names(changed)
+    given = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer or ())
+    held = {id(p) for follows in given for group in follows.param_groups for p in group["params"]}
+    if given and not any(id(p) in held for p in old.values()):
+        raise ValueError("the optimizer trains no parameter of this model: give the one that was made for it")
     # a copied Keras model calls its parameters by other names, in the same order
     places = dict(zip(old, (name for name, _ in changed.named_parameters()), strict=False))
     with surgery.drawing(changed, seed):
@@ -325,9 +331,14 @@ def apply(
             if edit.verb != "configure" and not _has(changed, place, edit.verb):
                 raise ValueError(f"the model has no {place}: {whole.remedy} was prescribed for another one")
             changed = perform(changed, replace(edit, place=place))
-    if optimizer is not None:
+    if given:
         filled = {edit.place for edit in whole.edits if edit.verb == "fill"}
-        surgery.rebind(optimizer, old, changed, _renamed(names, changed), filled)
+        left = surgery.rebind(given, old, changed, _renamed(names, changed), filled)
+        if left:
+            warn(
+                f"new parameters are in no group of the optimizer, which trains others only: {', '.join(left)}; give "
+                "apply all optimizers, or add_param_group to the one that is to train them"
+            )
     return changed
 
 

@@ -8,9 +8,11 @@ import math
 import os
 import random
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -253,7 +255,7 @@ def _trial(
 
     def trial(setting: dict[str, Any]) -> dict[str, float]:
         arm, seed = setting["arm"], setting["seed"]
-        with preserved(nn.Module()):
+        with _alone(), preserved(nn.Module()):
             _seeded(seed)
             model = build(seed)
             treated = {AFTER: rx, RANDOM: random_edit(rx, model, seed)}.get(arm)
@@ -269,6 +271,16 @@ def _trial(
             return {"score": score, "seconds": time.perf_counter() - started}
 
     return trial
+
+
+_training = threading.Lock()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """One training at a time in a process: threads share torch's random generators, and pairs would not be pairs."""
+    with _training:
+        yield
 
 
 def _seeded(seed: int) -> None:

@@ -6,7 +6,7 @@ installed: everything here depends on torch and on other names of this file only
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -46,30 +46,54 @@ def put(model: nn.Module, place: str, new: nn.Module) -> nn.Module:
 
 
 def rebind(
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     old: Mapping[str, Tensor],
     model: nn.Module,
     renamed: Mapping[str, str],
     refilled: set[str],
-) -> None:
-    """Let an optimizer train `model` in place of the model whose parameters were `old`.
+) -> list[str]:
+    """Let optimizers train `model` in place of the model whose parameters were `old`.
 
-    Each parameter takes the group of the one it comes from, and its state unless it was refilled; parameters
-    that are new go to the last group, those that are gone are dropped.
+    Each parameter takes the group of the one it comes from, and its state unless it was refilled; those that are gone
+    are dropped. Groups are mostly split by the number of axes (weight decay, Muon): one that is new goes to the last
+    group that holds such a parameter, else to the last group of all, if all of `old` is trained by these optimizers.
+
+    Returns:
+        Names of new parameters that no group is for.
     """
     new = dict(model.named_parameters())
+    names = {id(p): name for name, p in new.items()}
     heirs = {id(p): (name, new.pop(renamed.get(name, name), None)) for name, p in old.items()}
-    for group in optimizer.param_groups:
-        parameters: list[Tensor] = []
-        for p in group["params"]:
-            name, heir = heirs.get(id(p), ("", p))  # not of this model: it stays
-            state = optimizer.state.pop(p, None)
-            if heir is not None:
-                parameters.append(heir)
-                if state and name not in refilled and heir.shape == p.shape:
-                    optimizer.state[heir] = state
-        group["params"] = parameters
-    optimizer.param_groups[-1]["params"].extend(p for p in new.values() if p.requires_grad)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    trained = {id(p) for group in groups for p in group["params"]}
+    whole = all(id(p) in trained for p in old.values() if p.requires_grad)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            parameters: list[Tensor] = []
+            for p, called in zip(group["params"], group.get("param_names", group["params"]), strict=True):
+                name, heir = heirs.get(id(p), ("", p))  # not of this model: it stays
+                state = optimizer.state.pop(p, None)
+                if heir is not None:
+                    parameters.append(heir)
+                    names.setdefault(id(heir), str(called))
+                    if state and name not in refilled and heir.shape == p.shape:
+                        optimizer.state[heir] = state
+            group["params"][:] = parameters  # LBFGS holds the list
+        if isinstance(optimizer, torch.optim.LBFGS):  # what it knows is the curvature of another function
+            optimizer.state.clear()
+            optimizer._numel_cache = None
+    left: list[str] = []
+    for name, p in new.items():
+        alike = [group for group in groups if any(q.ndim == p.ndim for q in group["params"])]
+        group = next(reversed(alike), groups[-1] if whole else None)
+        if group is not None and p.requires_grad:
+            group["params"].append(p)
+        elif p.requires_grad:
+            left.append(name)
+    for group in groups:
+        if "param_names" in group:
+            group["param_names"] = [names[id(p)] for p in group["params"]]
+    return left
 
 
 def orthogonal_(weight: Tensor, gain: float = 1.0, stacked: bool = False) -> Tensor:

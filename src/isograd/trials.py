@@ -29,12 +29,14 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -94,8 +96,11 @@ def run(
     Raises:
         Interrupted: a `KeyboardInterrupt` that holds what was done. Workers that were started here are
             stopped; trials that an executor of the caller's has not begun are cancelled.
+        TypeError: `map` can be called by nobody: it is no number of workers.
         ValueError: the store is some other file, or a setting or a result is not JSON.
     """
+    if map is not None and not isinstance(map, Executor) and not callable(map):
+        raise TypeError(f"map={map!r} is neither an Executor nor called like map: map=ProcessPoolExecutor(4)")
     asked = list(settings)
     keys = [_key(setting) for setting in asked] if store is not None else []
     known = _read(Path(store)) if store is not None else {}
@@ -168,8 +173,9 @@ def _submitted(tasks: Sequence[_Task], executor: Executor) -> Iterator[tuple[int
             except BrokenProcessPool:
                 why = "a worker process died before this trial was done: out of memory, or killed"
                 yield futures[future], Failed(f"BrokenProcessPool: {why}")
-            except Exception as error:  # the result could not be sent back
-                yield futures[future], Failed(_said(error), traceback.format_exc())
+            except Exception as error:  # what the trial itself raises is a result
+                why = f"{_said(error)} (on the way to a worker or back; map=map runs trials in this process)"
+                yield futures[future], Failed(why, traceback.format_exc())
     finally:
         for future in futures:
             future.cancel()
@@ -181,7 +187,7 @@ def _pool(trials: int) -> Iterator[ProcessPoolExecutor]:
     context = multiprocessing.get_context("spawn")
     workers = min(trials, _cores())
     others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_worker)
     try:
         yield pool
     except BaseException:  # also when the consumer of the results is gone
@@ -197,11 +203,20 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _one_thread() -> None:
+def _worker() -> None:
+    """Set up a process of the pool: one torch thread, and it ends with its parent, however that ended."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which then stops its workers
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     import torch
 
     torch.set_num_threads(1)
+
+
+def _end_with(parent: BaseProcess | None) -> None:
+    """A worker waits for tasks on a pipe that it holds open itself: it would not notice that nobody is left."""
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from isograd.cli import config
 from isograd.cli.errors import TargetError, users_code
 from isograd.cli.inputs import InputSpec
 from isograd.cli.optimizer import OptimizerSpec, OptimizerType
-from isograd.cli.options import with_inputs, with_output
+from isograd.cli.options import spare, with_inputs, with_output, write
 from isograd.cli.progress import progress
 from isograd.pages import nearest, pages
 
@@ -66,6 +66,7 @@ def check(
     isograd check net.py:build --optimizer adamw:3e-4 --format json -o report.json
     isograd check isograd-runs/20260314-091500-train
     """
+    spare(output, target)
     settings = config.load(Path.cwd())
     form = form or settings.format
     seed = settings.seed if seed is None else seed
@@ -148,7 +149,7 @@ def _optimizer(text: str, spec: OptimizerSpec | None, model: nn.Module) -> torch
 
 def _print(diagnosis: Diagnosis, form: config.Format, output: Path | None) -> None:
     if output is not None:
-        output.write_text(RENDERED[form](diagnosis), encoding="utf-8")
+        write(output, RENDERED[form](diagnosis))
         click.echo(f"{diagnosis.verdict}  {diagnosis.target}: written to {output}", err=True)
     elif form == "text":
         _print_text(diagnosis)

@@ -30,14 +30,16 @@ def export(run: Run, form: str, output: Path | None) -> None:
     from isograd.record.export import TABLES, to_csv, to_parquet
 
     folder = output or run.path
-    folder.mkdir(parents=True, exist_ok=True)
     write = to_csv if form == "csv" else to_parquet
     with progress(f"exporting {run.path}") as say:
         for name, table in TABLES.items():
             path = folder / f"{name}.{form}"
             say(f"writing {path}")
             try:
+                folder.mkdir(parents=True, exist_ok=True)
                 count = write(table(run), path)
+            except OSError as error:
+                raise TargetError(f"{path} could not be written: {error.strerror}") from None
             except ImportError as error:
                 raise TargetError(
                     "Parquet is written by pyarrow, which is not installed",

@@ -11,7 +11,7 @@ import click
 
 from isograd.cli.errors import TargetError
 from isograd.cli.inputs import InputSpec
-from isograd.cli.options import with_inputs, with_output
+from isograd.cli.options import spare, with_inputs, with_output, write
 from isograd.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -62,6 +62,7 @@ def horizon(
     isograd horizon net.py:Net --input 4,200,64 --format svg -o horizon.svg
     isograd horizon lm.py:build --at 99 --time 1
     """
+    spare(output, target)
     found, whole = _horizon(target, inputs, at, time, probes, seed)
     try:
         _print(found, form, output)
@@ -107,7 +108,7 @@ def _horizon(
 
 def _print(found: Horizon, form: Format, output: Path | None) -> None:
     if output is not None:
-        output.write_text(RENDERED[form](found), encoding="utf-8")
+        write(output, RENDERED[form](found))
         click.echo(f"horizon of {found.target}: written to {output}", err=True)
     else:
         click.echo(RENDERED[form](found), nl=False)

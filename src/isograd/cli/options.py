@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import click
 
+from isograd.cli.errors import TargetError
 from isograd.cli.inputs import InputType
 
 with_inputs = click.option(
@@ -38,3 +39,24 @@ with_output = click.option(
     type=OutputFile(),
     help="Write the report to this file.",
 )
+
+
+def spare(output: Path | None, *code: str | None) -> None:
+    """Refuse to write over the user's own code: `code` are TARGET and what else is FILE:NAME."""
+    for text in code:
+        place = (text or "").rpartition(":")[0]
+        file = Path(place if place.endswith(".py") else f"{place.replace('.', '/')}.py")
+        if output is not None and output.resolve() == file.resolve():
+            raise click.UsageError(f"-o would write over {output}, which holds {text}: give it another name")
+
+
+def write(output: Path, text: str) -> None:
+    """Write what was asked for with `-o`.
+
+    Raises:
+        TargetError: it cannot be written; a full disk is no error of ours.
+    """
+    try:
+        output.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise TargetError(f"{output} could not be written: {error.strerror}") from error

@@ -57,15 +57,21 @@ def proof(
 
     try:
         return prove(build, rx, trained, seeds=seeds, loss=loss, store=store, progress=progress)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, OSError) as error:  # the last: a store that cannot be written
         raise TargetError(f"{text} was not proven: {error}") from error
 
 
 def named(text: str) -> Train:
     """The training function that `file.py:train` names."""
+    if ":" not in text:
+        raise TargetError(
+            f"{text} names no training",
+            why="a training is file.py:name or package.module:name",
+            type_=f"--train {text if text.endswith('.py') else 'net.py'}:train",
+        )
     found: Any = resolve(text, model=False)
     takes = list(inspect.signature(found).parameters) if callable(found) else []
-    if len(takes) < 2:
+    if len(takes) < 2 or isinstance(found, type):
         raise TargetError(
             f"{text} is no training",
             why="it is called as train(model, seed) and returns a score, higher being better",

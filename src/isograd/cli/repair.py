@@ -11,7 +11,7 @@ import click
 
 from isograd.cli.errors import TargetError
 from isograd.cli.inputs import InputSpec
-from isograd.cli.options import OutputFile, with_inputs
+from isograd.cli.options import OutputFile, spare, with_inputs, write
 from isograd.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -109,11 +109,12 @@ def repair(
         )
     if store is not None and not prove:
         raise click.UsageError("--store keeps the trainings of a proof: give --prove as well")
+    spare(output, target, train)
     found, aim = _search(target, inputs, unsafe, train, steps, trainings, budget, seed)
-    if output is not None:
-        _write(found, output)
     if form == "text":  # what was found is kept, whatever becomes of its proof
         click.echo(found)
+    if output is not None:
+        _write(found, output)
     stopped = found.note.startswith("interrupted")
     proof, error = None, found.failure
     if prove and found.prescription is not None and not stopped and error is None:
@@ -121,8 +122,10 @@ def repair(
             proof = _proof(target, inputs, found.prescription, aim.loss, train, seeds, store)
         except KeyboardInterrupt:
             stopped = True
-            kept = "" if store is None else f"; the same command goes on from {store}"
-            click.echo(f"the proof was interrupted before three pairs were complete{kept}", err=True)
+            kept = (
+                "--store FILE keeps trainings" if store is None else f"the same command goes on from {store}"
+            )
+            click.echo(f"the proof was interrupted before three pairs were complete; {kept}", err=True)
         except TargetError as raised:
             error = raised
     _print(found, proof, form)
@@ -146,9 +149,13 @@ def _write(found: Repair, output: Path) -> None:
     if found.prescription is None:
         click.echo(f"nothing to write to {output}: {found.note}", err=True)
     else:
-        output.write_text(found.to_code(), encoding="utf-8")
-        use = f"from {output.stem} import repair; model = repair(model)"
-        click.echo(f"written to {output}; before the optimizer is made: {use}", err=True)
+        write(output, found.to_code())
+        taken = f"from {output.stem} import repair"
+        if not (output.suffix == ".py" and output.stem.isidentifier()):  # import knows no such file
+            taken = f'import runpy; repair = runpy.run_path("{output}")["repair"]'
+        click.echo(
+            f"written to {output}; before the optimizer is made: {taken}; model = repair(model)", err=True
+        )
 
 
 def _search(

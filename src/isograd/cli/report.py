@@ -10,7 +10,7 @@ from statistics import median
 
 import click
 
-from isograd.cli.options import with_output
+from isograd.cli.options import with_output, write
 from isograd.cli.progress import progress
 from isograd.cli.runs import number, state
 from isograd.record import NotARun, Row, Run
@@ -53,7 +53,7 @@ def report(run: Run, output: Path | None) -> None:
     if output is None:
         click.echo(text, nl=False)
     else:
-        output.write_text(text, encoding="utf-8")
+        write(output, text)
         click.echo(f"written to {output}", err=True)
 
 

@@ -11,7 +11,7 @@ import click
 
 from isograd.cli.errors import TargetError
 from isograd.cli.inputs import InputSpec
-from isograd.cli.options import with_inputs, with_output
+from isograd.cli.options import spare, with_inputs, with_output, write
 from isograd.cli.progress import progress
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def spectrum(
     isograd spectrum gpt.py:build --from h.2 --to h.5
     isograd spectrum net.py:build --format svg -o spectrum.svg
     """
+    spare(output, target)
     names = None if sites is None else [name.strip() for name in sites.split(",") if name.strip()]
     found, whole = _spectrum(target, inputs, names, (start, end), tolerance, seed)
     _print(found, form, output)
@@ -130,7 +131,7 @@ def _print(found: Spectrum, form: Format, output: Path | None) -> None:
             except ValueError as error:  # no matplotlib
                 raise click.UsageError(str(error)) from error
     if output is not None:
-        output.write_text(report, encoding="utf-8")
+        write(output, report)
         click.echo(f"singular values of {found.target}: written to {output}", err=True)
     else:
         click.echo(report, nl=False)

@@ -73,9 +73,31 @@ def copied(model: nn.Module) -> nn.Module:
     """A deep copy; results of the last forward that the model keeps are copied as numbers.
 
     torch refuses to copy a tensor that has a graph: features kept for a second loss, attention maps kept for a
-    picture, and the weight that the old `weight_norm` makes in each forward.
+    picture, and the weight that the old `weight_norm` makes in each forward. What Python refuses to copy and holds
+    no tensor (a lock, a logger, a file) is shared with the original.
     """
     kept = (
         t for module in model.modules() for t in pytree.tree_leaves(vars(module)) if isinstance(t, Tensor)
     )
-    return copy.deepcopy(model, {id(t): t.detach().clone() for t in kept if not t.is_leaf})
+    done: dict[int, Any] = {id(t): t.detach().clone() for t in kept if not t.is_leaf}
+    try:
+        return copy.deepcopy(model, dict(done))
+    except Exception:
+        tried = dict(done)
+        shared = {id(value): value for module in model.modules() for value in _uncopied(module, tried)}
+        if not shared:
+            raise
+        return copy.deepcopy(model, done | shared)
+
+
+def _uncopied(module: nn.Module, tried: dict[int, Any]) -> Iterator[Any]:
+    """Values among the attributes of a module that cannot be copied and hold no part of a model."""
+    for name, value in vars(module).items():
+        if name in vars(nn.Module()) or any(
+            isinstance(leaf, Tensor | nn.Module) for leaf in pytree.tree_leaves(value)
+        ):
+            continue
+        try:
+            copy.deepcopy(value, tried)
+        except Exception:
+            yield value

@@ -48,11 +48,16 @@ def traced(model: nn.Module, loss: Loss) -> Iterator[Traced]:
 
     Raises:
         TypeError: the model is no module, or the loss returns no tensor.
-        ValueError: the model is lazy or sharded, or the loss has more than one element or no gradient.
+        ValueError: the model is lazy, sharded or without values (meta), or the loss has more than one element or no gradient.
     """
     model, notes = unwrapped(model)
     if any(is_lazy(p) for p in [*model.parameters(), *model.buffers()]):
         raise ValueError("the model has lazy layers without a shape: run it once, then measure it")
+    if any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
+        raise ValueError(
+            "the model lies on the meta device, where weights have shapes and no values: build it on the CPU or a GPU, "
+            "or load its weights, then measure it"
+        )
     if any(hasattr(p, "placements") for p in model.parameters()):  # DTensor, without importing it
         raise ValueError(
             "the model's parameters are sharded over processes, and one process sees a part of each gradient: "

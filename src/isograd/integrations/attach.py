@@ -218,7 +218,7 @@ class Attachment:
             action()
         except Exception as error:
             self.broken = True
-            warn(f"isograd stopped watching: {type(error).__name__}: {error}", stacklevel=2)
+            warn(f"isograd stopped watching: {type(error).__name__}: {error}")
 
     def _before_backward(self) -> None:
         if self.made:

@@ -25,6 +25,10 @@ ZERO = -0.01
 """log10 update over weight, of the first step: all that a matrix has then is its update."""
 MOMENTUM = 1.0
 """Decades: of 0.9, it adds up to ten gradients."""
+WRITTEN = 0.3
+"""Decades by which the norm of a weight changes between two readings: half or double, which healthy steps never do."""
+SURELY = 3.0
+"""Times the most that the steps in between can have changed it by: their lengths are read, and rounded."""
 AGAIN = 64
 """Readings of quiet after which the same is told again: an episode is told once."""
 MOST = 20
@@ -86,6 +90,11 @@ class History:
         """Count of readings, loss before and after, and the most that the step can explain, where the loss last rose
         by more than that, and far: other data came; 1, where it then fell back in the same way: it was one batch.
         Forgotten once the loss is back where it was: then that batch did no harm."""
+        self.written: list[Any] = []
+        """Count of readings, name, norm before and after, and the most by which the steps in between can have changed it, of
+        the weight that last changed by more: something else than the optimizer wrote to it."""
+        self.between: list[float] = []
+        """Gradient norm of the reading that the weights were last measured in, and the largest since."""
         self.first_losses: list[float] = []
         """The first START."""
         self.first: dict[str, list[float]] = {}
@@ -135,7 +144,7 @@ class History:
         _push(self.grads, grad, 2 * WINDOW)
         _push(self.early_grads, early(self.along(grad)), RECENT)
         _push(self.late_grads, late(self.along(grad)), RECENT)
-        known = finite(update)
+        known, moved = finite(update), next(iter(self.updates[-1:]), [])
         if known:  # a step that was sampled out has no update and no weight norm
             _push(self.updates, update, RECENT)
             _push(self.early_updates, early(self.along(update)), RECENT)
@@ -144,8 +153,13 @@ class History:
             _push(self.measured, seen.step, RECENT)
         weights = seen.weight.tolist()
         if finite(weights):
+            if self.weights:
+                self._weigh(seen, weights, update, moved)
             _push(self.weights, weights, WINDOW + 1)
             _push(self.weighed, seen.step, WINDOW + 1)
+            self.between = [seen.grad_norm, -math.inf]
+        elif self.between:
+            self.between[1] = max(self.between[1], seen.grad_norm)
         _push(self.scales, seen.scale.tolist(), WINDOW + 1)
         if math.isfinite(seen.grad_norm):
             _push(self.norms, seen.grad_norm, 4 * WINDOW)
@@ -183,6 +197,23 @@ class History:
             self.jump[-1] = 1.0
         if self.jump and self.jump[-1] and seen.loss < self.jump[1] + JUMP * self.first_loss:
             self.jump = []
+
+    def _weigh(self, seen: Seen, weights: list[float], update: list[float], moved: list[float]) -> None:
+        """Has something else than the optimizer written to a weight?
+
+        A step changes the norm of a weight by its own length at most. Steps that were not read are as long as those that
+        were before and after them, times what the gradient was larger in between.
+        """
+        gap, then_norm, peak = seen.step - self.weighed[-1], *self.between
+        for i, (then, now) in enumerate(zip(self.weights[-1], weights, strict=True)):
+            if not abs(now - then) >= WRITTEN or math.isnan(update[i]):
+                continue
+            most = 10 ** (now + update[i])
+            if gap > 1:
+                earlier = then + moved[i] + max(peak - then_norm, 0.0) if moved else -math.inf
+                most = gap * max(most * 10 ** max(peak - seen.grad_norm, 0.0), 10**earlier)
+            if abs(10**now - 10**then) > SURELY * most:
+                self.written = [self.count, self.names[i], 10**then, 10**now, most]
 
     def _reach(self, seen: Seen) -> None:
         """Remember which parameters got a gradient."""

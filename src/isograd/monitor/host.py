@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from isograd import warning
 from isograd.diagnosis import Finding
 from isograd.flow import Flow
 from isograd.monitor.cost import Pace
@@ -239,6 +240,7 @@ class Host:
         self._changed = threading.Condition()
         self._failed: set[str] = set()
         self._thread: threading.Thread | None = None
+        self._line = warning.users_line()
 
     def release(self) -> None:
         """Take the step that is held: nothing can be added to it any more."""
@@ -287,6 +289,7 @@ class Host:
             self._record = None
 
     def _run(self) -> None:
+        warning.here.set(self._line)
         while steps := self._next():
             for run in alike(steps):
                 self._guarded("reading", lambda run=run: self._take(run))
@@ -349,7 +352,6 @@ class Host:
             if what not in self._failed:
                 self._failed.add(what)
                 warn(
-                    f"isograd.watch: the {what} failed ({type(error).__name__}: {error}). The training is not affected; this is said once.",
-                    stacklevel=2,
+                    f"isograd.watch: the {what} failed ({type(error).__name__}: {error}). The training is not affected; this is said once."
                 )
             return None

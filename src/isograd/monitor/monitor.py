@@ -136,6 +136,8 @@ class Monitor:
         known: bool = False,
     ) -> None:
         """`known`: this very model has been trained into this record before."""
+        for optimizer in optimizers:
+            _free(inner(optimizer))
         self._known = known
         self._model, self._names = model, Names(model)
         self._logged: set[str] = set()
@@ -186,9 +188,7 @@ class Monitor:
         optimizer = inner(optimizer)
         if any(tap.optimizer is optimizer for tap in self._taps):
             return
-        before = scaling.watched(optimizer)
-        if isinstance(before, Tap):  # a notebook cell that is run again
-            before.owner.close()
+        _free(optimizer)
         self._taps = [tap for tap in self._taps if tap.optimizer is not None]
         self._taps.append(
             Tap(self, optimizer, lambda: [p for group in optimizer.param_groups for p in group["params"]])
@@ -358,8 +358,7 @@ class Monitor:
             for tap in self._taps:
                 tap.remove()
             warn(
-                f"isograd.watch failed and has stopped watching; the training goes on unchanged. {type(error).__name__}: {error}",
-                stacklevel=2,
+                f"isograd.watch failed and has stopped watching; the training goes on unchanged. {type(error).__name__}: {error}"
             )
         self._cost.leave()
 
@@ -466,3 +465,10 @@ def kept(value: float | Tensor) -> float | Tensor:
     if not isinstance(value, Tensor):
         return float(value)
     return number(value) if value.device.type == "cpu" else value.detach().clone()
+
+
+def _free(optimizer: Optimizer) -> None:
+    """Close the monitor that watches it, and its record with it: a notebook cell is run again."""
+    before = scaling.watched(optimizer)
+    if isinstance(before, Tap):
+        before.owner.close()

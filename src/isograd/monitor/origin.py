@@ -59,7 +59,7 @@ def origin(history: History) -> Cause:
     """The most upstream thing that is out of order; it was read off the run, not tested by intervention."""
     if history.uncleared > 1:
         return UNCLEARED
-    data = given(history)
+    data = written(history) or given(history)
     if data is not None:
         return data
     forward, backward = (
@@ -96,8 +96,25 @@ def origin(history: History) -> Cause:
     if thrown is not None:
         return thrown
     what = "inputs, weights and the size of the steps" if updates else "inputs and learning rate"
-    words = f"not told by the run: {what} were as before; look at the batch"
+    words = (
+        f"not told by the run: {what} were as before; look at the batch, and at what the loss passes through that this "
+        "optimizer does not train"
+    )
     return Cause(words, "unclear", ("clip-gradients", "lower-learning-rate"))
+
+
+def written(history: History) -> Cause | None:
+    """Has something else than the optimizer written to a weight within the window?"""
+    if not history.written or history.count - history.written[0] > WINDOW:
+        return None
+    _, name, before, after, most = history.written
+    words = (
+        f"the norm of {name} went from {before:.3g} to {after:.3g}, of which the optimizer's steps explain {most:.1g} at most: "
+        "something else wrote to it"
+    )
+    return Cause(
+        words, "written-weight", ("look at what loads, clips or draws weights while the model trains",)
+    )
 
 
 def given(history: History) -> Cause | None:

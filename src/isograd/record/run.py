@@ -150,8 +150,7 @@ class Run:
             run = cls._on_disk(wanted, detectors, limit, since)
         except (OSError, sqlite3.Error) as error:
             warn(
-                f"isograd cannot record this run in {wanted} ({error}): its newest steps are kept in memory only",
-                stacklevel=2,
+                f"isograd cannot record this run in {wanted} ({error}): its newest steps are kept in memory only"
             )
             run = cls(wanted, database.in_memory(), memory=detectors, limit=min(limit, IN_MEMORY))
         run._writable = True
@@ -172,7 +171,7 @@ class Run:
                 strangers = True
                 continue
             if strangers:
-                warn(f"another process is recording into {wanted}: this run goes to {path}", stacklevel=3)
+                warn(f"another training is being recorded into {wanted}: this run goes to {path}")
             try:
                 return cls(path, database.connect(path), held, memory=detectors, limit=limit)
             except BaseException:
@@ -280,8 +279,7 @@ class Run:
             self._warned = True
             warn(
                 f"isograd cannot record into {self.path} ({error}): training goes on, steps are missing "
-                "from the record until the disk takes them again",
-                stacklevel=4,
+                "from the record until the disk takes them again"
             )
 
     def _write_info(self, entries: dict[str, Any]) -> None:
