@@ -280,7 +280,6 @@ class Guard:
         warn(
             f"isograd.Guard has left out {LONG} steps in a row, the newest is {self.steps}: {why}. It went back to step "
             f"{snapshot.step}, and goes on. isograd.find_nonfinite(model, loss) names what is not finite",
-            stacklevel=5,
         )
 
     def _goes_back(self, why: str) -> bool:
@@ -291,7 +290,6 @@ class Guard:
                 warn(
                     f"isograd.Guard went back {MOST} times and gives up at step {self.steps}: {why}. A lower learning rate is "
                     "no help: isograd.check(model, loss) looks for the cause",
-                    stacklevel=4,
                 )
             return False
         snapshot = self._restore(SETTLED)
