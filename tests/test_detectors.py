@@ -539,6 +539,20 @@ def test_a_weight_that_something_else_wrote_to_is_named(every: int, stepped: boo
     assert causes
 
 
+def test_weights_that_a_guard_brought_back_are_written_by_nobody() -> None:
+    steps: list[Step | Reading] = []
+    for i, step in enumerate(falling(120) + [replace(LOW, loss=3.0, grad=0.5)] * 20):
+        reading = made(i, step)
+        changed = dict(reading.columns)
+        if i >= 120:
+            changed["weight_norm"] = changed["weight_norm"] / 10
+        notes = ("isograd.Guard: went back, to step 100",) if i == 120 else ()
+        steps.append(replace(reading, columns=changed, notes=notes))
+    causes = {finding.cause for _, finding in told(steps)}
+    assert causes
+    assert not any("something else wrote" in cause for cause in causes)
+
+
 # -- state ---------------------------------------------------------------------------------------------------
 
 

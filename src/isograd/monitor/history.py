@@ -178,6 +178,10 @@ class History:
         # By its steps, or by its learning rate: as weights grow and gradients fade, steps shrink that nobody has annealed.
         self.moving += self.typical_update >= self.pace - 0.5 or 3 * rate >= self.fastest > 0
 
+    def restored(self) -> None:
+        """A guard may have gone back: the weights are others than those the last steps were made with."""
+        self.weights, self.weighed, self.between = [], [], []
+
     def along(self, by_matrix: Sequence[float]) -> list[float]:
         """Of values by matrix, those of the chain; all, where the model was another then."""
         return [by_matrix[i] for i in self.chain] if len(by_matrix) == len(self.names) else list(by_matrix)
