@@ -167,3 +167,50 @@ def test_a_repair_stays_on_the_device() -> None:
     repaired = isograd.repair(model, lambda m: functional.cross_entropy(m(x), y))
     assert repaired.cured
     assert {p.device.type for p in repaired.model.parameters()} == {DEVICE}
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_guard_changes_nothing_until_something_breaks_and_then_goes_back(fused: bool) -> None:
+    def trained(guarded: bool) -> list[Tensor]:
+        model = net()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, fused=fused)
+        with isograd.Guard(model, optimizer, every=16) if guarded else nullcontext() as guard:
+            for x, y in batches(60):
+                optimizer.zero_grad()
+                loss = functional.cross_entropy(model(x), y)
+                loss.backward()
+                if guard is None:
+                    optimizer.step()
+                else:
+                    guard.step(loss)
+            if guard is not None:
+                assert not guard.events
+                kept = [p.detach().clone() for p in model.parameters()]
+                for _ in range(2):
+                    (functional.cross_entropy(model(x), y) * torch.nan).backward()
+                    assert not guard.step(torch.tensor(torch.nan, device=DEVICE))
+                assert all(torch.equal(a, b) for a, b in zip(kept, model.parameters(), strict=True))
+                guard.step(torch.tensor(torch.nan, device=DEVICE))
+                assert guard.events[-1].what == "went back"
+                assert guard.factor == 0.5
+        return kept if guard is not None else [p.detach() for p in model.parameters()]
+
+    assert all(torch.equal(a, b) for a, b in zip(trained(False), trained(True), strict=True))
+
+
+def test_a_limit_that_follows_the_norm_waits_for_nothing() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    limit = isograd.AdaptiveClip(warm_up=4)
+    known = list(batches(20))
+    with isograd.watch(model, optimizer) as monitor:
+        for i, (x, y) in enumerate(known):
+            torch.cuda.set_sync_debug_mode("error" if i >= 10 else "default")
+            try:
+                optimizer.zero_grad()
+                functional.cross_entropy(model(x), y).backward()
+                monitor.clip_(limit)
+                optimizer.step()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+    assert limit.state_dict()["count"] == len(known)
