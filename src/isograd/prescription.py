@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum
 from importlib import import_module
+from textwrap import shorten
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -342,12 +343,17 @@ def apply(
     return changed
 
 
+class NoCopy(ValueError):
+    """The model cannot be copied."""
+
+
 def _copied(model: nn.Module) -> nn.Module:
     try:
         return copied(model)
     except Exception as error:
-        raise ValueError(
-            f"the model cannot be copied ({error}): apply(model, rx, in_place=True) changes the model itself"
+        why = shorten(str(error), 160, placeholder=" …")
+        raise NoCopy(
+            f"the model cannot be copied ({why}): apply(model, rx, in_place=True) changes the model itself"
         ) from error
 
 

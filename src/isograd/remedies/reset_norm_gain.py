@@ -70,7 +70,7 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     edits += [
         Edit(f"{name}.bias", "fill", "nn.init.zeros_", before=f"rms {rms(shift):.3g}")
         for name, (module, _) in off.items()
-        if isinstance(shift := getattr(module, "bias", None), Tensor)
+        if isinstance(shift := getattr(module, "bias", None), Tensor) and bool(shift.any())
     ]
     critical = float(f"{scale(common_activation(patient.flow))[0]:.6g}")
     edits += [
