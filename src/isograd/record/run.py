@@ -96,6 +96,7 @@ class Run:
         self.recording = held is not None
         """Whether what is appended reaches a disk."""
         self._db, self._held, self._memory, self._limit = db, held, memory, limit
+        self._file = (path / database.FILE).absolute()  # wherever the script goes meanwhile
         self._guard = threading.RLock()
         self._layouts: dict[Layout, int] = {}
         self._read: dict[int, Layout] = {}
@@ -224,6 +225,7 @@ class Run:
                 self._extend(steps, self._offset)
             except sqlite3.Error as error:
                 self._failed(error, len(steps))
+            self._look()
 
     def _extend(self, steps: Sequence[tuple[Reading, Iterable[Finding]]], offset: int) -> None:
         before, self._appended = self._appended, self._appended + len(steps)
@@ -282,6 +284,20 @@ class Run:
                 "from the record until the disk takes them again"
             )
 
+    def _look(self) -> None:
+        """A file that is deleted still takes what is written, until it is closed: the system says nothing."""
+        if not self.recording:
+            return
+        try:
+            self._file.stat()
+        except FileNotFoundError:
+            self.recording, self._warned = False, True
+            warn(
+                f"the record in {self.path} was deleted while it was written: training goes on, and no step of it is kept"
+            )
+        except OSError:  # a disk that does not answer now
+            pass
+
     def _write_info(self, entries: dict[str, Any]) -> None:
         try:
             with database.transaction(self._db):
@@ -298,6 +314,7 @@ class Run:
             if self._closed:
                 return
             if self._writable:
+                self._look()
                 self._write_info({"ended": time.time()})
                 try:
                     with database.transaction(self._db):
