@@ -32,11 +32,12 @@ from dataclasses import replace
 
 from torch import nn
 
+from isograd.edit import Edit
 from isograd.flow import FACTORS, Flow
 from isograd.graph.operations import ACTIVATIONS
 from isograd.graph.source import where_written
 from isograd.layers import Layer, is_chain, layers
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.remedies.critical_initialisation import biases, gain, weight
 from isograd.statistics import Site
 

@@ -28,8 +28,9 @@ from collections.abc import Iterator
 
 from isograd import theory
 from isograd.anatomy import Part, expected, in_words, keeps, parts, shared
+from isograd.edit import Edit, Value
 from isograd.graph.operations import ACTIVATIONS
-from isograd.prescription import Edit, Patient, Prescription, Reach, Value, not_applicable
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.symptoms.damped_skips import DAMPED
 
 SLUG = "insert-residual"

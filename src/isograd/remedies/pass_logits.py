@@ -24,9 +24,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from isograd.edit import Edit
 from isograd.flow import Flow
 from isograd.graph.source import where_written
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.statistics import Site
 from isograd.symptoms.no_gradient_at_loss import logarithm, oversteps, taken
 

@@ -29,8 +29,9 @@ from statistics import median
 
 from torch import Tensor, nn
 
+from isograd.edit import Edit
 from isograd.layers import common_activation, norms, rms
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.remedies.critical_initialisation import scale
 
 SLUG = "reset-norm-gain"
