@@ -272,7 +272,7 @@ class Assembly:
 
     def _parameters(self) -> tuple[Parameter, ...]:
         found: list[Parameter] = []
-        last = len(self.main.segments) - 1
+        weights, last = self.trace.weights, len(self.main.segments) - 1
         for name, p in self.run.model.named_parameters():
             state, log, zeros, bad, where = "measured", math.nan, math.nan, 0, math.nan
             if not p.requires_grad:
@@ -305,10 +305,10 @@ class Assembly:
                     zeros,
                     bad,
                     where,
-                    self.trace.weights.get(id(p), 0),
-                    id(p) in self.trace.biases,
-                    3 if id(p) in self.trace.packed else 1,
-                    self.trace.generated.get(id(p), 0),
+                    weights.fan_in.get(id(p), 0),
+                    id(p) in weights.biases,
+                    3 if id(p) in weights.packed else 1,
+                    weights.generated.get(id(p), 0),
                     self._updates.get(name, math.nan),
                 )
             )
