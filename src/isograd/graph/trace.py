@@ -3,7 +3,7 @@
 A `Trace` is a `TorchFunctionMode`, so it sees every torch call of any Python code, functional or in a
 module, and needs neither module hooks that break graphs nor the names of an architecture. After each
 call it walks from the result's `grad_fn` to the nodes it already knows: what lies between was made by
-this call. All statistics stay on the device until `Reading.collect` reads them back in one copy.
+this call. All statistics stay on the device until `Readings` reads them back in one copy.
 """
 
 from __future__ import annotations
