@@ -107,6 +107,18 @@ def test_it_reaches_a_sequential_model_in_place() -> None:
     assert abs(float(model.layers[0].kernel.value.detach().std()) - (2 / 16) ** 0.5) < 0.05
 
 
+def test_what_to_do_by_hand_is_done_where_the_layers_are_made() -> None:
+    """All of them call from one line of Keras' own, which is not the user's to change."""
+    found = isograd.repair(chain("sigmoid", 12), loss)
+    assert found.cured
+    assert found.prescription is not None
+    assert found.prescription.advice == ("where the layers are made: activation='tanh' in place of sigmoid",)
+    start = keras.Input((16,))
+    twice = keras.Model(start, keras.layers.Dense(4, activation="softmax", bias_initializer="zeros")(start))
+    (ended,) = prescribed("pass_logits", twice)
+    assert ended.advice == ("where the layers are made: return what goes into the softmax",)
+
+
 def test_the_training_is_configured_from_its_gradients() -> None:
     model = chain("tanh", 4)
     (clip,) = prescribed("clip_gradients", model)

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from isograd.prescription import Edit, Prescription, Reach, Safety, apply, combined, not_applicable
+from isograd.edit import Edit
+from isograd.prescription import Prescription, Reach, Safety, apply, combined, not_applicable
 from tests.models import Tied, mlp
 
 

@@ -22,8 +22,9 @@ from isograd.cli.errors import TargetError
 from isograd.cli.prove import proof as proof_of
 from isograd.cli.target import load
 from isograd.controls import random_edit
+from isograd.edit import Edit
 from isograd.paired import paired, t_quantile, t_within
-from isograd.prescription import Edit, Prescription
+from isograd.prescription import Prescription
 from isograd.proof import AFTER, BEFORE, RANDOM, RATE, Proof, prove
 from isograd.trials import Interrupted
 

@@ -9,6 +9,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
@@ -431,6 +432,39 @@ def test_a_full_disk_is_told_at_the_line_that_watches(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits on a process's files")
+def test_a_record_that_is_deleted_is_told_once_at_the_line_that_watches(tmp_path: Path) -> None:
+    model = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        monitor, line = isograd.watch(model, optimizer, run=tmp_path / "run"), inspect.stack()[0].lineno
+        for step in range(20):
+            model(torch.ones(2, 4)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if step == 5:
+                monitor.latest()
+                shutil.rmtree(tmp_path / "run")
+        assert monitor.latest().step == 19
+        monitor.close()
+    (told,) = caught
+    assert "was deleted while it was written" in str(told.message)
+    assert (told.filename, told.lineno) == (__file__, line)
+
+
+def test_a_script_that_changes_its_folder_keeps_its_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with Run.create("run") as run:
+            run.append(reading(0))
+            monkeypatch.chdir(tmp_path.parent)
+            run.append(reading(1))
+            assert run.recording
+
+
 def test_the_system_lets_no_file_grow_further(tmp_path: Path) -> None:
     """The write itself fails, as on a full disk: one warning, a gap, and a whole record."""
     command = [sys.executable, "-c", LIMITED, str(tmp_path / "run")]

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from isograd.diagnosis import diagnose
+from isograd.edit import Value
 from isograd.measure import measure
-from isograd.prescription import Patient, Prescription, Safety, Value, apply
+from isograd.prescription import Patient, Prescription, Safety, apply
 from isograd.rates import adam, critical_rate, gradient_descent
 from tests.families import FAMILIES, Recurrent, _sequence
 from tests.models import HE, Built, classified, mlp, times

@@ -212,6 +212,51 @@ def test_changed_channels_and_resolution_are_projected() -> None:
     assert "features" not in next(e for e in rx.edits if e.place == "1").arguments
 
 
+class Halving(nn.Module):
+    """A residual block that halves the picture where it is told to, with its skip multiplied."""
+
+    def __init__(self, skip: float, halves: bool, projects: bool = False) -> None:
+        super().__init__()
+        stride = 2 if halves else 1
+        self.skip, self.halves = skip, halves
+        self.branch = nn.Sequential(
+            nn.Conv2d(8, 8, 3, stride, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1)
+        )
+        self.shortcut = nn.Conv2d(8, 8, 1, stride) if projects else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.shortcut is not None:
+            return self.skip * self.shortcut(x) + self.branch(x)
+        return self.skip * (functional.avg_pool2d(x, 2) if self.halves else x) + self.branch(x)
+
+
+def halving(*blocks: Halving) -> Built:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), *blocks, nn.Flatten(), nn.LazyLinear(4))
+    x, y = torch.randn(4, 3, 16, 16), torch.randint(4, (4,))
+    model(x)
+    return model, lambda m: functional.cross_entropy(m(x), y)
+
+
+def test_a_whole_skip_goes_only_around_what_keeps_its_shape() -> None:
+    torch.manual_seed(0)
+    model, loss = halving(Halving(0.1, False), Halving(0.1, True), Halving(0.1, False))
+    rx = first("insert_residual", (model, loss))
+    assert [edit.place for edit in rx.edits] == ["1", "3"]
+    assert loss(apply(model, rx)).isfinite()
+
+
+@pytest.mark.parametrize("projects", [True, False])
+def test_where_all_damped_skips_halve_the_picture_there_is_a_line_for_the_user_at_most(
+    projects: bool,
+) -> None:
+    torch.manual_seed(0)
+    model, loss = halving(Halving(0.1, True, projects), Halving(0.1, True, projects))
+    patient = Patient(model, diagnose(measure(model, loss)), loss)
+    (rx,) = remedy("insert_residual").prescribe(patient)
+    assert rx.why_not
+    assert bool(rx.advice) is not projects, "the gain of a projection is that of its weights"
+
+
 def test_skips_cure_batch_norm_without_skips() -> None:
     torch.manual_seed(0)
     body = [nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU()) for _ in range(40)]

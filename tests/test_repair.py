@@ -149,6 +149,26 @@ def test_cheaper_ways_are_said_to_be_not_enough() -> None:
     assert "- (1), (3) … (59) (30): Sigmoid()" in said
 
 
+class Unique(nn.Sequential):
+    """Refuses to be copied, at length."""
+
+    def __deepcopy__(self, _: dict[int, Any]) -> nn.Module:
+        raise TypeError(f"there is one of me: {'really ' * 100}")
+
+
+def test_a_model_that_cannot_be_copied_is_said_so_once() -> None:
+    torch.manual_seed(0)
+    model, loss = classified(Unique(*mlp(nn.Sigmoid, 30)))
+    found = repair(model, loss)
+    assert not found.cured
+    assert found.model is model
+    assert all("theory expects" in tried.why for tried in found.tried)
+    said = " ".join(str(found).split())
+    assert said.count("cannot be copied (there is one of me: really") == 1
+    assert len(found.note) < 300
+    assert "in_place=True" in found.note
+
+
 def test_a_healthy_model_comes_back_as_it_is() -> None:
     torch.manual_seed(0)
     model, loss = relu_he()
@@ -307,6 +327,15 @@ class PlusOneNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return functional.rms_norm(x, (64,)) * (1 + self.weight)
+
+
+def test_with_the_gains_only_those_shifts_are_reset_that_are_not_zero() -> None:
+    torch.manual_seed(0)
+    model, loss = dim_gains()
+    nn.init.constant_(model[1].bias, 0.1)  # pyright: ignore
+    found = repair(model, loss)
+    assert found.prescription is not None
+    assert [edit.place for edit in found.prescription.edits if edit.place.endswith("bias")] == ["1.bias"]
 
 
 def test_gains_that_are_added_to_one_become_zero() -> None:

@@ -10,7 +10,7 @@ import math
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
+from itertools import pairwise, takewhile
 
 from torch import Tensor, nn
 
@@ -200,6 +200,14 @@ def shared(path: str, other: str) -> str:
     """Path of the smallest module that holds both."""
     pairs = zip(path.split("."), other.split("."), strict=False)
     return ".".join(a for a, _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def keeps(flow: Flow, place: str) -> bool:
+    """Does the signal leave a module inside the model, at each of its calls, in the shape in which it came?"""
+    steps = list(pairwise(flow.sites))
+    entered = [a.shape for a, b in steps if _within(b.module, place) and not _within(a.module, place)]
+    left = [a.shape for a, b in steps if _within(a.module, place) and not _within(b.module, place)]
+    return bool(place) and entered == left
 
 
 MOST_LAYERS = 4

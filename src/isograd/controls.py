@@ -12,7 +12,8 @@ from dataclasses import replace
 
 from torch import Tensor, nn
 
-from isograd.prescription import Edit, Prescription, Value
+from isograd.edit import Edit, Value
+from isograd.prescription import Prescription
 
 ACTIVATIONS = ("Sigmoid", "Tanh", "ReLU", "LeakyReLU", "ELU", "SELU", "GELU", "SiLU", "Softplus", "Softsign")
 SCALES = (-2.0, 1.0)

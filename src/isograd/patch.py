@@ -19,7 +19,8 @@ from textwrap import indent
 
 import torch
 
-from isograd.prescription import ROOTS, Edit, Prescription, combined, named, printed
+from isograd.edit import ROOTS, Edit, named, printed
+from isograd.prescription import Prescription, combined
 
 OURS = ("surgery", "modules", "calls")
 LONG = 100

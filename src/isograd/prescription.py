@@ -12,17 +12,18 @@ causes that it is for, and `prescribe(patient)` yields a prescription for every 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from enum import Enum, IntEnum
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, Literal
+from textwrap import shorten
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from isograd import surgery
 from isograd.diagnosis import Diagnosis
+from isograd.edit import Edit, Value, has, perform, printed
 from isograd.flow import Flow
 from isograd.graph.preserve import copied
 from isograd.graph.traced import Loss, unwrapped
@@ -30,9 +31,6 @@ from isograd.warning import warn
 
 if TYPE_CHECKING:
     from rich.text import Text
-
-Value = bool | int | float | str | None | tuple[int, ...] | tuple[float, ...] | tuple[str, ...]
-Verb = Literal["fill", "alter", "set", "replace", "wrap", "configure"]
 
 
 class Safety(Enum):
@@ -55,33 +53,6 @@ class Reach(IntEnum):
     NORMALISATION = 3
     RESIDUAL = 4
     GATING = 5
-
-
-@dataclass(frozen=True, slots=True)
-class Edit:
-    """One change at one place.
-
-    fill       `of(tensor, **arguments)` on the parameter or buffer at `place`, in place, without gradient;
-               `of=".mul_"` is the tensor's own method
-    alter      `of(module, **arguments)` on the module at `place`, in place
-    set        the attribute at `place` becomes `arguments["value"]`, or the callable that `of` names
-    replace    the module at `place` becomes `of(**arguments)`
-    wrap       the module at `place` becomes `of(module, **arguments)`, which holds it
-    configure  nothing in the model: the training's `place` (clip_grad_norm, lr, …) becomes `arguments["value"]`
-    """
-
-    place: str
-    """Dotted name as in `named_modules` or `named_parameters`; '' is the model itself."""
-    verb: Verb
-    of: str = ""
-    """Dotted name under one of `ROOTS`: 'nn.init.orthogonal_', 'nn.ReLU', 'modules.Residual'."""
-    arguments: Mapping[str, Value] = field(default_factory=dict[str, Value])
-    rows: tuple[int, int] | None = None
-    """Only these rows of the tensor, from and to: one gate of a bias, the values of a joint projection."""
-    before: str = ""
-    """What stood there, for the diff: 'Sigmoid()', 'std 0.0722'."""
-    source: str = ""
-    """`file.py:17` where the user would make the change by hand, if it is not where the module is made."""
 
 
 @dataclass(frozen=True, repr=False)
@@ -274,16 +245,6 @@ def _agree(earlier: Edit, later: Edit, rx: Prescription) -> None:
         )
 
 
-def printed(edit: Edit) -> str:
-    """What is put there, as in the code: `nn.init.orthogonal_(gain=1.41)`."""
-    if edit.verb in ("set", "configure"):
-        return edit.of or repr(edit.arguments["value"])
-    values = [f"{name}={value!r}" for name, value in edit.arguments.items()]
-    if edit.of.startswith("."):
-        values = [repr(value) for value in edit.arguments.values()]
-    return f"{edit.of.removeprefix('.')}({', '.join(values)})"
-
-
 def apply(
     model: nn.Module,
     rx: Prescription | Sequence[Prescription],
@@ -328,7 +289,7 @@ def apply(
     with surgery.drawing(changed, seed):
         for edit in whole.edits:
             place = edit.place if edit.verb != "fill" else places.get(edit.place, edit.place)
-            if edit.verb != "configure" and not _has(changed, place, edit.verb):
+            if edit.verb != "configure" and not has(changed, place, edit.verb):
                 raise ValueError(f"the model has no {place}: {whole.remedy} was prescribed for another one")
             changed = perform(changed, replace(edit, place=place))
     if given:
@@ -342,12 +303,17 @@ def apply(
     return changed
 
 
+class NoCopy(ValueError):
+    """The model cannot be copied."""
+
+
 def _copied(model: nn.Module) -> nn.Module:
     try:
         return copied(model)
     except Exception as error:
-        raise ValueError(
-            f"the model cannot be copied ({error}): apply(model, rx, in_place=True) changes the model itself"
+        why = shorten(str(error), 160, placeholder=" …")
+        raise NoCopy(
+            f"the model cannot be copied ({why}): apply(model, rx, in_place=True) changes the model itself"
         ) from error
 
 
@@ -363,66 +329,3 @@ def _renamed(old: dict[int, list[str]], model: nn.Module) -> dict[str, str]:
     new = _names(model)
     pairs = [pair for tensor, keys in old.items() for pair in zip(keys, new.get(tensor, ()), strict=False)]
     return {before: after for before, after in pairs if before != after}
-
-
-def perform(model: nn.Module, edit: Edit) -> nn.Module:
-    """Make one edit in place; the model, or what has taken its place at the root."""
-    match edit.verb:
-        case "fill":
-            tensor = _tensor(model, edit.place)
-            rows = tensor if edit.rows is None else tensor[slice(*edit.rows)]
-            with torch.no_grad():
-                if edit.of.startswith("."):
-                    getattr(rows, edit.of[1:])(*edit.arguments.values())
-                else:
-                    named(edit.of)(rows, **edit.arguments)
-        case "alter":
-            with torch.no_grad():
-                named(edit.of)(model.get_submodule(edit.place), **edit.arguments)
-        case "set":
-            owner, _, name = edit.place.rpartition(".")
-            value = named(edit.of) if edit.of else edit.arguments["value"]
-            setattr(model.get_submodule(owner), name, value)
-        case "replace":
-            return surgery.put(model, edit.place, named(edit.of)(**edit.arguments))
-        case "wrap":
-            return surgery.put(
-                model, edit.place, named(edit.of)(model.get_submodule(edit.place), **edit.arguments)
-            )
-        case "configure":
-            pass
-    return model
-
-
-def _has(model: nn.Module, place: str, verb: Verb) -> bool:
-    """Is there anything at the place of an edit? An attribute may be new to its module."""
-    owner, _, leaf = place.rpartition(".")
-    try:
-        model.get_submodule(owner if verb in ("fill", "set") else place)
-    except AttributeError:
-        return False
-    return verb != "fill" or hasattr(model.get_submodule(owner), leaf)
-
-
-def _tensor(model: nn.Module, name: str) -> Tensor:
-    owner, _, leaf = name.rpartition(".")
-    return getattr(model.get_submodule(owner), leaf)
-
-
-ROOTS = {
-    "torch": "torch",
-    "nn": "torch.nn",
-    "surgery": "isograd.surgery",
-    "modules": "isograd.modules",
-    "calls": "isograd.calls",
-}
-"""Where the callables of edits live."""
-
-
-def named(of: str) -> Callable[..., Any]:
-    """The callable that a dotted name stands for."""
-    root, *path = of.split(".")
-    found: Any = import_module(ROOTS[root])
-    for name in path:
-        found = getattr(found, name)
-    return found

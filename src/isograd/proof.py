@@ -22,12 +22,13 @@ from torch import nn
 
 from isograd import trials
 from isograd.controls import random_edit
+from isograd.edit import Value
 from isograd.graph.preserve import copied, preserved
 from isograd.graph.traced import Loss
 from isograd.judge import Train
 from isograd.measure import measure
 from isograd.paired import Difference, paired
-from isograd.prescription import Prescription, Value, apply, combined
+from isograd.prescription import Prescription, apply, combined
 
 if TYPE_CHECKING:
     from rich.text import Text

@@ -20,7 +20,7 @@ from isograd.diagnosis import Diagnosis, Severity, diagnose
 from isograd.graph.traced import Loss
 from isograd.judge import Judge
 from isograd.measure import measure
-from isograd.prescription import Patient, Prescription, Reach, Safety, apply, prescriptions
+from isograd.prescription import NoCopy, Patient, Prescription, Reach, Safety, apply, prescriptions
 from isograd.remedies import (
     lsuv,
     slugs,
@@ -134,6 +134,8 @@ class Search:
             self.note = "interrupted: the best so far"
         except _Spent as spent:
             self.note = f"{spent}: the best so far"
+        except NoCopy as error:
+            self.note = f"no candidate could be tried: {error}"
         if self.judge is not None and self.judge.failure is not None:
             raised = f"not judged by training, which raised {_first_line(self.judge.failure)}"
             self.note = f"{self.note}; {raised}" if self.note else raised
@@ -266,6 +268,7 @@ class Search:
 
         Raises:
             _Spent: no further candidate may be begun.
+            NoCopy: none ever can.
         """
         if self.left <= 0:
             raise _Spent("the measurements are used up")
@@ -275,7 +278,9 @@ class Search:
         self.say(f"candidate {len(self.tried) + 1}: {rx.title}")
         try:
             return apply(self.model, rx)
-        except Exception as error:  # a model that cannot be copied: said
+        except NoCopy:
+            raise
+        except Exception as error:  # an edit that does not fit: said
             self._note(rx, f"could not be tried: {_first_line(error)}")
             return None
 

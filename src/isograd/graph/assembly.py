@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,9 +12,10 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from isograd.flow import Flow
-from isograd.graph.backbone import Backbone, Graph, Segment, closed, step_site
+from isograd.graph.backbone import Backbone, Segment, step_site
 from isograd.graph.backward import Backward
-from isograd.graph.operations import ACTIVATIONS, STEPS, is_trivial, operation_of
+from isograd.graph.gates import abreast, gates
+from isograd.graph.operations import ACTIVATIONS, STEPS, operation_of
 from isograd.graph.origin import first_nonfinite
 from isograd.graph.readings import Readings, log10
 from isograd.graph.traced import Traced
@@ -201,29 +201,11 @@ class Assembly:
 
     @cached_property
     def _gates(self) -> set[Node]:
-        """Activations that weigh another part of the signal, between the model's output and its input."""
-        seen = {a.node for a in self.trace.activations}
-        parts = [[*s.nodes, *s.inside] for s in self.main.segments[self.main.exit :]]
-        return {node for nodes in parts for node in seen & _factors(self.run.graph, nodes)}
+        return gates(self.run)
 
     @cached_property
     def _abreast(self) -> set[Node]:
-        """Activations that together close every way of the signal through a segment or a residual branch.
-
-        Function by function. A gate only weighs the signal: the way through it is none.
-        """
-        functions = {a.node: a.function for a in self.trace.activations}
-        graph, found = self.run.graph, set[Node]()
-        for segment, following in pairwise(self.main.segments[self.main.exit :]):
-            inside = functions.keys() & segment.inside
-            gates = inside & _factors(graph, [*segment.nodes, *segment.inside])
-            if not inside or closed(graph, segment, following, gates):
-                continue
-            for name in {functions[node] for node in inside - gates}:
-                same = {node for node in inside - gates if functions[node] == name}
-                if closed(graph, segment, following, gates | same):
-                    found |= same
-        return found
+        return abreast(self.run)
 
     def _normalisations(self) -> tuple[Normalisation, ...]:
         """In the order in which they ran."""
@@ -272,7 +254,7 @@ class Assembly:
 
     def _parameters(self) -> tuple[Parameter, ...]:
         found: list[Parameter] = []
-        last = len(self.main.segments) - 1
+        weights, last = self.trace.weights, len(self.main.segments) - 1
         for name, p in self.run.model.named_parameters():
             state, log, zeros, bad, where = "measured", math.nan, math.nan, 0, math.nan
             if not p.requires_grad:
@@ -305,10 +287,10 @@ class Assembly:
                     zeros,
                     bad,
                     where,
-                    self.trace.weights.get(id(p), 0),
-                    id(p) in self.trace.biases,
-                    3 if id(p) in self.trace.packed else 1,
-                    self.trace.generated.get(id(p), 0),
+                    weights.fan_in.get(id(p), 0),
+                    id(p) in weights.biases,
+                    3 if id(p) in weights.packed else 1,
+                    weights.generated.get(id(p), 0),
                     self._updates.get(name, math.nan),
                 )
             )
@@ -383,33 +365,8 @@ def _answering(run: Traced) -> set[Node]:
     return found
 
 
-def _factors(graph: Graph, nodes: Sequence[Node]) -> set[Node]:
-    """What is multiplied with another part of the signal, as the gate of a GLU or of a squeeze-and-excitation.
-
-    Views and arithmetic with constants may stand between: h * (1 - gate).
-    """
-
-    def parts(node: Node) -> list[Node]:
-        return [child for child in graph.children[node] if not hasattr(child, "variable")]
-
-    found = set[Node]()
-    for node in nodes:
-        factors = parts(node)
-        if operation_of(node) != "mul" or len(factors) < 2:
-            continue
-        for factor in factors:
-            while (is_trivial(operation_of(factor)) or operation_of(factor) in PLAIN) and len(
-                parts(factor)
-            ) == 1:
-                (factor,) = parts(factor)
-            found.add(factor)
-    return found
-
-
 LEADING = {"softmax", "reshape", "linear", "elementwise", "addition", "dropout"}
 """Kinds by which additive attention comes from its tanh to its softmax; a product of two activations is another kind."""
-PLAIN = {"add", "sub", "rsub", "mul", "div", "neg"}
-"""Arithmetic: with one part of the signal in it, the rest are constants."""
 
 
 def _steps(run: Traced) -> set[Node]:

@@ -292,16 +292,16 @@ def _split(graph: Graph, trace: Trace, segment: Segment, following: Node) -> Non
     top = segment.nodes[-1]
     inside = set(segment.inside)
     plain = {n for n in inside if n in trace.made and trace.made[n].call.kind in IDENTITIES}
-    skip, path = _walk(graph, [top], plain, following)
+    skip, path = _walk([top], plain, following)
     rest = [n for n in segment.inside if n not in path]
     if not skip and rest:  # a projection shortcut: the side with fewer weights
         sides = [child for child in dict.fromkeys(graph.children[top]) if child in inside]
-        weights = {side: _weights_below(graph, trace, side, inside, following) for side in sides}
+        weights = {side: _weights_below(trace, side, inside, following) for side in sides}
         if len(sides) == 2 and weights[sides[0]] != weights[sides[1]]:
             small = min(sides, key=lambda s: weights[s])
             large = max(sides, key=lambda s: weights[s])
-            other, taken = _walk(graph, [large], inside, following)
-            mine, path = _walk(graph, [small], inside, following)
+            other, taken = _walk([large], inside, following)
+            mine, path = _walk([small], inside, following)
             skip = mine - other
             segment.projected = weights[small] > 0
             rest = [n for n in segment.inside if n in taken and n not in path]
@@ -316,7 +316,7 @@ def _split(graph: Graph, trace: Trace, segment: Segment, following: Node) -> Non
 
 
 def _walk(
-    graph: Graph, starts: Sequence[Node], allowed: Collection[Node], end: Node
+    starts: Sequence[Node], allowed: Collection[Node], end: Node
 ) -> tuple[set[tuple[Node, int]], set[Node]]:
     """Edges into `end` on paths through allowed nodes only, and the nodes of these paths."""
     edges: set[tuple[Node, int]] = set()
@@ -339,8 +339,8 @@ def _walk(
     return edges, arriving
 
 
-def _weights_below(graph: Graph, trace: Trace, start: Node, inside: set[Node], end: Node) -> int:
-    _, seen = _walk(graph, [start], inside, end)
+def _weights_below(trace: Trace, start: Node, inside: set[Node], end: Node) -> int:
+    _, seen = _walk([start], inside, end)
     calls = {id(trace.made[n].call) for n in seen if n in trace.made and trace.made[n].call.weighted}
     return len(calls)
 
@@ -381,7 +381,7 @@ def closed(graph: Graph, segment: Segment, following: Segment, nodes: Collection
     starts = [segment.branch] if segment.branch is not None else segment.nodes[-1:]
     if segment.branch in nodes:
         return True
-    past, _ = _walk(graph, starts, set(segment.inside).difference(nodes), following.nodes[0])
+    past, _ = _walk(starts, set(segment.inside).difference(nodes), following.nodes[0])
     return not past
 
 

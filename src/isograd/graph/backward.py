@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from isograd.graph.backbone import Backbone, Graph
-from isograd.graph.trace import norm
+from isograd.graph.norm import norm
 from isograd.statistics import Failure
 
 EVERY = 8

@@ -24,7 +24,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(m, dict(m._buffers), set(m._non_persistent_buffers_set)) for m in model.modules()]
     copies = {id(b): b.clone() for _, held, _ in buffers for b in held.values() if isinstance(b, Tensor)}
-    generators = _generators(model)
+    generators = _generators()
     grads = [(p, p.grad) for p in model.parameters() if p.is_leaf]
     for p, _ in grads:
         p.grad = None
@@ -51,7 +51,7 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
 
 
-def _generators(model: nn.Module) -> list[tuple[Any, Any]]:
+def _generators() -> list[tuple[Any, Any]]:
     states: list[tuple[Any, Any]] = [
         (torch.set_rng_state, torch.get_rng_state()),
         (random.setstate, random.getstate()),

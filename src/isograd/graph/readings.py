@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from isograd.graph.backward import Backward
-from isograd.graph.trace import norm
+from isograd.graph.norm import norm
 from isograd.graph.traced import Traced
 
 LOG2 = math.log10(2.0)

@@ -13,6 +13,7 @@ HERE = os.path.dirname(__file__)
 OWN_FOLDER = os.path.dirname(os.path.abspath(HERE)) + os.sep
 IN_MODELS = tuple(OWN_FOLDER + name for name in ("modules.py", "surgery.py", "calls.py"))
 """Our files that run inside a repaired model."""
+WHERE_MADE = "where the layers are made"
 
 
 def source() -> str:
@@ -28,6 +29,11 @@ def source() -> str:
             return f"{path}:{frame.f_lineno}"
         frame = frame.f_back
     return ""
+
+
+def where_written(source: str) -> str:
+    """Where the user would change what is called at this line: Keras calls for all layers from one line of its own."""
+    return WHERE_MADE if source.startswith(("keras/", "keras\\")) else source
 
 
 @lru_cache(maxsize=4096)

@@ -3,7 +3,7 @@
 A `Trace` is a `TorchFunctionMode`, so it sees every torch call of any Python code, functional or in a
 module, and needs neither module hooks that break graphs nor the names of an architecture. After each
 call it walks from the result's `grad_fn` to the nodes it already knows: what lies between was made by
-this call. All statistics stay on the device until `Reading.collect` reads them back in one copy.
+this call. All statistics stay on the device until `Readings` reads them back in one copy.
 """
 
 from __future__ import annotations
@@ -30,47 +30,19 @@ from isograd.graph.call import (
     NormalisationStatistics,
 )
 from isograd.graph.cuts import Cuts
+from isograd.graph.norm import norm
 from isograd.graph.operations import (
     ACTIVATIONS,
     LOSSES,
     kind_of_call,
     operation_of,
     parameter_of,
-    summed_over,
 )
 from isograd.graph.source import shown, source
+from isograd.graph.weights import Weights
 
-PRODUCTS = ("matmul", "rmatmul", "mv", "dot", "inner", "vecdot")
-"""Calls that multiply by a vector and add none."""
 _GET_DATA = vars(torch._C.TensorBase)["data"].__get__
 _SET_REQUIRES_GRAD = vars(torch._C.TensorBase)["requires_grad"].__set__
-
-
-def norm(tensors: Iterable[Tensor | None]) -> Tensor:
-    """L2 norm of all elements of the given tensors together, as a float64 scalar on their device.
-
-    Accumulates in float32, and in float64 where float32 would over- or underflow: a norm of 1e25s
-    is not infinite and a norm of 1e-30s is not zero (both are real readings of deep networks).
-    """
-    parts = [_norm(tensor) for tensor in tensors if tensor is not None]
-    return parts[0] if len(parts) == 1 else torch.linalg.vector_norm(torch.stack(parts))
-
-
-def _norm(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    if tensor.is_sparse:
-        tensor = tensor.coalesce().values()
-    if tensor.is_complex():  # of a Fourier transform
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    if tensor.numel() == 0:
-        return torch.zeros((), dtype=torch.float64, device=tensor.device)
-    if tensor.is_cuda or tensor.dtype == torch.float64:  # on a GPU the cast is fused into the reduction
-        return torch.linalg.vector_norm(tensor, dtype=torch.float64)
-    value = torch.linalg.vector_norm(tensor, dtype=torch.float32)
-    # Reading a value on the CPU costs nothing; a float64 pass costs a copy, so only where it is needed.
-    if tensor.device.type == "cpu" and not 1e-15 < value.item() < 1e18:
-        return torch.linalg.vector_norm(tensor, dtype=torch.float64)
-    return value.double()
 
 
 @dataclass
@@ -91,14 +63,6 @@ class Trace(TorchFunctionMode):
     """Leaves put in front of the model's float inputs."""
     results: list[Node] = field(default_factory=list[Node])
     """Nodes of the tensors the model itself returned."""
-    weights: dict[int, int] = field(default_factory=dict[int, int])
-    """Fan-in of the parameters that layers multiply by, by the parameter's id."""
-    generated: dict[int, int] = field(default_factory=dict[int, int])
-    """Of the parameters whose layer makes a weight, as in a hypernetwork, that weight's fan-in, by the parameter's id."""
-    packed: set[int] = field(default_factory=set[int])
-    """Ids of those that make queries, keys and values at once, one below the other."""
-    biases: set[int] = field(default_factory=set[int])
-    """Ids of the parameters that those layers add."""
     given: set[int] = field(default_factory=set[int])
     """Addresses of the tensors that the model was given."""
     ran: set[str] = field(default_factory=set[str])
@@ -106,6 +70,7 @@ class Trace(TorchFunctionMode):
     closed: set[str] = field(default_factory=set[str])
     """Paths of the modules that were called without."""
     cuts: Cuts = field(init=False)
+    weights: Weights = field(init=False)
     entered: int = 0
     calls: int = 0
     """Of the model as a whole."""
@@ -118,6 +83,7 @@ class Trace(TorchFunctionMode):
         self._mixing: set[Node] = set()  # softmaxes that multiply other activations: attention written out
         self._parameters = {id(p): name for name, p in self.model.named_parameters()}
         self.cuts = Cuts(self._parameters)
+        self.weights = Weights(self.model)
 
     @contextmanager
     def recording(self) -> Iterator[Trace]:
@@ -240,7 +206,7 @@ class Trace(TorchFunctionMode):
             call = self._call(name, kind_of_call(name, args, kwargs))
             self._describe(call, args, kwargs)
             if name == "multi_head_attention_forward":
-                self._project(signal.bound(func, args, kwargs))
+                self.weights.project(signal.bound(func, args, kwargs))
             for tensor in tensors:
                 self._attribute(tensor, call)
             if derivative is not None and activation is not None:
@@ -281,7 +247,8 @@ class Trace(TorchFunctionMode):
         if call.kind == "linear" and self._averages_data(tensors):
             call.kind = "product"
         if call.kind in ("linear", "convolution"):
-            self._weigh(call, tensors, args[0] if call.operation == "einsum" else None)
+            equation = args[0] if call.operation == "einsum" else None
+            self.weights.weigh(call, tensors, equation, self._maker)
         elif call.kind in ("attention", "product") and not call.parameters:
             call.parameters = self._made_values(call, tensors)
         if call.kind == "convolution":
@@ -293,48 +260,9 @@ class Trace(TorchFunctionMode):
         if call.operation in ("batch_norm", "group_norm", "instance_norm"):
             call.unit_dim = 1
 
-    def _weigh(self, call: Call, tensors: list[Tensor], equation: object) -> None:
-        """Which parameter this layer multiplies by, and with what fan-in."""
-        owned = [(t, parameter_of(t)) for t in tensors]
-        if call.operation == "linear" or call.kind == "convolution":
-            owned = owned[
-                1:
-            ]  # what comes first is no weight, even where it is learned, as the queries of a decoder are
-            if owned and owned[0][1] is None:
-                self._generate(owned[0][0])
-        summed = summed_over(equation, tensors) if isinstance(equation, str) else []
-        for i, (operand, parameter) in enumerate(owned):
-            if parameter is None or id(parameter) not in self._parameters:
-                continue
-            if operand.ndim < 2:  # a vector that is added, or one that scores what it is multiplied by
-                if call.operation not in PRODUCTS:
-                    self.biases.add(id(parameter))
-            elif i < len(summed):
-                self.weights[id(parameter)] = summed[i]
-            elif call.operation == "linear" or call.kind == "convolution":
-                self.weights[id(parameter)] = operand[0].numel()
-            else:  # a matrix product: x @ w, or w @ x
-                self.weights[id(parameter)] = operand.shape[-2 if i == len(owned) - 1 else -1]
-
-    def _generate(self, weight: Tensor) -> None:
-        """A layer whose weight is no parameter: another one may have made it."""
-        node = self._origin(weight, {"reshape"})
-        call = self.made[node].call if node is not None else None
-        if call is not None and call.kind == "linear":
-            layer = [p for p in self.model.parameters() if self._parameters[id(p)] in call.parameters]
-            self.generated |= {id(p): weight[0].numel() for p in layer if p.ndim > 1}
-
-    def _project(self, given: dict[str, Any]) -> None:
-        """The layers of an attention that projects inside of its one call."""
-        for name, value in given.items():
-            if not isinstance(value, Tensor) or id(value) not in self._parameters:
-                continue
-            if name.endswith("_weight"):
-                self.weights[id(value)] = value.shape[1]
-            elif name.endswith("_proj_bias"):  # the other biases are a key and a value of their own
-                self.biases.add(id(value))
-        if not given["use_separate_proj_weight"]:
-            self.packed.add(id(given["in_proj_weight"]))
+    def _maker(self, tensor: Tensor) -> Call | None:
+        node = self._origin(tensor, {"reshape"})
+        return None if node is None else self.made[node].call
 
     def _averages_data(self, tensors: list[Tensor]) -> bool:
         """A softmax times the model's own input, which is a leaf as weights are: attention whose values no layer made."""
@@ -355,9 +283,8 @@ class Trace(TorchFunctionMode):
             self._mixing |= mixing
             weighted = [n is not None and self.made[n].call.weighted for n in nodes]
             values = [t for t, flag in zip(tensors, weighted, strict=True) if flag and mixing]
-        node = self._origin(values[0], {"reshape"}) if len(values) == 1 else None
-        made = self.made[node] if node is not None else None
-        return made.call.parameters if made is not None and made.call.weighted else ()
+        maker = self._maker(values[0]) if len(values) == 1 else None
+        return maker.parameters if maker is not None and maker.weighted else ()
 
     def _origin(self, tensor: Tensor, passing: Collection[str]) -> Node | None:
         """The node that made a tensor, behind calls of the kinds that only pass it on."""

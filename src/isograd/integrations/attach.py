@@ -12,23 +12,21 @@ import functools
 import gc
 import math
 import os
-import sys
 import threading
-import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 import msgspec
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from isograd.integrations.loss import AccumulatedLoss
+from isograd.integrations.owners import called, names_in_use, owners
+from isograd.integrations.watched import Watched, say
 from isograd.monitor import Monitor, scaling
 from isograd.record import Run
-from isograd.record.verdict import verdict
 from isograd.warning import warn
 
 VARIABLE = "ISOGRAD_WATCH"
@@ -37,13 +35,6 @@ LIVE = (2.0, 5.0, 10.0, 30.0)
 """Seconds between two live lines; the last one repeats."""
 MOST = 32
 """Optimizers that are watched: a search or a learner in a loop may make thousands."""
-MANY = 10_000
-"""Elements of a list or dict in which parameters are looked for: others hold data."""
-UNEXAMINED = {
-    "loss": "none was seen: it is read where a backward starts, from one number: loss.backward()",
-    "activations": "isograd watch --deep-every 1000 looks at every thousandth step from inside",
-}
-"""What `isograd.watch` says of the line that is missing in a script is said of the command."""
 UNSCALED = "_isograd_unscaled"
 """Where a loss that a scaler has multiplied keeps what it was."""
 
@@ -63,36 +54,13 @@ class Settings(msgspec.Struct, frozen=True):
     """When it was started, in seconds since the epoch: what has begun to record since then is one of its trainings."""
 
 
-@dataclass
-class _Watched:
-    """A model that was found. The script alone keeps it alive: models of a search go when it lets go of them."""
-
-    monitor: weakref.ref[Monitor]
-    model: weakref.ref[nn.Module]
-    loss: AccumulatedLoss
-    name: str
-    path: str
-    record: Any
-    """What is kept there; None in all processes but one."""
-    process: int
-    """Which process trains it: one that is forked from it does not."""
-    since: int
-    """Step of the record at which this process began to train it."""
-    again: bool
-    """Another optimizer has trained it before in this process: the record knows what was found then."""
-    shown: tuple[float, int] | None = None
-    """When a line of it was first shown, and the step."""
-    told: int = 0
-    """Findings that were said as they came."""
-
-
 class Attachment:
     """The monitors of this process."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.process = os.getpid()
-        self.watched: list[_Watched] = []
+        self.watched: list[Watched] = []
         self.made: weakref.WeakSet[Any] = weakref.WeakSet()
         """Optimizers that were made and not yet looked at."""
         self.found = self.theirs = 0
@@ -178,7 +146,7 @@ class Attachment:
         loss, record = AccumulatedLoss(monitor, model), monitor.run
         path, began = str(getattr(record, "path", path)), record.last + 1 if isinstance(record, Run) else 0
         self.watched.append(
-            _Watched(
+            Watched(
                 weakref.ref(monitor),
                 weakref.ref(model),
                 loss,
@@ -206,9 +174,9 @@ class Attachment:
             if monitor is not None:
                 self._safely(monitor.close)
             if not self.settings.quiet and watched.record is not None:
-                self._safely(functools.partial(_report, watched, self.settings.deep_every is not None))
+                self._safely(functools.partial(watched.report, self.settings.deep_every is not None))
         if self.theirs and not self.watched and not self.settings.quiet and os.getpid() == self.process:
-            _say("the script watches its own training: see the record that it keeps, if any")
+            say("the script watches its own training: see the record that it keeps, if any")
 
     def _safely(self, action: Callable[[], object]) -> None:
         """The training comes first: an error of ours is one warning, and the end of the watching."""
@@ -248,23 +216,23 @@ class Attachment:
             return
         self.found += len(mine)
         if self.found > MOST:
-            _say(f"the script has made more than {MOST} optimizers: the later ones are not watched")
+            say(f"the script has made more than {MOST} optimizers: the later ones are not watched")
             return
         if self.watched:
             gc.collect()  # a watched optimizer and its monitor refer to each other
-        names, objects = _names(), gc.get_objects()
+        names, objects = names_in_use(), gc.get_objects()
         order = {key: place for place, key in enumerate(names)}
-        owners = sorted(_owners(mine, objects, names), key=lambda owner: order.get(id(owner[0]), len(order)))
-        for model, own in owners:
+        found = sorted(owners(mine, objects, names), key=lambda owner: order.get(id(owner[0]), len(order)))
+        for model, own in found:
             known = self._known(model)
             monitor = None if known is None else known.monitor()
             if monitor is None:
-                self.watch(model, own, names.get(id(model)) or _called(model))
+                self.watch(model, own, names.get(id(model)) or called(model))
             else:
                 for optimizer in own:
                     monitor.add(optimizer)
 
-    def _known(self, model: nn.Module) -> _Watched | None:
+    def _known(self, model: nn.Module) -> Watched | None:
         return next((watched for watched in self.watched if watched.model() is model), None)
 
     def _live(self) -> None:
@@ -278,11 +246,11 @@ class Attachment:
                 reading = None if monitor is None else monitor.newest()
                 name = f"{watched.name}  " if several else ""
                 if reading is not None:
-                    _say(f"{name}{_line(reading.step, reading.scalars)}{_rate(watched, reading.step)}")
+                    say(f"{name}{watched.line(reading)}")
                 found = [] if monitor is None else monitor.found()[watched.told :]
                 watched.told += len(found)
                 for step, finding in found:
-                    _say(
+                    say(
                         f"{name}step {step}  {finding.severity.name.lower()} {finding.code}: {finding.message}"
                     )
 
@@ -332,132 +300,3 @@ def _watch_keras(attachment: Attachment) -> None:
         return original(model, *args, **kwargs)
 
     trained.fit = fit
-
-
-class Parts(nn.Module):
-    """What an optimizer trains that is no single module: several of them, and parameters that are in none."""
-
-    def __init__(self, modules: dict[str, Any], loose: dict[str, Tensor]) -> None:
-        super().__init__()
-        # As they are: registering would ask for nn.Parameter, and for names without a dot.
-        self._modules |= modules
-        vars(self)["_parameters"] |= loose
-
-
-def _variables() -> Iterator[tuple[str, Any]]:
-    """The variables of the running functions, innermost first, in their order."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        yield from list(frame.f_locals.items())
-        frame = frame.f_back
-
-
-def _names() -> dict[int, str]:
-    """What the running functions call modules and tensors, by identity; those in a list or dict by their place in it."""
-    found: dict[int, str] = {}
-    for name, value in _variables():
-        held: list[tuple[Any, Any]] = [(name, value)]
-        if (
-            type(value) in (dict, list, tuple) and len(value) <= MANY
-        ):  # no others: those may run code of the user's
-            dictionary = type(value) is dict
-            held += value.items() if dictionary else ((f"{name}.{i}", one) for i, one in enumerate(value))
-        for key, one in held:
-            if issubclass(type(one), nn.Module | Tensor):
-                found.setdefault(id(one), str(key))
-    return found
-
-
-def _owners(optimizers: list[Any], objects: list[Any], names: dict[int, str]) -> list[tuple[Any, list[Any]]]:
-    """What owns each optimizer's parameters, with its optimizers: the outermost module, or `Parts`."""
-    modules = [o for o in objects if issubclass(type(o), nn.Module)]
-    inner = {id(child) for module in modules for child in module.children()}
-    roots = [m for m in modules if id(m) not in inner]
-    owned = {id(root): {id(p) for p in root.parameters()} for root in roots}
-    found: dict[int, tuple[Any, list[Any]]] = {}
-    for optimizer in optimizers:
-        trained = {id(p): p for group in optimizer.param_groups for p in group["params"]}
-        parts: list[Any] = []
-        while roots:
-            # the smallest of those that own the most: a metric or a wrapper beside the model owns the same
-            best = max(roots, key=lambda r: (len(trained.keys() & owned[id(r)]), -len(owned[id(r)])))
-            if not trained.keys() & owned[id(best)]:
-                break
-            parts.append(best)
-            trained = {key: p for key, p in trained.items() if key not in owned[id(best)]}
-        owner = parts[0] if len(parts) == 1 and not trained else _joined(parts, list(trained.values()), names)
-        found.setdefault(id(owner), (owner, []))[1].append(optimizer)
-    return list(found.values())
-
-
-def _called(model: nn.Module) -> str:
-    """A model that no running function has a variable for."""
-    if isinstance(model, Parts):
-        return " and ".join(name for name, _ in model.named_children()) or "the parameters"
-    return type(model).__name__
-
-
-def _joined(modules: list[Any], loose: list[Tensor], names: dict[int, str]) -> Parts:
-    order = {key: place for place, key in enumerate(names)}
-    modules = sorted(modules, key=lambda module: order.get(id(module), len(order)))
-    called: dict[str, Any] = {}
-    for one in (*modules, *loose):
-        name = names.get(id(one), type(one).__name__.lower())
-        called[name if name not in called else f"{name} {len(called)}"] = one
-    return Parts(
-        {name: one for name, one in called.items() if isinstance(one, nn.Module)},
-        {name: one for name, one in called.items() if isinstance(one, Tensor)},
-    )
-
-
-def _report(watched: _Watched, deep: bool) -> None:
-    record, monitor = watched.record, watched.monitor()
-    if monitor is not None:
-        newest = monitor.newest()
-        steps, diagnosis = 0 if newest is None else newest.step + 1, monitor.diagnosis()
-        if watched.again and record.recording:
-            with Run.open(record.path) as run:
-                whole = verdict(run, watched.since)
-            known = {finding.code for finding in whole.findings}
-            inside = (finding for finding in diagnosis.findings if finding.code not in known)
-            healthy = {code: words for code, words in diagnosis.healthy.items() if code not in known}
-            diagnosis = replace(diagnosis, findings=(*whole.findings, *inside), healthy=healthy)
-        asked = {name: words for name, words in UNEXAMINED.items() if name in diagnosis.unexamined}
-        if deep:  # then it says why not
-            asked.pop("activations", None)
-        diagnosis = replace(diagnosis, unexamined=diagnosis.unexamined | asked)
-    elif record.recording:  # the script let go of the model
-        with Run.open(record.path) as run:
-            steps, diagnosis = run.last + 1, verdict(run)
-    else:
-        return
-    if not steps:
-        why = "" if monitor is None else diagnosis.unexamined.get("training", "")
-        _say(f"{watched.name} was found, but {why or 'no step of its optimizer was seen'}")
-        return
-    print(diagnosis, file=sys.stderr)
-    kept = f"recorded: isograd report {record.path}" if record.recording else "watched, and not recorded"
-    if record.recording and record.missed:
-        kept = f"watched, the last {record.missed} of them not recorded: isograd report {record.path}"
-    _say(f"{steps} steps of {watched.name} {kept}")
-
-
-def _rate(watched: _Watched, step: int) -> str:
-    now = time.monotonic()
-    if watched.shown is None:
-        watched.shown = now, step
-        return ""
-    since, first = watched.shown
-    return f"  {(step - first) / (now - since):.3g} steps/s"
-
-
-def _line(step: int, scalars: dict[str, float]) -> str:
-    parts = [f"step {step}"]
-    for name, words in (("loss", "loss"), ("grad_norm", "gradient norm")):
-        if name in scalars:
-            parts.append(f"{words} {scalars[name]:.4g}")
-    return "  ".join(parts)
-
-
-def _say(words: str) -> None:
-    print(f"isograd: {words}", file=sys.stderr, flush=True)

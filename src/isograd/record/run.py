@@ -8,17 +8,16 @@ import math
 import os
 import sqlite3
 import sys
-import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from isograd.record import database
 from isograd.record.database import NotARun
 from isograd.record.home import home, name
-from isograd.record.row import Layout, Row, Told, content, encoded
+from isograd.record.kept import Kept
+from isograd.record.row import Layout, content, encoded
 from isograd.warning import warn
 
 if TYPE_CHECKING:
@@ -34,7 +33,6 @@ IN_MEMORY = 32 * 2**20
 EVERY = 256
 """Steps between two looks at the size, and between two copies of the detectors' state: what came after the
 copy is read again when the run is continued."""
-CHUNK = 256
 
 
 class Memory(Protocol):
@@ -43,24 +41,6 @@ class Memory(Protocol):
     def observe(self, reading: Reading, /) -> Iterable[Finding]: ...
     def state(self) -> dict[str, Any]: ...
     def restore(self, state: dict[str, Any], /) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far a run has come."""
-
-    step: int
-    """The last step recorded; -1: none yet."""
-    time: float
-    """When it ended, in seconds since the epoch; nan: none yet."""
-    loss: float
-    """nan: not logged, or not a number."""
-    grad_norm: float
-    findings: int
-    writing: bool
-    """A process is recording it now."""
-    ended: bool
-    """It was closed; neither writing nor ended: it was cut off."""
 
 
 def beside(path: Path) -> Iterator[Path]:
@@ -80,7 +60,7 @@ def begun(path: Path) -> float:
         return -math.inf
 
 
-class Run:
+class Run(Kept):
     """The record of a watched training. Made by `Run.create` to write, by `Run.open` to read; a context manager."""
 
     def __init__(
@@ -92,19 +72,17 @@ class Run:
         memory: Memory | None = None,
         limit: int = LIMIT,
     ) -> None:
-        self.path = path
+        super().__init__(path, db)
         self.recording = held is not None
         """Whether what is appended reaches a disk."""
-        self._db, self._held, self._memory, self._limit = db, held, memory, limit
-        self._guard = threading.RLock()
+        self._held, self._memory, self._limit = held, memory, limit
+        self._file = (path / database.FILE).absolute()  # wherever the script goes meanwhile
         self._layouts: dict[Layout, int] = {}
-        self._read: dict[int, Layout] = {}
         self._offset: int | None = None
         self._appended = 0
         self.missed = 0
         """Steps that could not be recorded, since the last that could."""
         self._warned = self._closed = False
-        self._writable = False
 
     # -- making -------------------------------------------------------------------------------------------
 
@@ -224,6 +202,7 @@ class Run:
                 self._extend(steps, self._offset)
             except sqlite3.Error as error:
                 self._failed(error, len(steps))
+            self._look()
 
     def _extend(self, steps: Sequence[tuple[Reading, Iterable[Finding]]], offset: int) -> None:
         before, self._appended = self._appended, self._appended + len(steps)
@@ -282,6 +261,20 @@ class Run:
                 "from the record until the disk takes them again"
             )
 
+    def _look(self) -> None:
+        """A file that is deleted still takes what is written, until it is closed: the system says nothing."""
+        if not self.recording:
+            return
+        try:
+            self._file.stat()
+        except FileNotFoundError:
+            self.recording, self._warned = False, True
+            warn(
+                f"the record in {self.path} was deleted while it was written: training goes on, and no step of it is kept"
+            )
+        except OSError:  # a disk that does not answer now
+            pass
+
     def _write_info(self, entries: dict[str, Any]) -> None:
         try:
             with database.transaction(self._db):
@@ -298,6 +291,7 @@ class Run:
             if self._closed:
                 return
             if self._writable:
+                self._look()
                 self._write_info({"ended": time.time()})
                 try:
                     with database.transaction(self._db):
@@ -316,100 +310,3 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-    # -- reading ------------------------------------------------------------------------------------------
-
-    @property
-    def name(self) -> str:
-        return self.path.name
-
-    @property
-    def last(self) -> int:
-        """The last step that is recorded; -1: none."""
-        row = self._one("SELECT max(step) FROM steps")
-        return -1 if row is None or row[0] is None else row[0]
-
-    def __len__(self) -> int:
-        """Number of steps that are kept."""
-        row = self._one("SELECT count(*) FROM steps")
-        return 0 if row is None else row[0]
-
-    @property
-    def info(self) -> dict[str, Any]:
-        """started, resumed, ended (seconds since the epoch, None: not yet), pid, command."""
-        return {key: json.loads(value) for key, value in self._all("SELECT key, value FROM info")}
-
-    def rows(self, start: int = 0, stop: int | None = None) -> Iterator[Row]:
-        """The steps from `start` up to but without `stop`, in order, as plain data."""
-        end = 2**62 if stop is None else stop
-        while True:
-            found = self._all(
-                "SELECT step, time, layout, scalars, notes, content FROM steps "
-                "WHERE step >= ? AND step < ? ORDER BY step LIMIT ?",
-                (start, end, CHUNK),
-            )
-            for step, when, layout, scalars, notes, values in found:
-                yield Row(
-                    step, when, self._layout(layout), json.loads(scalars), tuple(json.loads(notes)), values
-                )
-            if len(found) < CHUNK:
-                return
-            start = found[-1][0] + 1
-
-    def readings(self, start: int = 0, stop: int | None = None) -> Iterator[Reading]:
-        """The same with tensors."""
-        for row in self.rows(start, stop):
-            yield row.reading()
-
-    def series(self, name: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a scalar: loss, grad_norm, lr, whatever was logged."""
-        found = [
-            (step, json.loads(scalars))
-            for step, scalars in self._all("SELECT step, scalars FROM steps ORDER BY step")
-        ]
-        kept = [(step, scalars[name]) for step, scalars in found if name in scalars]
-        return [step for step, _ in kept], [value for _, value in kept]
-
-    def told(self, after: int = 0) -> list[Told]:
-        """What was found, in the order in which it was told; `after` the one with this `id`."""
-        query = "SELECT id, step, content FROM findings WHERE id > ? ORDER BY id"
-        return [Told(number, step, json.loads(text)) for number, step, text in self._all(query, (after,))]
-
-    @property
-    def findings(self) -> tuple[tuple[int, Finding], ...]:
-        """Step and finding, in the order in which they were told."""
-        return tuple((told.step, told.finding()) for told in self.told())
-
-    def progress(self) -> Progress:
-        """How far it has come; cheap enough to be asked once a second."""
-        row = self._one("SELECT step, time, scalars FROM steps ORDER BY step DESC LIMIT 1")
-        step, when, text = (-1, math.nan, "{}") if row is None else row
-        scalars = json.loads(text)
-        count = self._one("SELECT count(*) FROM findings")
-        ended = self._one("SELECT value FROM info WHERE key = 'ended'")
-        return Progress(
-            step,
-            when,
-            scalars.get("loss", math.nan),
-            scalars.get("grad_norm", math.nan),
-            0 if count is None else count[0],
-            self._writable or database.written_now(self.path),
-            ended is not None and json.loads(ended[0]) is not None,
-        )
-
-    def _layout(self, number: int) -> Layout:
-        if number not in self._read:
-            row = self._one("SELECT content FROM layouts WHERE id = ?", (number,))
-            assert row is not None
-            self._read[number] = Layout.decoded(row[0])
-        return self._read[number]
-
-    def _all(self, query: str, values: tuple[Any, ...] = ()) -> list[Any]:
-        with self._guard:
-            try:
-                return self._db.execute(query, values).fetchall()
-            except sqlite3.DatabaseError as error:
-                raise NotARun(f"the record in {self.path} is damaged: {error}") from error
-
-    def _one(self, query: str, values: tuple[Any, ...] = ()) -> Any:
-        return next(iter(self._all(query, values)), None)

@@ -24,7 +24,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from isograd.prescription import Edit, Patient, Prescription, Reach, Safety, not_applicable
+from isograd.edit import Edit
+from isograd.prescription import Patient, Prescription, Reach, Safety, not_applicable
 
 SLUG = "adam-epsilon"
 TREATS = ("UP503", "UP505", "UP507", "optimizer-epsilon")

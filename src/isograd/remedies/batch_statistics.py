@@ -25,7 +25,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.edit import Edit
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 
 SLUG = "batch-statistics"
 TREATS = ("norm-statistics", "VG101", "EG201", "EG202", "VG106")

@@ -22,8 +22,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from isograd.edit import Edit
 from isograd.layers import steps_of
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.remedies.forget_bias import NONE, gated
 
 SLUG = "chrono-initialisation"

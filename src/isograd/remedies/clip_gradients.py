@@ -26,7 +26,8 @@ import math
 from collections.abc import Iterator
 from statistics import median
 
-from isograd.prescription import Edit, Patient, Prescription, Reach, Safety, not_applicable
+from isograd.edit import Edit
+from isograd.prescription import Patient, Prescription, Reach, Safety, not_applicable
 from isograd.symptoms.exploding_gradient import ERROR
 
 SLUG = "clip-gradients"

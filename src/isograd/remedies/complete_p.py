@@ -25,7 +25,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.edit import Edit
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.remedies.adam_epsilon import DEFAULT
 from isograd.remedies.scale_residual_branches import blocks, multiplied, without_skips
 

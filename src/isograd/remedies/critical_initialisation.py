@@ -27,10 +27,11 @@ from collections.abc import Iterator
 from functools import cache
 
 from isograd import theory
+from isograd.edit import Edit, Value
 from isograd.flow import Flow
 from isograd.graph.operations import ACTIVATIONS
 from isograd.layers import Layer, batch_norms, is_chain, layers
-from isograd.prescription import Edit, Patient, Prescription, Reach, Value, not_applicable
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 
 SLUG = "critical-initialisation"
 TREATS = ("initialisation", "VG101", "EG201", "EG202", "EG205", "NF401", "NF402")

@@ -28,9 +28,10 @@ from collections.abc import Iterator
 from torch import nn
 
 from isograd.anatomy import Branch, branches
+from isograd.edit import Edit
 from isograd.graph.operations import WEIGHTED
 from isograd.layers import rms
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.remedies.pre_norm import PLAIN
 from isograd.remedies.query_key_norm import thirds
 from isograd.remedies.reset_norm_epsilon import epsilons

@@ -25,8 +25,9 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from isograd.edit import Edit
 from isograd.layers import Layer, layers
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.remedies.critical_initialisation import biases, expected, remaining, wanted
 from isograd.remedies.orthogonal_initialisation import gain, orthogonal
 

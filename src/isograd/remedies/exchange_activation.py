@@ -32,10 +32,12 @@ from dataclasses import replace
 
 from torch import nn
 
+from isograd.edit import Edit
 from isograd.flow import FACTORS, Flow
 from isograd.graph.operations import ACTIVATIONS
+from isograd.graph.source import where_written
 from isograd.layers import Layer, is_chain, layers
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.remedies.critical_initialisation import biases, gain, weight
 from isograd.statistics import Site
 
@@ -297,6 +299,9 @@ def _line(source: str) -> str:
 
 
 def _by_hand(source: str, function: str, target: str, why: str = "") -> str:
+    where = where_written(source)
+    if where != source:
+        return f"{where}: {why}activation={target!r} in place of {function}"
     file, _, number = source.rpartition(":")
     text = linecache.getline(file, int(number)).strip() if number.isdigit() else ""
     new = f"torch.{target}" if target in ("tanh", "relu", "selu") else f"torch.nn.functional.{target}"

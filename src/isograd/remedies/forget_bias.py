@@ -24,7 +24,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.edit import Edit
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 
 SLUG = "forget-bias"
 TREATS = ("initialisation", "VG101", "RN601", "RN602", "RN603")

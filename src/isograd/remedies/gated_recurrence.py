@@ -26,9 +26,10 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from isograd.edit import Edit, Value
 from isograd.flow import Flow
 from isograd.layers import Layer, layers, recurrent, steps_of
-from isograd.prescription import Edit, Patient, Prescription, Reach, Value, not_applicable
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 
 SLUG = "gated-recurrence"
 TREATS = ("ungated-recurrence", "RN601", "RN602", "VG101", "EG201")

@@ -29,9 +29,10 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from isograd.edit import Edit
 from isograd.graph.operations import WEIGHTED
 from isograd.layers import Layer, layers
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.remedies.critical_initialisation import biases, weight
 from isograd.remedies.scale_residual_branches import blocks, ends, multiplied, without_skips
 

@@ -29,7 +29,8 @@ from collections.abc import Iterator
 
 from isograd import theory
 from isograd.anatomy import Branch, Layer, branches, expected, hidden, in_words, layers
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.edit import Edit
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 
 SLUG = "insert-normalisation"
 TREATS = ("missing-normalisation", "EG201", "EG202", "VG101")

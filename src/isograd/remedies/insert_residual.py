@@ -4,7 +4,7 @@ What it does
     Cuts the backbone between input layer and head into the smallest parts that keep the signal's shape, such as a
     layer with its activation or a whole attention, and adds their input to their output. Where no part keeps the
     shape, the skip is a linear projection or a strided 1x1 convolution, drawn orthogonal. Branches are scaled by
-    1/sqrt(L), L parts in all. Modules whose own skip is damped get a whole one around them.
+    1/sqrt(L), L parts in all. Modules whose own skip is damped get a whole one around them, if they keep the shape.
 
 When it helps
     A product of many Jacobians becomes a product of sums 1 + J: the gradient has a direct path. It cures almost any
@@ -27,9 +27,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from isograd import theory
-from isograd.anatomy import Part, expected, in_words, parts, shared
+from isograd.anatomy import Part, expected, in_words, keeps, parts, shared
+from isograd.edit import Edit, Value
 from isograd.graph.operations import ACTIVATIONS
-from isograd.prescription import Edit, Patient, Prescription, Reach, Value, not_applicable
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.symptoms.damped_skips import DAMPED
 
 SLUG = "insert-residual"
@@ -97,15 +98,16 @@ def _in_calls(found: list[Part]) -> Prescription:
 def _damped(patient: Patient) -> Prescription | None:
     """Skips that are there and let too little by get a whole one around them."""
     splits, sites = patient.flow.splits, patient.flow.sites
-    weak = sorted(depth for depth, split in splits.items() if split.skip < DAMPED)
+    weak = sorted(d for d, split in splits.items() if split.skip < DAMPED and not split.projected)
     if not weak:
         return None
     skip = max(splits[depth].skip for depth in weak)
-    places = list(dict.fromkeys(sites[depth].module for depth in weak))
+    modules = dict.fromkeys(sites[depth].module for depth in weak)
+    places = [module for module in modules if keeps(patient.flow, module)]
     said = f"{len(weak)} of {len(splits)} skip connections let only {skip:.2g} of the signal by"
     source = sites[weak[0]].source or sites[weak[0]].place
     by_hand = f"by hand, {source}: x + branch(x), the skip not multiplied"
-    if "" in places:
+    if not places:
         return not_applicable(SLUG, said, by_hand)
     scale = len(places) ** -0.5
     return Prescription(

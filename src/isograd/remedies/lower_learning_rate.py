@@ -23,7 +23,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from isograd.prescription import Edit, Patient, Prescription, Reach, Safety, not_applicable
+from isograd.edit import Edit
+from isograd.prescription import Patient, Prescription, Reach, Safety, not_applicable
 from isograd.rates import Direction, adam, critical_rate, gradient_descent
 
 SLUG = "lower-learning-rate"

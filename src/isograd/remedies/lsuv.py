@@ -28,9 +28,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from isograd import surgery, theory
+from isograd.edit import Edit, perform
 from isograd.graph.preserve import copied, preserved
 from isograd.layers import Layer, batch_norms, is_chain, layers
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable, perform
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.remedies.critical_initialisation import remaining
 from isograd.remedies.orthogonal_initialisation import orthogonal
 from isograd.symptoms.vanishing_gradient import threshold

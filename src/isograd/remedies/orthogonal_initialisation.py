@@ -24,8 +24,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from isograd.edit import Edit
 from isograd.layers import Layer, layers
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.remedies.critical_initialisation import biases, expected, remaining, wanted, weight
 
 SLUG = "orthogonal-initialisation"

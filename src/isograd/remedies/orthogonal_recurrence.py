@@ -27,8 +27,9 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.utils import parametrize
 
+from isograd.edit import Edit
 from isograd.layers import layers, recurrent
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 
 SLUG = "orthogonal-recurrence"
 TREATS = ("ungated-recurrence", "RN601", "RN602", "VG101", "EG201")

@@ -24,8 +24,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from isograd.edit import Edit
 from isograd.flow import Flow
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.graph.source import where_written
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.statistics import Site
 from isograd.symptoms.no_gradient_at_loss import logarithm, oversteps, taken
 
@@ -89,7 +91,7 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         yield not_applicable(
             SLUG,
             f"the {end.operation} at the end is no module of its own",
-            f"{end.source}: return what goes into the {end.operation}",
+            f"{where_written(end.source)}: return what goes into the {end.operation}",
         )
         return
     yield Prescription(

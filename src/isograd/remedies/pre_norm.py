@@ -27,7 +27,8 @@ from collections.abc import Iterator
 from torch import nn
 
 from isograd.anatomy import Branch, branches
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.edit import Edit
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 
 SLUG = "pre-norm"
 TREATS = ("post-norm", "VG101", "EG201")

@@ -24,8 +24,9 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
+from isograd.edit import Edit
 from isograd.flow import Flow
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 
 SLUG = "query-key-norm"
 TREATS = ("attention-logits",)

@@ -32,8 +32,9 @@ from functools import cache
 from torch import Tensor, nn
 
 from isograd import theory
+from isograd.edit import Edit
 from isograd.layers import Layer, layers, recurrent, rms, steps_of
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.remedies.exchange_activation import exchanges
 from isograd.remedies.rescale_weights import independent
 

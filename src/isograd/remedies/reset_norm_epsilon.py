@@ -24,8 +24,9 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from isograd.edit import Edit
 from isograd.layers import norms
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.symptoms.epsilon_above_variance import USUAL
 
 SLUG = "reset-norm-epsilon"

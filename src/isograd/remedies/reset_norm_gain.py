@@ -29,8 +29,9 @@ from statistics import median
 
 from torch import Tensor, nn
 
+from isograd.edit import Edit
 from isograd.layers import common_activation, norms, rms
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.remedies.critical_initialisation import scale
 
 SLUG = "reset-norm-gain"
@@ -70,7 +71,7 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     edits += [
         Edit(f"{name}.bias", "fill", "nn.init.zeros_", before=f"rms {rms(shift):.3g}")
         for name, (module, _) in off.items()
-        if isinstance(shift := getattr(module, "bias", None), Tensor)
+        if isinstance(shift := getattr(module, "bias", None), Tensor) and bool(shift.any())
     ]
     critical = float(f"{scale(common_activation(patient.flow))[0]:.6g}")
     edits += [

@@ -25,8 +25,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from isograd.anatomy import shared
+from isograd.edit import Edit
 from isograd.flow import Flow
-from isograd.prescription import Edit, Patient, Prescription, Reach, Safety, not_applicable
+from isograd.prescription import Patient, Prescription, Reach, Safety, not_applicable
 from isograd.statistics import Site
 
 SLUG = "safe-loss"

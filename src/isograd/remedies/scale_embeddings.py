@@ -26,8 +26,9 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from isograd.edit import Edit
 from isograd.layers import rms
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 
 SLUG = "scale-embeddings"
 TREATS = ("embedding", "VG101", "EG201", "EG202", "EG205")

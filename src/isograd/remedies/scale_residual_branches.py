@@ -29,10 +29,11 @@ from statistics import median
 from torch import nn
 
 from isograd.anatomy import attentions
+from isograd.edit import Edit, Value
 from isograd.flow import Flow
 from isograd.graph.operations import WEIGHTED
 from isograd.layers import rms
-from isograd.prescription import Edit, Patient, Prescription, Reach, Value, not_applicable
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.symptoms.damped_skips import DAMPED
 
 SLUG = "scale-residual-branches"

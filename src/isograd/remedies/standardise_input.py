@@ -27,9 +27,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from isograd.edit import Edit, Value
 from isograd.flow import Flow
 from isograd.graph.preserve import preserved
-from isograd.prescription import Edit, Patient, Prescription, Reach, Value, not_applicable
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 
 SLUG = "standardise-input"
 TREATS = ("unnormalised-input", "VG101", "EG201", "EG202", "EG205")

@@ -30,7 +30,8 @@ from torch.nn.utils import parametrize
 
 from isograd import theory
 from isograd.anatomy import Layer, hidden
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.edit import Edit
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 
 SLUG = "standardise-weights"
 TREATS = ("initialisation", "activation", "missing-normalisation", "VG101", "EG201")

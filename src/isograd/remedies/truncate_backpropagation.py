@@ -27,8 +27,9 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from isograd.edit import Edit
 from isograd.layers import steps_of
-from isograd.prescription import Edit, Patient, Prescription, Reach, Safety, not_applicable
+from isograd.prescription import Patient, Prescription, Reach, Safety, not_applicable
 
 SLUG = "truncate-backpropagation"
 TREATS = ("RN602",)

@@ -23,7 +23,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from isograd.anatomy import branches
-from isograd.prescription import Edit, Patient, Prescription, Reach, Safety, not_applicable
+from isograd.edit import Edit
+from isograd.prescription import Patient, Prescription, Reach, Safety, not_applicable
 
 SLUG = "warm-up"
 TREATS = ("UP502", "UP506", "TR703", "post-norm", "learning-rate")

@@ -23,8 +23,9 @@ from collections.abc import Iterator
 
 from torch import Tensor
 
+from isograd.edit import Edit
 from isograd.layers import norms, rms
-from isograd.prescription import Edit, Patient, Prescription, Reach, not_applicable
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
 
 SLUG = "zero-biases"
 TREATS = ("dead-units", "SA302", "RN601")

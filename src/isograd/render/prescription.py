@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from rich.text import Text
 
 from isograd.diagnosis import Diagnosis, Finding, Severity
+from isograd.edit import Edit, printed
 from isograd.flow import Flow
-from isograd.prescription import Edit, Prescription, Safety, printed
+from isograd.prescription import Prescription, Safety
 from isograd.render import numbers
 from isograd.render.remedies import in_words
 

@@ -130,7 +130,7 @@ def _along(flow: Flow) -> Iterator[Outcome]:
         CODE,
         NAME,
         Severity.ERROR if starved or alike else Severity.WARNING,
-        f"{said}; {_received(flow, lost)}"
+        f"{said}; {_received(lost)}"
         + (f"; at the head {kept:.0e} of what tells the samples apart is left" if alike else ""),
         cause=f"the derivative of {step.operation} is zero everywhere"
         if step and lost == -math.inf
@@ -301,7 +301,7 @@ def _starved(flow: Flow) -> bool:
     return len(reached) < 3 or sum(not share - head > -WARNING for share in reached) > 1
 
 
-def _received(flow: Flow, lost: float) -> str:
+def _received(lost: float) -> str:
     if lost == -math.inf:
         return "the first layers receive exactly nothing of it"
     share = f"{10**lost:.0e}" if lost > -300 else f"10^{lost:.0f}"
