@@ -364,7 +364,7 @@ def test_wrong_arguments_say_what_to_type() -> None:
             isograd.Guard(model, optimizer, run="runs/a")
         with pytest.raises(ValueError, match="all optimizers that are watched together"):
             isograd.Guard(model, [optimizer, torch.optim.SGD(model.parameters(), lr=0.1)])
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="give it one of torch's"):
         isograd.Guard(model, None)  # type: ignore[arg-type]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import isograd
+from isograd.monitor.monitor import REPLAYS
 
 
 def test_the_flow_of_the_step_itself() -> None:
@@ -185,8 +186,13 @@ def test_of_a_step_that_its_batch_broke_that_is_said() -> None:
 def test_a_model_that_cannot_be_repeated_is_said_to_be_unexamined() -> None:
     model = torch.compile(Unit(), backend="eager")
     assert isinstance(model, nn.Module)
-    with isograd.watch(model, torch.optim.SGD(model.parameters(), lr=0.1), replay=True) as monitor:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with isograd.watch(model, optimizer, replay=True) as monitor:
         assert "compiled" in monitor.diagnosis().unexamined["replay"]
+        for x, y in batches(REPLAYS + 1):
+            functional.cross_entropy(model(x * torch.nan), y).backward()
+            optimizer.step()
+        assert "compiled" in monitor.diagnosis().unexamined["replay"]  # also when all have been tried
 
 
 class Returning(nn.Module):

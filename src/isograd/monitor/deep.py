@@ -101,7 +101,8 @@ class Deep:
         self.disarm()
         if loss is None:
             self.missed = (
-                "a step broke, and no forward of the model as a whole was seen whose output got a gradient"
+                self.refused
+                or "a step broke, and no forward of the model as a whole was seen whose output got a gradient"
             )
             return None
         with torch.enable_grad():

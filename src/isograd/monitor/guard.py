@@ -121,7 +121,11 @@ class Guard:
             raise ValueError(
                 "backoff is what the learning rate is multiplied by, such as 0.5: between 0 and 1"
             )
-        optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        optimizers: list[Any] = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        if any(optimizer is None for optimizer in optimizers):
+            raise TypeError(
+                "a guard steps the optimizers of a training: give it one of torch's, or a list of them"
+            )
         if any(group.get("lr") is None for o in optimizers for group in inner(o).param_groups):
             raise ValueError(
                 "a guard lowers the learning rate, and an optimizer finds its own: give it one, such as "
