@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torch.nn import functional
 import isograd
 from isograd.cli import cli
 from isograd.monitor.guard import BROKEN, LONG, MOST, SETTLED
+from isograd.monitor.snapshot import Snapshot
 from isograd.record import Run
 
 
@@ -362,7 +364,7 @@ def test_wrong_arguments_say_what_to_type() -> None:
             isograd.Guard(model, optimizer, run="runs/a")
         with pytest.raises(ValueError, match="all optimizers that are watched together"):
             isograd.Guard(model, [optimizer, torch.optim.SGD(model.parameters(), lr=0.1)])
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match="give it one of torch's"):
         isograd.Guard(model, None)  # type: ignore[arg-type]
 
 
@@ -378,3 +380,125 @@ def test_a_guard_alone_watches_and_beside_a_monitor_takes_it(tmp_path: Path) -> 
         trained(model, optimizer, 5, guard=guard)
     with Run.open(tmp_path / "run") as kept:
         assert [reading.step for reading in kept.readings()] == [0, 1, 2, 3, 4]
+
+
+def test_a_scaler_that_is_off_is_none() -> None:
+    """`GradScaler(enabled=…)` is how one script serves all number formats: nothing skips an overflow then."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with isograd.Guard(model, optimizer) as guard:
+        x, y = next(batches(1))
+        functional.cross_entropy(model(x), y).mul(math.inf).backward()
+        assert not guard.step(1.0, scaler=torch.amp.GradScaler("cpu", enabled=False))
+    assert flat(model).isfinite().all()
+
+
+def test_no_more_than_two_snapshots_are_in_memory_and_none_after_the_close(
+    guarded: Guarded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, optimizer, guard = guarded
+    alive: weakref.WeakSet[Snapshot] = weakref.WeakSet()
+    most: list[int] = []
+
+    class Counted(Snapshot):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            alive.add(self)
+            most.append(len(alive))
+
+    monkeypatch.setattr("isograd.monitor.guard.Snapshot", Counted)
+    trained(model, optimizer, 100, guard=guard)
+    assert len(most) > 2
+    assert max(most) == 2
+    guard.close()
+    assert not alive
+    with pytest.raises(RuntimeError, match="this guard is closed"):
+        trained(model, optimizer, 1, guard=guard)
+
+
+def test_a_cell_that_is_run_again_makes_another_guard(tmp_path: Path) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        guard = isograd.Guard(model, optimizer, run=tmp_path / "run")
+        trained(model, optimizer, 3, guard=guard)
+    guard.close()
+    with Run.open(tmp_path / "run") as kept:
+        assert [reading.step for reading in kept.readings()] == [0, 1, 2, 3, 4, 5]
+
+
+class Kept(nn.Module):
+    """Buffers that are other tensors after each forward, one that grows, one that is expanded."""
+
+    average: Tensor
+    queue: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = net()
+        self.register_buffer("average", torch.zeros(8))
+        self.register_buffer("queue", torch.zeros(0))
+        self.register_buffer("mask", torch.tensor(-math.inf).expand(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.average = 0.9 * self.average + 0.1 * x.mean(0)
+        self.queue = torch.cat([self.queue, x.mean().view(1)])
+        return self.inner(x)
+
+
+def test_buffers_go_back_by_their_names() -> None:
+    model = Kept()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with isograd.Guard(model, optimizer, every=20) as guard:
+        trained(cast("Any", model), optimizer, 20, guard=guard)
+        average, queue = model.average.clone(), model.queue.clone()
+        trained(cast("Any", model), optimizer, SETTLED, guard=guard)
+        trained(cast("Any", model), optimizer, 1, spoil=lambda _step, x: x * math.nan, guard=guard)
+        assert torch.equal(model.average, average)
+        trained(cast("Any", model), optimizer, BROKEN - 1, spoil=lambda _step, x: x * math.nan, guard=guard)
+        assert whats(guard)[-1] == "went back"
+    assert torch.equal(model.average, average)
+    assert torch.equal(model.queue, queue)
+
+
+def test_a_loss_that_grows_without_its_gradient_is_no_jump() -> None:
+    """As log K does where a queue of K negatives grows; what is added here has no gradient at all."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with isograd.Guard(model, optimizer) as guard:
+        for step, (x, y) in enumerate(batches(150)):
+            loss = functional.cross_entropy(model(x), y) + (3.0 if step > 60 else 0.0)
+            optimizer.zero_grad()
+            loss.backward()
+            guard.step(loss)
+        assert not guard.events
+
+
+def test_without_a_loss_the_gradients_alone_decide(guarded: Guarded) -> None:
+    model, optimizer, guard = guarded
+    for step, (x, y) in enumerate(batches(150)):
+        loss = functional.cross_entropy(model(x), y) * (100.0 if step > 60 else 1.0)
+        optimizer.zero_grad()
+        (loss * math.nan if step == 100 else loss).backward()
+        assert guard.step(None) == (step != 100)
+    assert whats(guard) == ["left out"]
+
+
+def test_other_data_are_gone_on_with_and_nothing_more_is_undone(guarded: Guarded) -> None:
+    """At weights whose loss was well all are far out: the objective is another."""
+    model, optimizer, guard = guarded
+    model[1] = nn.ReLU()
+    trained(model, optimizer, 100, guard=guard)
+    with pytest.warns(UserWarning, match=r"data or the objective is another.*guard\.step\(None\)"):
+        trained(model, optimizer, 60, spoil=lambda _step, x: 300 * x, guard=guard)
+    assert whats(guard).count("went back") == 1
+    assert whats(guard)[-1] == "went on"
+    assert guard.factor == 1
+
+
+def test_an_optimizer_that_finds_its_rate_is_refused() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer.param_groups[0]["lr"] = None
+    with pytest.raises(ValueError, match="finds its own"):
+        isograd.Guard(model, optimizer)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import isograd
+from isograd.monitor.monitor import REPLAYS
 
 
 def test_the_flow_of_the_step_itself() -> None:
@@ -183,5 +186,81 @@ def test_of_a_step_that_its_batch_broke_that_is_said() -> None:
 def test_a_model_that_cannot_be_repeated_is_said_to_be_unexamined() -> None:
     model = torch.compile(Unit(), backend="eager")
     assert isinstance(model, nn.Module)
-    with isograd.watch(model, torch.optim.SGD(model.parameters(), lr=0.1), replay=True) as monitor:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with isograd.watch(model, optimizer, replay=True) as monitor:
         assert "compiled" in monitor.diagnosis().unexamined["replay"]
+        for x, y in batches(REPLAYS + 1):
+            functional.cross_entropy(model(x * torch.nan), y).backward()
+            optimizer.step()
+        assert "compiled" in monitor.diagnosis().unexamined["replay"]  # also when all have been tried
+
+
+class Returning(nn.Module):
+    """Logits beside the hidden state that they are made from, in a container."""
+
+    def __init__(self, wrap: Callable[[Tensor, Tensor], object]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body, self.head, self.wrap = nn.Linear(8, 16), nn.Linear(16, 4), wrap
+
+    def forward(self, x: Tensor) -> object:
+        hidden = torch.tanh(self.body(x))
+        return self.wrap(self.head(hidden), hidden)
+
+
+@dataclass
+class Output:
+    logits: Tensor
+    hidden: Tensor
+
+
+@pytest.mark.parametrize(
+    ("wrap", "take"),
+    [
+        (lambda out, hidden: (out, hidden), lambda all: all[0]),
+        (lambda out, hidden: {"hidden": [hidden], "logits": out}, lambda all: all["logits"]),
+        (Output, lambda all: all.logits),
+        (lambda out, _hidden: torch.distributions.Categorical(logits=out), lambda all: all.logits),
+    ],
+    ids=["tuple", "dict", "dataclass", "distribution"],
+)
+def test_whatever_the_model_returns_its_step_is_looked_at(
+    wrap: Callable[[Tensor, Tensor], object], take: Callable[[Any], Tensor]
+) -> None:
+    """The gradient of what is made from a hidden state counts once, and a term of the loss on that state too."""
+    model = Returning(wrap)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with isograd.watch(model, optimizer, deep_every=1, replay=True) as monitor:
+        for x, y in batches(2):
+            optimizer.zero_grad()
+            out = model(x)
+            loss = functional.cross_entropy(take(out), y)
+            (loss + out[1].square().mean() if isinstance(out, tuple) else loss).backward()
+            optimizer.step()
+            reading = monitor.latest()
+            assert reading.flow is not None
+            inside = torch.tensor([10**p.grad_norm_log10 for p in reading.flow.parameters])
+            torch.testing.assert_close(inside, reading.columns["grad_norm"], rtol=1e-4, atol=0)
+        functional.cross_entropy(take(model(x)) * torch.nan, y).backward()
+        optimizer.step()
+        (said,) = [finding for finding in monitor.diagnosis().findings if finding.code == "NF402"]
+    assert "targets" in said.cause
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_step_that_was_not_located_is_said_to_be_unexamined(earlier: bool) -> None:
+    """As where a trainer calls the parts of the model, or where an earlier one of several forwards broke."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x, y = next(batches(1))
+    with isograd.watch(model, optimizer, replay=True) as monitor:
+        if earlier:
+            out = torch.cat([model(x * torch.nan), model(x)])
+            loss = functional.cross_entropy(out, torch.cat([y, y]), reduction="none")
+            (loss[: len(y)].sum() * 1.0 + loss[len(y) :].sum()).backward()
+        else:
+            functional.cross_entropy(model[1](model[0](x * torch.nan)), y).backward()
+        optimizer.step()
+        said = monitor.diagnosis().unexamined["replay"]
+    assert ("nothing in the last forward here" if earlier else "no forward of the model as a whole") in said

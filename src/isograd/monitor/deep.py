@@ -8,7 +8,7 @@ backward is the user's own. So the step's forward and backward are repeated on t
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -53,10 +53,11 @@ class Deep:
 
     Attributes:
         refused: why this model cannot be looked at; '' where it can.
+        missed: why the last step that broke was not located; '' where it was.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.refused = ""
+        self.refused = self.missed = ""
         if hasattr(model, "_orig_mod"):
             self.refused = "the model is compiled: hooks would compile it again"
         while isinstance(inner := getattr(model, "module", None), nn.Module):  # DDP: no reduction on the side
@@ -99,19 +100,29 @@ class Deep:
         loss, broken = self._repeated()
         self.disarm()
         if loss is None:
+            self.missed = (
+                self.refused
+                or "a step broke, and no forward of the model as a whole was seen whose output got a gradient"
+            )
             return None
         with torch.enable_grad():
             found = find_nonfinite(self._model, loss)
         if found is None and broken:
+            self.missed = ""
             return Finding(
                 nonfinite_backward.CODE,
                 nonfinite_backward.NAME,
                 Severity.ERROR,
                 "the output of the model is finite, and the gradient that the loss sends back to it is not",
-                cause="the loss function, or what the script does between the model and it",
+                cause="the loss function, its targets, or what the script does between the model and it",
                 evidence={"operation": "", "source": "", "phase": "loss"},
                 remedies=("safe-loss", "safe-derivative"),
             )
+        self.missed = (
+            ""
+            if found is not None
+            else "a step broke, and nothing in the last forward here: it was one before it, or another process"
+        )
         return found
 
     def _repeated(self) -> tuple[Loss | None, bool]:
@@ -126,10 +137,9 @@ class Deep:
             if state is not None:
                 torch.set_rng_state(state)
             with nullcontext() if self._precision is None else torch.autocast(*self._precision):
-                outputs = tree_leaves(model(*call[0], **call[1]))
-            return torch.stack(
-                [(outputs[i] * cotangent).sum().float() for i, cotangent in finite.items()]
-            ).sum()
+                outputs = _tensors(model(*call[0], **call[1]))
+            direct = _direct({i: outputs[i] for i in finite}, finite)
+            return torch.stack([(outputs[i] * sent).sum().float() for i, sent in direct.items()]).sum()
 
         return loss, broken
 
@@ -151,8 +161,8 @@ class Deep:
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if not torch.is_grad_enabled():
             return
-        for i, leaf in enumerate(tree_leaves(output)):
-            if isinstance(leaf, Tensor) and leaf.requires_grad:
+        for i, leaf in enumerate(_tensors(output)):
+            if leaf.requires_grad:
                 leaf.register_hook(self._keep(i, self._cotangents))
 
     @staticmethod
@@ -161,6 +171,64 @@ class Deep:
             cotangents[place] = gradient.detach()
 
         return hook
+
+
+def _tensors(output: object) -> list[Tensor]:
+    """The tensors in what a model returns, each once: containers, dataclasses, and objects such as a distribution."""
+    found: dict[int, Tensor] = {}
+    seen: set[int] = set()
+    waiting: list[object] = [output]
+    while waiting:
+        for leaf in tree_leaves(waiting.pop(0)):
+            if isinstance(leaf, Tensor):
+                found.setdefault(id(leaf), leaf)
+            elif (
+                hasattr(leaf, "__dict__") and id(leaf) not in seen and not isinstance(leaf, nn.Module | type)
+            ):
+                seen.add(id(leaf))
+                waiting.append(list(vars(leaf).values()))
+    return list(found.values())
+
+
+def _direct(outputs: dict[int, Tensor], arrived: dict[int, Tensor]) -> dict[int, Tensor]:
+    """What the loss itself sends to each: without what reaches a hidden state by way of an output that is made from it (the
+    latent mean of an autoencoder beside the reconstruction), which would count twice."""
+    inner = _inner(outputs.values())
+    order = {i: -1 if out.grad_fn is None else out.grad_fn._sequence_nr() for i, out in outputs.items()}
+    direct: dict[int, Tensor] = {}
+    for i in sorted(outputs, key=lambda i: -order[i]):  # the last that was made comes first
+        direct[i] = arrived[i]
+        if len(direct) > 1 and (order[i] < 0 or outputs[i].grad_fn in inner):
+            later = [j for j in direct if j != i]
+            try:
+                sent: Any = torch.autograd.grad(
+                    [outputs[j] for j in later],
+                    outputs[i],
+                    [direct[j] for j in later],
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+            except RuntimeError:  # a reentrant checkpoint has no such backward: what is left is not known
+                sent = (arrived[i],)
+            through = sent[0]
+            if through is not None:
+                left = torch.nan_to_num(arrived[i] - through, nan=0.0, posinf=0.0, neginf=0.0)
+                rounding = 16 * torch.finfo(left.dtype).eps * through.abs().amax()
+                direct[i] = torch.where(left.abs() <= rounding, 0.0, left)
+    return direct
+
+
+def _inner(outputs: Iterable[Tensor]) -> set[object]:
+    """Nodes of the graph that one of these is made from."""
+    inner: set[object] = set()
+    nodes: list[Any] = [output.grad_fn for output in outputs]
+    waiting = [edge for node in nodes if node is not None for edge, _ in node.next_functions]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in inner:
+            inner.add(node)
+            waiting += [edge for edge, _ in node.next_functions]
+    return inner
 
 
 def dead_units(flow: Flow) -> dict[str, float]:

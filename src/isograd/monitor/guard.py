@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from statistics import median
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
@@ -16,15 +16,12 @@ from torch.optim import Optimizer
 
 from isograd.monitor import scaling
 from isograd.monitor.clipping import AdaptiveClip
-from isograd.monitor.history import START, WINDOW, Baseline
+from isograd.monitor.curve import Curve
 from isograd.monitor.monitor import Monitor, watch
 from isograd.monitor.provenance import inner
-from isograd.monitor.seen import spread
 from isograd.monitor.sharding import local
 from isograd.monitor.snapshot import Snapshot
 from isograd.monitor.tap import Tap
-from isograd.symptoms import diverging
-from isograd.symptoms.loss_spike import RECENT, jumped
 from isograd.warning import warn
 
 BROKEN = 3
@@ -37,6 +34,10 @@ MOST = 8
 """Times that the rate is lowered: a training that breaks at 1 / 256 of its rate does not break of its rate."""
 
 
+_owned: weakref.WeakSet[Monitor] = weakref.WeakSet()
+"""Monitors that a guard has started."""
+
+
 @dataclass(frozen=True)
 class Event:
     """What a guard has done."""
@@ -44,59 +45,18 @@ class Event:
     step: int
     """Number of the call of `Guard.step`, from 1."""
     what: str
-    """'left out', 'went back', 'gave back' (the rate) or 'gave up'."""
+    """'left out', 'went back', 'gave back' (the rate), 'went on' (with data that are others) or 'gave up'."""
     why: str
     factor: float
     """Of the learning rate, from then on."""
 
     @property
     def said(self) -> str:
-        rate = f"; learning rate x {self.factor:g}" if self.what != "left out" else ""
+        rate = f"; learning rate x {self.factor:g}" if self.what not in ("left out", "went on") else ""
         return f"{self.what}, {self.why}{rate}"
 
     def __str__(self) -> str:
         return f"step {self.step}: {self.said}"
-
-
-@dataclass
-class _Curve:
-    """The loss, and whether the weights that it came from are lost."""
-
-    losses: list[float] = field(default_factory=list[float])
-    first: list[float] = field(default_factory=list[float])
-    """The first START."""
-
-    def add(self, loss: float) -> None:
-        if len(self.first) < START:
-            self.first.append(loss)
-        self.losses = [*self.losses[-4 * WINDOW + 1 :], loss]
-
-    @property
-    def calm(self) -> bool:
-        """Not on its way up: nothing that a snapshot should keep."""
-        base = Baseline(self.losses, RECENT)
-        return not base.enough or base.deviations < diverging.DEVIATIONS / 2
-
-    def jumps(self, loss: float) -> bool:
-        """Is this one loss as far out as five would have to be for a jump?"""
-        if not self.first:
-            return False
-        base = Baseline([*self.losses, *[loss] * RECENT], RECENT)
-        first = median(self.first)
-        return jumped(base, first) if base.enough else loss >= diverging.RISE * abs(first)
-
-    def lost(self) -> str:
-        """Why they are; '' if they are not. The rules of TR702 and TR703, as far as they rest on the loss."""
-        base = Baseline(self.losses, RECENT)
-        if base.enough and jumped(base, median(self.first)):
-            return f"the loss jumped from {base.level:.3g} to {base.now:.3g}"
-        if len(self.losses) < RECENT or min(self.losses) < 0 or self.first[0] <= 0:
-            return ""
-        now, before = median(self.losses[-RECENT:]), self.losses[-WINDOW - RECENT : -RECENT]
-        noise = spread(before) if len(before) >= WINDOW // 2 else 0.0
-        if now >= diverging.RISE * self.first[0] and now - self.first[0] >= diverging.DEVIATIONS * noise:
-            return f"the loss is at {now:.3g}, {now / self.first[0]:.2g} times where it started"
-        return ""
 
 
 class Guard:
@@ -161,16 +121,30 @@ class Guard:
             raise ValueError(
                 "backoff is what the learning rate is multiplied by, such as 0.5: between 0 and 1"
             )
-        optimizers = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        optimizers: list[Any] = list(optimizer) if isinstance(optimizer, Sequence) else [optimizer]
+        if any(optimizer is None for optimizer in optimizers):
+            raise TypeError(
+                "a guard steps the optimizers of a training: give it one of torch's, or a list of them"
+            )
+        if any(group.get("lr") is None for o in optimizers for group in inner(o).param_groups):
+            raise ValueError(
+                "a guard lowers the learning rate, and an optimizer finds its own: give it one, such as "
+                "Adafactor(…, lr=1e-3, relative_step=False)"
+            )
         before = _monitor_of(optimizers)
+        if before in _owned:  # of a guard whose cell is run again: `watch` closes it
+            before = None
         if before is not None and watching:
             raise ValueError(f"the optimizer is watched already: give {', '.join(watching)} to isograd.watch")
         self.monitor, self._own = before or watch(model, optimizers, **watching), before is None
+        if self._own:
+            _owned.add(self.monitor)
+        self._closed = False
         self.max_norm, self.every, self.backoff, self.recover = max_norm, every, backoff, recover
         self.steps = 0
         self.events: list[Event] = []
         """What was done; the newest thousand."""
-        self._curve = _Curve()
+        self._curve = Curve()
         self._snapshots: list[Snapshot] = []
         self._kept_at = 0
         """Step of the newest snapshot, or of the last time that one was gone back to."""
@@ -181,7 +155,7 @@ class Guard:
 
     def close(self) -> None:
         """Let go of the snapshots, and end the watching that the guard has begun. May be called again."""
-        self._snapshots = []
+        self._snapshots, self._closed = [], True
         if self._own:
             self.monitor.close()
 
@@ -198,35 +172,45 @@ class Guard:
         """What the learning rates of the optimizers are multiplied by in a step."""
         return self.backoff**self._lowered
 
-    def step(self, loss: float | Tensor, *, scaler: GradScaler | None = None) -> bool:
+    def step(self, loss: float | Tensor | None, *, scaler: GradScaler | None = None) -> bool:
         """Step all watched optimizers, or leave the step out, or go back. Were they stepped?
 
         Args:
-            loss: of this step, one element; of accumulated micro-batches their mean. It is logged as `loss`.
+            loss: of this step, one element; of accumulated micro-batches their mean. It is logged as `loss`. It need not be
+                the one that is differentiated: of terms whose weights grow give the sum without weights. None where no
+                loss tells how well the model does, as of GANs and rewards: the gradients alone decide then.
             scaler: of mixed precision. `unscale_`, `step` and `update` are called here: an overflow of the gradient is
                 the scaler's own matter, and no sign of a training that breaks.
 
         Raises:
             ValueError: `loss` has several elements.
+            RuntimeError: the guard is closed.
         """
+        if self._closed:
+            raise RuntimeError("this guard is closed: step within its with block, or make another")
+        if scaler is not None and not scaler.is_enabled():
+            scaler = None
         if not self._snapshots:
             self._keep()
         if scaler is not None:
             for optimizer in self.monitor.optimizers:
                 scaler.unscale_(optimizer)
-        value, norm = _together(loss, self.monitor.clip_(self.max_norm))
-        self.monitor.log(loss=value)
+        value, norm = _together(0.0 if loss is None else loss, self.monitor.clip_(self.max_norm))
+        if loss is not None:
+            self.monitor.log(loss=value)
         self.steps += 1
         if not math.isfinite(value):
             stepped = self._left_out(f"the loss is {value:g}")
         elif not math.isfinite(norm) and scaler is None:
             stepped = self._left_out(f"the gradient norm is {norm:g}")
         elif self._gone and self._curve.jumps(value):
-            stepped = self._left_out(f"the loss is {value:.3g}")
+            stepped = self._left_out(f"the loss is {value:.3g}", finite=True)
         else:
             self._broken, self._gone = 0, False
-            self._curve.add(value)
-            why = self._curve.lost()
+            why = ""
+            if loss is not None:
+                self._curve.add(value, norm)
+                why = self._curve.lost(self._before(SETTLED).losses)
             stepped = not (why and self._goes_back(why))
         if stepped:
             self._take(scaler)
@@ -254,7 +238,7 @@ class Guard:
                 for group, rate in zip(groups, rates, strict=True):
                     group["lr"] = rate
 
-    def _left_out(self, why: str) -> bool:
+    def _left_out(self, why: str, *, finite: bool = False) -> bool:
         """Nothing is changed by it. Of several in a row the step before them may be to blame; if that was undone, and no step
         has been made since, it was not: the rate is given back, and what breaks is left out for as long as it comes."""
         self._broken += 1
@@ -266,16 +250,28 @@ class Guard:
             return False
         self._snapshots[-1].mend()
         self._note("left out", why)
-        if self._broken == LONG:
+        if self._broken == LONG and finite:
+            self._is_another(why)
+        elif self._broken == LONG:
             self._is_stuck(why)
-        self.monitor.left_out(self.events[-1].said, restored=self._broken == LONG)
+        self.monitor.left_out(self.events[-1].said, restored=self._broken == LONG and not finite)
         return False
+
+    def _is_another(self, why: str) -> None:
+        """Weights whose loss was well have another now, and keep it: other data, or another objective."""
+        self._curve, self._gone, self._broken = Curve(), False, 0
+        self._note("went on", f"{why}, as for {LONG} steps, at weights whose loss was well")
+        warn(
+            f"isograd.Guard has left out {LONG} steps in a row, the newest is {self.steps}: {why} at weights whose loss was "
+            "well, so the data or the objective is another. It goes on with it. Where the loss rises on purpose, give the "
+            "guard one that does not, or none: guard.step(None)",
+        )
 
     def _is_stuck(self, why: str) -> None:
         """Nothing but what breaks: an older snapshot is the last that may help. What then comes is taken as it is, if it is a
         number."""
         snapshot = self._restore(self.steps - self._snapshots[0].step)
-        self._curve, self._gone = _Curve(), False
+        self._curve, self._gone = Curve(), False
         self._note("went back", f"to step {snapshot.step}: {LONG} steps in a row were left out")
         warn(
             f"isograd.Guard has left out {LONG} steps in a row, the newest is {self.steps}: {why}. It went back to step "
@@ -303,14 +299,17 @@ class Guard:
         return True
 
     def _restore(self, age: int) -> Snapshot:
-        """The newest snapshot that is so many steps old, or the oldest."""
-        old = [snapshot for snapshot in self._snapshots if self.steps - snapshot.step >= age]
-        snapshot = (old or self._snapshots[:1])[-1]
+        snapshot = self._before(age)
         snapshot.restore()
         self._snapshots = self._snapshots[: self._snapshots.index(snapshot) + 1]
-        self._curve.losses = list(snapshot.losses)
+        self._curve.losses, self._curve.norms = list(snapshot.losses), list(snapshot.norms)
         self._kept_at = self.steps
         return snapshot
+
+    def _before(self, age: int) -> Snapshot:
+        """The newest snapshot that is so many steps old, or the oldest."""
+        old = [snapshot for snapshot in self._snapshots if self.steps - snapshot.step >= age]
+        return (old or self._snapshots[:1])[-1]
 
     def _settle(self) -> None:
         """Another step without trouble: give the rate back, take a snapshot."""
@@ -325,7 +324,8 @@ class Guard:
         self._note("gave back", why)
 
     def _keep(self) -> None:
-        self._snapshots = [*self._snapshots[-1:], Snapshot(self.steps, self.monitor, self._curve.losses)]
+        self._snapshots = self._snapshots[-1:]  # before there is another: never three in memory
+        self._snapshots.append(Snapshot(self.steps, self.monitor, self._curve.losses, self._curve.norms))
         self._kept_at = self.steps
 
     def _note(self, what: str, why: str) -> None:
@@ -342,6 +342,8 @@ class Guard:
             "given_back": self._given_back,
             "losses": self._curve.losses,
             "first": self._curve.first,
+            "norms": self._curve.norms,
+            "first_norm": self._curve.first_norm if self._curve.norms else None,
             "clip": clip,
         }
 
@@ -350,7 +352,8 @@ class Guard:
         self.steps, self._lowered = state["steps"], state["lowered"]
         self._calm_since, self._wait = state["calm_since"], state["wait"]
         self._given_back = state["given_back"]
-        self._curve = _Curve(list(state["losses"]), list(state["first"]))
+        first_norm = math.nan if state["first_norm"] is None else state["first_norm"]
+        self._curve = Curve(list(state["losses"]), list(state["first"]), list(state["norms"]), first_norm)
         if isinstance(self.max_norm, AdaptiveClip) and state["clip"] is not None:
             self.max_norm.load_state_dict(state["clip"])
         self._snapshots, self._kept_at = [], self.steps

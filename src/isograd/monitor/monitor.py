@@ -305,6 +305,8 @@ class Monitor:
         )
         if self._replays and self._deep.refused:
             unknown["replay"] = self._deep.refused
+        elif self._deep.missed and not any(f.matches(("NF401", "NF402")) for f in diagnosis.findings):
+            unknown["replay"] = self._deep.missed
         return replace(diagnosis, unexamined=unknown | diagnosis.unexamined)
 
     def close(self) -> None:

@@ -6,20 +6,25 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from isograd.monitor.monitor import Monitor
-from isograd.monitor.sharding import local
+from isograd.monitor.sharding import PLAIN, local
 
 
 class Snapshot:
     """Weights, buffers and optimizer state of one moment, in host memory."""
 
-    def __init__(self, step: int, monitor: Monitor, losses: list[float]) -> None:
-        self.step, self.losses = step, list(losses)
+    def __init__(self, step: int, monitor: Monitor, losses: list[float], norms: list[float]) -> None:
+        self.step, self.losses, self.norms = step, list(losses), list(norms)
         model, optimizers = monitor.model, monitor.optimizers
         stepped = [(o, p) for o in optimizers for group in o.param_groups for p in group["params"]]
-        self._buffers = [(t, _copy(t)) for t in model.buffers()]
+        self._buffers = [
+            (module, name, _copy(buffer))
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
         held = [*model.parameters(), *(p for _, p in stepped)]
         self._weights = [(t, _copy(t)) for t in {id(t): t for t in held}.values()]
         self._states = [(o, p, _saved(o.state[p]) if p in o.state else None) for o, p in stepped]
@@ -27,15 +32,18 @@ class Snapshot:
     def restore(self) -> None:
         """In place. Parameters that came later keep what they have; one that had no optimizer state starts afresh."""
         with torch.no_grad():
-            for tensor, saved in (*self._weights, *self._buffers):
-                local(tensor).copy_(saved)
+            for tensor, saved in self._weights:
+                if local(tensor).shape == saved.shape:  # else it is another, of which nothing is known
+                    local(tensor).copy_(saved)
+            for module, name, saved in self._buffers:
+                _put(module, name, saved)
             for optimizer, parameter, saved in self._states:
                 state = optimizer.state.get(parameter)
                 if saved is None or state is None or state.keys() != saved.keys():
                     optimizer.state.pop(parameter, None)
                     continue
                 for name, value in saved.items():
-                    if isinstance(value, Tensor):
+                    if isinstance(value, Tensor) and isinstance(state[name], Tensor):
                         local(state[name]).copy_(value)
                     else:
                         state[name] = deepcopy(value)
@@ -43,9 +51,22 @@ class Snapshot:
     def mend(self) -> None:
         """Buffers that are not finite: the forward of a batch that breaks goes into the averages of batch normalisation."""
         with torch.no_grad():
-            for tensor, saved in self._buffers:
-                if not local(tensor).isfinite().all():
-                    local(tensor).copy_(saved)
+            for module, name, saved in self._buffers:
+                buffer = module._buffers.get(name)
+                if buffer is not None and not local(buffer).isfinite().all():
+                    _put(module, name, saved)
+
+
+def _put(module: nn.Module, name: str, saved: Tensor) -> None:
+    """In place, unless there is nothing to write (one that is expanded cannot be written to) or it has grown, as a queue.
+    By its name: a buffer may be another tensor after each forward."""
+    buffer = module._buffers.get(name)
+    if buffer is None or torch.equal(local(buffer).cpu(), saved):
+        return
+    if local(buffer).shape == saved.shape:
+        local(buffer).copy_(saved)
+    elif type(buffer) in PLAIN:
+        module._buffers[name] = saved.to(buffer.device, copy=True)
 
 
 def _copy(tensor: Tensor) -> Tensor:
