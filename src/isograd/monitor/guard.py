@@ -6,14 +6,14 @@ import math
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
+from isograd.closing import Closing
 from isograd.monitor import scaling
 from isograd.monitor.clipping import AdaptiveClip
 from isograd.monitor.curve import Curve
@@ -59,7 +59,7 @@ class Event:
         return f"step {self.step}: {self.said}"
 
 
-class Guard:
+class Guard(Closing):
     """Steps a training, unless that would break it; `guard.step(loss)` stands for `optimizer.step()`.
 
     A step whose loss or gradient is not finite is left out. After three of them, or once the loss has jumped or
@@ -158,14 +158,6 @@ class Guard:
         self._snapshots, self._closed = [], True
         if self._own:
             self.monitor.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def factor(self) -> float:
@@ -340,9 +332,9 @@ class Guard:
             "calm_since": self._calm_since,
             "wait": self._wait,
             "given_back": self._given_back,
-            "losses": self._curve.losses,
-            "first": self._curve.first,
-            "norms": self._curve.norms,
+            "losses": list(self._curve.losses),
+            "first": list(self._curve.first),
+            "norms": list(self._curve.norms),
             "first_norm": self._curve.first_norm if self._curve.norms else None,
             "clip": clip,
         }

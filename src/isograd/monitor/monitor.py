@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from isograd.closing import Closing
 from isograd.diagnosis import Diagnosis, Finding, diagnose
 from isograd.flow import Flow
 from isograd.monitor import scaling
@@ -114,7 +114,7 @@ def watch(
     )
 
 
-class Monitor:
+class Monitor(Closing):
     """A watched training: `latest()` and `diagnosis()` tell, `close()` ends it; a context manager.
 
     Attributes:
@@ -322,14 +322,6 @@ class Monitor:
         for tap in self._taps:
             tap.remove()
         self._finalizer()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     @property
     def taken(self) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from isograd.closing import Closing
 from isograd.record import database
 from isograd.record.database import NotARun
 from isograd.record.home import home, name
@@ -21,8 +22,6 @@ from isograd.record.row import Layout, content, encoded
 from isograd.warning import warn
 
 if TYPE_CHECKING:
-    from types import TracebackType
-
     from isograd.diagnosis import Finding
     from isograd.monitor.reading import Reading
 
@@ -60,7 +59,7 @@ def begun(path: Path) -> float:
         return -math.inf
 
 
-class Run(Kept):
+class Run(Kept, Closing):
     """The record of a watched training. Made by `Run.create` to write, by `Run.open` to read; a context manager."""
 
     def __init__(
@@ -302,11 +301,3 @@ class Run(Kept):
             self._db.close()
             if self._held is not None:
                 self._held.close()
-
-    def __enter__(self) -> Run:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
