@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import isograd
-from gallery.watched import CLEAN, SICK, Session, Watched, data, faulty, poisoned, rate
+from gallery.watched import CLEAN, SICK, Session, Watched, backwards, data, faulty, poisoned, rate
 
 SEEDS = (0, 1)
 HELD_OUT = 8
@@ -29,7 +29,7 @@ KEPT = 0.8
 PASSING = 10
 """Steps that a fault lasts that passes."""
 
-Step = Callable[[Tensor], object]
+Step = Callable[[float], object]
 
 
 def _named(name: str) -> Watched:
@@ -103,7 +103,7 @@ def nothing(session: Session) -> Iterator[Step]:
 
 
 def clipped(session: Session) -> Iterator[Step]:
-    def step(_loss: Tensor) -> None:
+    def step(_loss: float) -> None:
         nn.utils.clip_grad_norm_([p for p in session.model.parameters() if p.grad is not None], 1.0)
         session.optimizer.step()
 
@@ -114,7 +114,7 @@ def adaptive(session: Session) -> Iterator[Step]:
     limit = isograd.AdaptiveClip()
     with isograd.watch(session.model, session.optimizer) as monitor:
 
-        def step(_loss: Tensor) -> None:
+        def step(_loss: float) -> None:
             monitor.clip_(limit)
             session.optimizer.step()
 
@@ -129,28 +129,16 @@ def guarded(session: Session, limit: bool = False) -> Iterator[isograd.Guard]:
 
 
 def trained(watched: Watched, seed: int, way: Callable[[Session], Iterator[object]]) -> Ended:
-    """Train as `gallery.watched.readings` does, each step made in one way."""
+    """Train, each step made in one way."""
     session = watched.start(seed)
-    model, optimizer = session.model, session.optimizer
-    generator = torch.Generator().manual_seed(1000 + seed)
-    rates = [group["lr"] for group in optimizer.param_groups]
-    makes = way(session)
+    model, makes = session.model, way(session)
     made = next(makes)
-    step_ = made.step if isinstance(made, isograd.Guard) else made
-    assert callable(step_)
-    for step in range(session.steps):
-        session.before(session, step)
-        for group, base in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = base * session.rate(step) * session.factor
-        optimizer.zero_grad()
-        total = torch.zeros(())
-        for _ in range(session.accumulate):
-            value = session.loss(model, session.spoil(session.batch(step, generator)), generator)
-            (value / session.accumulate).backward()
-            total += value.detach() / session.accumulate
+    make = made.step if isinstance(made, isograd.Guard) else made
+    assert callable(make)
+    for _, loss in backwards(session, seed):
         if math.isfinite(session.clip):
             nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], session.clip)
-        step_(total)
+        make(loss)
     next(makes, None)
     weights = torch.cat([p.detach().flatten() for p in model.parameters()])
     return Ended(_held_out(session), weights, made if isinstance(made, isograd.Guard) else None)

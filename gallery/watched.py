@@ -55,13 +55,10 @@ class Watched:
     """Codes that name the fault rightly."""
 
 
-def readings(session: Session, seed: int) -> Iterator[Reading]:
-    """Train, and yield what each step showed."""
+def backwards(session: Session, seed: int) -> Iterator[tuple[int, float]]:
+    """Each step of a training up to where it is made: its number and its loss; the gradients are there."""
     model, optimizer = session.model, session.optimizer
     generator = torch.Generator().manual_seed(1000 + seed)
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    sites = tuple(name for name, _ in named)
-    shapes = tuple(tuple(p.shape) for _, p in named)
     rates = [group["lr"] for group in optimizer.param_groups]
     for step in range(session.steps):
         session.before(session, step)
@@ -73,6 +70,16 @@ def readings(session: Session, seed: int) -> Iterator[Reading]:
             value = session.loss(model, session.spoil(session.batch(step, generator)), generator)
             (value / session.accumulate).backward()
             total += value.item() / session.accumulate
+        yield step, total
+
+
+def readings(session: Session, seed: int) -> Iterator[Reading]:
+    """Train, and yield what each step showed."""
+    model, optimizer = session.model, session.optimizer
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    sites = tuple(name for name, _ in named)
+    shapes = tuple(tuple(p.shape) for _, p in named)
+    for step, total in backwards(session, seed):
         columns = _gradients([p for _, p in named])
         grad_norm = math.sqrt(float(columns["grad_norm"].nan_to_num(0.0, posinf=0.0).square().sum()))
         if math.isfinite(session.clip):
