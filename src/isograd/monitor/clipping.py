@@ -95,8 +95,9 @@ def clip(taps: Sequence[Taken], max_norm: float | AdaptiveClip, shards: Shards) 
                 factor = torch.where(total.isfinite(), factor, 1.0)
             for part in parts:
                 _scale(part, factor)
+        clipped = torch.clamp(total, max=limit)
         for tap in taps:
-            tap.clipped_to(torch.clamp(total, max=limit))
+            tap.clipped_to(clipped)
         return total
 
 

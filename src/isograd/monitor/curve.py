@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from isograd.monitor.history import START, WINDOW, Baseline
-from isograd.monitor.seen import spread
+from isograd.monitor.history import START, WINDOW, Baseline, push
 from isograd.symptoms import diverging
 from isograd.symptoms.loss_spike import RECENT, jumped
 
@@ -27,9 +26,9 @@ class Curve:
     def add(self, loss: float, norm: float) -> None:
         if len(self.first) < START:
             self.first.append(loss)
-        self.losses = [*self.losses[-4 * WINDOW + 1 :], loss]
+        push(self.losses, loss, 4 * WINDOW)
         if math.isfinite(norm) and norm > 0:  # else it says nothing of a size
-            self.norms = [*self.norms[-4 * WINDOW + 1 :], math.log10(norm)]
+            push(self.norms, math.log10(norm), 4 * WINDOW)
             if math.isnan(self.first_norm):
                 self.first_norm = self.norms[0]
 
@@ -57,11 +56,10 @@ class Curve:
             return f"the loss jumped from {base.level:.3g} to {base.now:.3g}"
         if len(self.losses) < RECENT or min(self.losses) < 0 or self.first[0] <= 0:
             return ""
-        now, before = median(self.losses[-RECENT:]), self.losses[-WINDOW - RECENT : -RECENT]
-        noise = spread(before) if len(before) >= WINDOW // 2 else 0.0
+        now = median(self.losses[-RECENT:])
         start = max(self.first[0], median(kept[-RECENT:]) if kept else 0.0)
         if max(self.norms[-3:], default=math.inf) - self.first_norm < diverging.NORM:
             return ""
-        if now >= diverging.RISE * start and now - start >= diverging.DEVIATIONS * noise:
+        if now >= diverging.RISE * start and now - start >= diverging.DEVIATIONS * base.noise:
             return f"the loss is at {now:.3g}, {now / self.first[0]:.2g} times where it started"
         return ""

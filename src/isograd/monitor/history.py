@@ -141,32 +141,32 @@ class History:
                 "norm": [seen.grad_norm],
             }
         grad, update = seen.grad.tolist(), seen.update.tolist()
-        _push(self.grads, grad, 2 * WINDOW)
-        _push(self.early_grads, early(self.along(grad)), RECENT)
-        _push(self.late_grads, late(self.along(grad)), RECENT)
+        push(self.grads, grad, 2 * WINDOW)
+        push(self.early_grads, early(self.along(grad)), RECENT)
+        push(self.late_grads, late(self.along(grad)), RECENT)
         known, moved = finite(update), next(iter(self.updates[-1:]), [])
         if known:  # a step that was sampled out has no update and no weight norm
-            _push(self.updates, update, RECENT)
-            _push(self.early_updates, early(self.along(update)), RECENT)
-            _push(self.late_updates, late(self.along(update)), RECENT)
-            _push(self.typical_updates, median(known), RECENT)
-            _push(self.measured, seen.step, RECENT)
+            push(self.updates, update, RECENT)
+            push(self.early_updates, early(self.along(update)), RECENT)
+            push(self.late_updates, late(self.along(update)), RECENT)
+            push(self.typical_updates, median(known), RECENT)
+            push(self.measured, seen.step, RECENT)
         weights = seen.weight.tolist()
         if finite(weights):
             if self.weights:
                 self._weigh(seen, weights, update, moved)
-            _push(self.weights, weights, WINDOW + 1)
-            _push(self.weighed, seen.step, WINDOW + 1)
+            push(self.weights, weights, WINDOW + 1)
+            push(self.weighed, seen.step, WINDOW + 1)
             self.between = [seen.grad_norm, -math.inf]
         elif self.between:
             self.between[1] = max(self.between[1], seen.grad_norm)
-        _push(self.scales, seen.scale.tolist(), WINDOW + 1)
+        push(self.scales, seen.scale.tolist(), WINDOW + 1)
         if math.isfinite(seen.grad_norm):
-            _push(self.norms, seen.grad_norm, 4 * WINDOW)
+            push(self.norms, seen.grad_norm, 4 * WINDOW)
         if not math.isnan(seen.loss):
             if len(self.first_losses) < START:
                 self.first_losses.append(seen.loss)
-            _push(self.losses, seen.loss, 4 * WINDOW)
+            push(self.losses, seen.loss, 4 * WINDOW)
             if len(self.losses) >= RECENT:
                 self.best = min(self.best, median(self.losses[-RECENT:]))
         if known:
@@ -239,7 +239,7 @@ class History:
             self.rates, self.highest = [], []
         if len(self.rates) > WINDOW:
             self.highest = list(map(max, self.rates[0], self.highest or self.rates[0]))
-        _push(self.rates, rates, WINDOW + 1)
+        push(self.rates, rates, WINDOW + 1)
 
     def _length(self, seen: Seen) -> float:
         """log10 of the length of this step. Where it was not measured, more than can have become of the last that was,
@@ -304,6 +304,11 @@ class Baseline:
         return spread(self._before) if self.enough else math.nan
 
     @property
+    def noise(self) -> float:
+        """The spread; 0 as long as too little is known for one."""
+        return self.spread if self.enough else 0.0
+
+    @property
     def rise(self) -> float:
         return self.now - self.level
 
@@ -365,7 +370,8 @@ class Detector:
         vars(self).update(state)
 
 
-def _push(values: list[Any], value: Any, most: int) -> None:
+def push(values: list[Any], value: Any, most: int) -> None:
+    """Append in place, and keep the newest `most`."""
     values.append(value)
     if len(values) > most:
         del values[0]

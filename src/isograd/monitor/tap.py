@@ -268,7 +268,7 @@ class Tap:
         part = self.take()
         if part.sharded:  # not every process may come here, and the others would be waited for
             return
-        if not all(bool(bucket.norms.isfinite().all()) for bucket in part.buckets if not bucket.sharded):
+        if part.broken:
             self.finish(INTERRUPTED)
 
 

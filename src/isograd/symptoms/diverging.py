@@ -23,9 +23,8 @@ import math
 from statistics import median
 
 from isograd.diagnosis import Finding, Severity
-from isograd.monitor.history import WINDOW, Detector, History
+from isograd.monitor.history import Baseline, Detector, History
 from isograd.monitor.origin import origin
-from isograd.monitor.seen import spread
 
 CODE = "TR703"
 NAME = "diverging"
@@ -59,7 +58,7 @@ class Diverging(Detector):
         now, first = median(losses[-3:]), history.first_losses[0]
         self.ratio = now / first
         norm = max(history.norms[-3:], default=math.inf) - history.first["norm"][0]
-        if self.ratio < RISE or norm < NORM or now - first < DEVIATIONS * self._noise(losses):
+        if self.ratio < RISE or norm < NORM or now - first < DEVIATIONS * Baseline(losses, 3).noise:
             return None
         cause = origin(history)
         return Finding(
@@ -77,10 +76,6 @@ class Diverging(Detector):
             },
             remedies=cause.remedies,
         )
-
-    def _noise(self, losses: list[float]) -> float:
-        before = losses[-WINDOW - 3 : -3]
-        return spread(before) if len(before) >= WINDOW // 2 else 0.0
 
     def outcome(self, history: History) -> str | None:
         if math.isnan(self.ratio):
