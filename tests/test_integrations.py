@@ -97,7 +97,7 @@ def test_lightning(automatic: bool, tmp_path: Path) -> None:
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        callbacks=[IsogradCallback(tmp_path / "run")],
+        callbacks=[IsogradCallback(tmp_path / "run", replay=True)],
     )
     trainer.fit(module, torch.utils.data.DataLoader(list(batches()), batch_size=None))
     agree(tmp_path / "run", by_hand(twin), module.net, twin)
@@ -141,7 +141,9 @@ def test_hugging_face_trainer(tmp_path: Path) -> None:
         disable_tqdm=True,
         use_cpu=True,
     )
-    InOrder(model, arguments, train_dataset=rows, callbacks=[IsogradCallback(tmp_path / "run")]).train()
+    InOrder(
+        model, arguments, train_dataset=rows, callbacks=[IsogradCallback(tmp_path / "run", replay=True)]
+    ).train()
     agree(tmp_path / "run", by_hand(twin), model.net, twin)
     assert not model._forward_hooks
 
@@ -155,7 +157,7 @@ def test_accelerate(tmp_path: Path) -> None:
     model, optimizer = accelerator.prepare(
         model, torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
     )
-    with watch(accelerator, model, optimizer, run=tmp_path / "run") as monitor:
+    with watch(accelerator, model, optimizer, run=tmp_path / "run", replay=True) as monitor:
         total = 0.0
         for number, (x, y) in enumerate(batches(), 1):
             with accelerator.accumulate(model):
@@ -178,7 +180,7 @@ def test_fabric(tmp_path: Path) -> None:
     fabric = fabrics.Fabric(accelerator="cpu", devices=1)
     model, twin = net(), net()
     model, optimizer = fabric.setup(model, torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0))
-    with watch(fabric, model, optimizer, run=tmp_path / "run") as monitor:
+    with watch(fabric, model, optimizer, run=tmp_path / "run", replay=True) as monitor:
         total = torch.zeros(())
         for number, (x, y) in enumerate(batches(), 1):
             loss = F.cross_entropy(model(x), y) / ACCUMULATED

@@ -245,22 +245,3 @@ def test_whatever_the_model_returns_its_step_is_looked_at(
         optimizer.step()
         (said,) = [finding for finding in monitor.diagnosis().findings if finding.code == "NF402"]
     assert "targets" in said.cause
-
-
-@pytest.mark.parametrize("earlier", [False, True])
-def test_a_step_that_was_not_located_is_said_to_be_unexamined(earlier: bool) -> None:
-    """As where a trainer calls the parts of the model, or where an earlier one of several forwards broke."""
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 16), nn.Linear(16, 4))
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    x, y = next(batches(1))
-    with isograd.watch(model, optimizer, replay=True) as monitor:
-        if earlier:
-            out = torch.cat([model(x * torch.nan), model(x)])
-            loss = functional.cross_entropy(out, torch.cat([y, y]), reduction="none")
-            (loss[: len(y)].sum() * 1.0 + loss[len(y) :].sum()).backward()
-        else:
-            functional.cross_entropy(model[1](model[0](x * torch.nan)), y).backward()
-        optimizer.step()
-        said = monitor.diagnosis().unexamined["replay"]
-    assert ("nothing in the last forward here" if earlier else "no forward of the model as a whole") in said

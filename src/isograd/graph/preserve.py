@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,7 +24,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
     buffers = [(m, dict(m._buffers), set(m._non_persistent_buffers_set)) for m in model.modules()]
     copies = {id(b): b.clone() for _, held, _ in buffers for b in held.values() if isinstance(b, Tensor)}
-    generators = _generators()
+    drawing = generators()
     grads = [(p, p.grad) for p in model.parameters() if p.is_leaf]
     for p, _ in grads:
         p.grad = None
@@ -43,7 +43,7 @@ def preserved(model: nn.Module) -> Iterator[None]:
                 for buffer in held.values():
                     if buffer is not None and not _same_bits(buffer, copies[id(buffer)]):
                         buffer.copy_(copies[id(buffer)])
-        for restore, state in generators:
+        for restore, state in drawing:
             restore(state)
 
 
@@ -51,13 +51,18 @@ def _same_bits(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
 
 
-def _generators() -> list[tuple[Any, Any]]:
-    states: list[tuple[Any, Any]] = [
+def generators() -> list[tuple[Callable[[Any], object], Any]]:
+    """What sets each random generator that a forward may draw from, and its state."""
+    states: list[tuple[Callable[[Any], object], Any]] = [
         (torch.set_rng_state, torch.get_rng_state()),
         (random.setstate, random.getstate()),
     ]
-    if torch.cuda.is_initialized():
-        states.append((torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
+    device: Any = torch.get_device_module()  # of the accelerator
+    if device is not torch.cpu and getattr(device, "is_initialized", lambda: True)():
+        if hasattr(device, "get_rng_state_all"):
+            states.append((device.set_rng_state_all, device.get_rng_state_all()))
+        else:  # there is but one
+            states.append((device.set_rng_state, device.get_rng_state()))
     numpy = sys.modules.get("numpy")
     if numpy is not None:
         states.append((numpy.random.set_state, numpy.random.get_state()))

@@ -13,7 +13,7 @@ from torch import nn
 
 from isograd.integrations.loss import AccumulatedLoss
 from isograd.monitor import Monitor, watch
-from isograd.monitor.deep import Staying
+from isograd.monitor.call import Staying
 
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -34,9 +34,11 @@ class IsogradCallback(TrainerCallback):
         *,
         every: int = 1,
         deep_every: int | None = None,
+        replay: bool = False,
         budget: float = 0.01,
     ) -> None:
-        self.run, self.every, self.deep_every, self.budget = run, every, deep_every, budget
+        self.run, self.every, self.deep_every = run, every, deep_every
+        self.replay, self.budget = replay, budget
         self.monitor: Monitor | None = None
         self._hook: Any = None
 
@@ -57,6 +59,7 @@ class IsogradCallback(TrainerCallback):
             run=self.run,
             every=self.every,
             deep_every=self.deep_every,
+            replay=self.replay,
             budget=self.budget,
         )
         accumulated = AccumulatedLoss(monitor, model)

@@ -28,9 +28,11 @@ class IsogradCallback(Callback):
         *,
         every: int = 1,
         deep_every: int | None = None,
+        replay: bool = False,
         budget: float = 0.01,
     ) -> None:
-        self.run, self.every, self.deep_every, self.budget = run, every, deep_every, budget
+        self.run, self.every, self.deep_every = run, every, deep_every
+        self.replay, self.budget = replay, budget
         self.monitor: Monitor | None = None
         self._loss: AccumulatedLoss | None = None
 
@@ -41,6 +43,7 @@ class IsogradCallback(Callback):
             run=self.run,
             every=self.every,
             deep_every=self.deep_every,
+            replay=self.replay,
             budget=self.budget,
             sinks=[logger.log_metrics for logger in trainer.loggers],
         )

@@ -30,6 +30,7 @@ class Watch(Generic[Trainer]):
         run: str | Path | None = None,
         every: int = 1,
         deep_every: int | None = None,
+        replay: bool = False,
         budget: float = 0.01,
     ) -> Monitor:
         """See `isograd.watch`."""
@@ -39,6 +40,7 @@ class Watch(Generic[Trainer]):
             run=run,
             every=every,
             deep_every=deep_every,
+            replay=replay,
             budget=budget,
             sinks=self._loggers(trainer),
         )

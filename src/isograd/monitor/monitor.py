@@ -32,6 +32,7 @@ from isograd.monitor.names import Names
 from isograd.monitor.parts import Part
 from isograd.monitor.provenance import inner
 from isograd.monitor.reading import Reading
+from isograd.monitor.replay import Replay
 from isograd.monitor.selftest import silent
 from isograd.monitor.sharding import Shards, rank
 from isograd.monitor.tap import Tap
@@ -46,6 +47,8 @@ FIRST = 10
 """Steps that are read in full whatever it costs: faults of the initialisation show in them."""
 REPLAYS = 3
 """Steps that are repeated until one of them tells where it broke."""
+OTHERS = "the optimizer is none of torch's: a step is told of when the weights have changed already"
+"""Why a step that breaks is not repeated."""
 SELDOM = 32
 """Steps from one full reading to the next, at most, as long as a training is young."""
 
@@ -144,7 +147,7 @@ class Monitor(Closing):
         self._looked_at: Flow | None = None
         self._every, self._budget = every, budget
         self._deep, self._deep_every = Deep(model), deep_every
-        self._replays = REPLAYS if replay else 0
+        self._replay, self._replays = Replay(model), REPLAYS if replay else 0
         self._flow: Flow | None = None
         self._located: tuple[Finding, ...] = ()
         self._taps: list[Tap] = []
@@ -176,10 +179,13 @@ class Monitor(Closing):
         for optimizer in optimizers:
             self.add(optimizer)
         if not optimizers:
+            self._replay.refused = OTHERS
             self._taps.append(Tap(self, None, lambda: list(model.parameters())))
         self._finalizer = weakref.finalize(self, Host.close, self._host)
-        if deep_every is not None or replay:
+        if deep_every is not None:
             self._deep.arm()
+        if replay:
+            self._replay.arm()
 
     # What the user calls.
 
@@ -303,10 +309,10 @@ class Monitor(Closing):
         unknown = unexamined(
             self._model, self._taps, self._done, self._logged, self._deep, self._deep_every, self._silent
         )
-        if self._replays and self._deep.refused:
-            unknown["replay"] = self._deep.refused
-        elif self._deep.missed and not any(f.matches(("NF401", "NF402")) for f in diagnosis.findings):
-            unknown["replay"] = self._deep.missed
+        if self._replays and self._replay.refused:
+            unknown["replay"] = self._replay.refused
+        elif self._replay.missed and not any(f.matches(("NF401", "NF402")) for f in diagnosis.findings):
+            unknown["replay"] = self._replay.missed
         return replace(diagnosis, unexamined=unknown | diagnosis.unexamined)
 
     def close(self) -> None:
@@ -319,6 +325,7 @@ class Monitor(Closing):
         self._flush()
         self._host.release()
         self._deep.disarm()
+        self._replay.disarm()
         for tap in self._taps:
             tap.remove()
         self._finalizer()
@@ -373,7 +380,7 @@ class Monitor(Closing):
             self._looked_at = self._flow or self._looked_at
 
     def _locate(self) -> None:
-        if self._replays and (found := self._deep.locate()):
+        if self._replays and (found := self._replay.locate()):
             self._located, self._replays = (found,), 1
         self._replays = max(self._replays - 1, 0)
 
@@ -424,7 +431,11 @@ class Monitor(Closing):
         self._host.held = step
         self._step += 1
         self._ended(full, deep=step.flow is not None)
-        if self._replays or (self._deep_every is not None and self._done % self._deep_every == 0):
+        if self._replays:
+            self._replay.arm()
+        else:
+            self._replay.disarm()
+        if self._deep_every is not None and self._done % self._deep_every == 0:
             self._deep.arm()
 
     def _ended(self, full: bool, deep: bool) -> None:
