@@ -22,11 +22,14 @@ from isograd.graph.operations import ACTIVATIONS
 from isograd.graph.traced import Loss
 from isograd.measure import measure
 from isograd.monitor.names import ADDED
+from isograd.monitor.parts import Part
 from isograd.monitor.sharding import is_sharded
 from isograd.nonfinite import find_nonfinite
 from isograd.statistics import Site
 from isograd.symptoms import nonfinite_backward
 
+REPLAYS = 3
+"""Steps that are repeated until one of them tells where it broke."""
 SAMPLES = 8
 """A unit that is off half of the time is off in 8 samples by chance once in 256."""
 
@@ -52,11 +55,18 @@ class Deep:
     """Keeps one step's batch and cotangent, measures its flow, and names what made a NaN in it.
 
     Attributes:
+        every: measure the flow of every so many steps; None: of none.
+        replays: steps that break and are still to be repeated.
+        last: the flow that was measured last.
         refused: why this model cannot be looked at; '' where it can.
         missed: why the last step that broke was not located; '' where it was.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, every: int | None = None, replay: bool = False) -> None:
+        self.every, self.replays = every, REPLAYS if replay else 0
+        self.last: Flow | None = None
+        self._flow: Flow | None = None
+        self._found: tuple[Finding, ...] = ()
         self.refused = self.missed = ""
         if hasattr(model, "_orig_mod"):
             self.refused = "the model is compiled: hooks would compile it again"
@@ -76,6 +86,34 @@ class Deep:
         self._state: Tensor | None = None
         self._precision: tuple[str, torch.dtype] | None = None
         self._cotangents: dict[int, Tensor] = {}
+
+    def prepare(self, step: int) -> None:
+        """Keep the batch of a step that is to be looked at, or may have to be."""
+        if self.replays or self._due(step):
+            self.arm()
+
+    def _due(self, step: int) -> bool:
+        return self.every is not None and step % self.every == 0
+
+    def stepping(self, step: int, part: Part) -> None:
+        """Look at the step from inside, if it is the turn of one or if it breaks."""
+        if self.replays and part.broken:
+            self.replay()
+        if self._due(step) and self._flow is None:
+            self._flow = self.measure()
+            self.last = self._flow or self.last
+
+    def replay(self) -> None:
+        """Tell where the step broke whose backward has ended, if there are replays left."""
+        if self.replays and (found := self.locate()):
+            self._found, self.replays = (found,), 1
+        self.replays = max(self.replays - 1, 0)
+
+    def taken(self) -> tuple[Flow | None, tuple[Finding, ...]]:
+        """What was seen and found in the step that ends."""
+        seen = self._flow, self._found
+        self._flow, self._found = None, ()
+        return seen
 
     def arm(self) -> None:
         """Keep the next batch."""
