@@ -674,6 +674,18 @@ def test_branches_louder_than_their_stream_drown_what_is_a_tokens_own(loud: floa
     assert cause is None or repair(model, loss).cured
 
 
+def test_the_first_branches_are_louder_than_a_small_embedding_and_make_the_stream_of_those_that_follow() -> (
+    None
+):
+    """OLMo 2 normalises what comes out of its branches; this one learns as fast as a Llama of its size to answer with the
+    token before the last."""
+    hf = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = hf.Olmo2ForCausalLM(hf.Olmo2Config(vocab_size=99, pad_token_id=0, **sizes))
+    ids = torch.randint(1, 99, (4, 24))
+    assert not check(model, lambda m: m(input_ids=ids, labels=ids).loss).errors
+
+
 def test_the_adapter_behind_the_data_opens_with_the_first_step_unless_both_its_matrices_are_zero() -> None:
     """The data take no gradient here, as tokens do not: the first adapter is the input side."""
     torch.manual_seed(0)
