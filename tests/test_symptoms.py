@@ -1653,3 +1653,18 @@ def test_of_two_attentions_one_that_has_picked_is_enough_and_vectors_that_score_
     assert "0.query" in {edit.place for edit in found.prescription.edits}
     vector = torch.empty(64)
     assert float(surgery.orthogonal_(vector, 2.0).norm()) == pytest.approx(2.0)
+
+
+def test_a_stream_that_norms_make_quiet_is_given_its_size_back_before_any_branch_is_taken_out() -> None:
+    """Branches of normalised streams drown what ends each block with a gain of 0.02: the gain is at fault."""
+    torch.manual_seed(0)
+    blocks = [Skip(nn.Sequential(nn.LayerNorm(16), Average(16, 1.0)), 1.0, 16) for _ in range(4)]
+    for block in blocks:
+        nn.init.constant_(block.norm.weight, 0.02)
+    x = torch.randint(11, (4, 24))
+    model = nn.Sequential(nn.Embedding(11, 16), *blocks, nn.Linear(16, 11))
+    found = repair(model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), x.flatten()))
+    assert "VG105" in {f.code for f in found.before.errors}
+    assert found.cured
+    assert found.prescription is not None
+    assert found.prescription.remedy == "reset-norm-gain"
