@@ -42,7 +42,7 @@ from isograd.remedies.critical_initialisation import biases, gain, weight
 from isograd.statistics import Site
 
 SLUG = "exchange-activation"
-TREATS = ("activation", "SA301", "VG101", "EG202", "NF401", "NF402")
+TREATS = ("activation", "SA301", "VG101", "EG201", "EG202", "NF401", "NF402")
 SELF_GATED = {"relu", "leaky_relu", "gelu", "elu", "silu", "selu", "celu", "mish", "hardswish", "relu6"}
 """Functions that pass about half of their input unchanged."""
 TARGETS = {
