@@ -820,3 +820,31 @@ def test_weights_are_drawn_for_what_a_function_of_ones_own_does_and_what_saturat
     assert clipped.prescription is not None
     assert clipped.prescription.remedy.endswith("exchange-activation")
     assert clipped.prescription.reach is Reach.ACTIVATION
+
+
+class Cooled(nn.Sequential):
+    """Logits, or hidden layers, times a constant of the user's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1e-3 * super().forward(x)
+
+
+def test_a_constant_that_costs_the_signal_is_left_out_of_the_forward() -> None:
+    torch.manual_seed(0)
+    model, loss = classified(Cooled(*mlp(nn.ReLU, 3, HE)))
+    found = repair(model, loss)
+    assert [f.code for f in found.before.errors] == ["VG108"]
+    assert found.cured
+    assert found.prescription is not None
+    assert found.prescription.remedy == "leave-out-factor"
+    assert "test_repair.py" in found.prescription.advice[0]
+    x = torch.randn(4, 64)
+    assert torch.allclose(found.model(x), 1e3 * model(x))
+    scope: dict[str, Any] = {}
+    exec(found.to_code(), scope)  # needs torch only
+    assert torch.allclose(scope["repair"](copy.deepcopy(model))(x), 1e3 * model(x))
+    hidden = nn.Sequential(*(Cooled(nn.Linear(64, 64), nn.Tanh()) for _ in range(6)), nn.Linear(64, 10))
+    deep = repair(*classified(hidden))
+    assert deep.cured
+    assert deep.prescription is not None
+    assert deep.prescription.remedy == "leave-out-factor"
