@@ -21,8 +21,9 @@ from benchmarks.methods import plain
 from benchmarks.report import progress, table
 from benchmarks.timing import paired
 from benchmarks.workloads import Setting, transformer
-from isograd.graph.backbone import Graph, backbone, sinks
+from isograd.graph.backbone import Graph, backbone
 from isograd.graph.backward import Backward
+from isograd.graph.sink import sinks
 from isograd.graph.trace import Trace
 from isograd.graph.traced import Loss
 

@@ -12,7 +12,7 @@ from gallery.cures import DECADES, Cure, cures, measured
 from isograd.remedies import NAMES
 
 QUICK = {
-    "adam_epsilon", "chrono_initialisation", "complete_p", "gated_recurrence", "insert_residual", "loss_scale", "orthogonal_recurrence",
+    "adam_epsilon", "chrono_initialisation", "complete_p", "gated_recurrence", "insert_residual", "leave_out_factor", "loss_scale", "orthogonal_recurrence",
     "pass_logits", "query_key_norm", "safe_loss", "standardise_input", "standardise_weights", "truncate_backpropagation",
 }  # fmt: skip
 

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 import isograd
 from isograd.diagnosis import Finding
 from isograd.monitor import Reading, host, statistics
-from isograd.monitor import monitor as monitor_module
+from isograd.monitor import cost as cost_module
 from isograd.monitor.cost import ALERT, YOUNG, Cost, Pace
 from isograd.monitor.detectors import Detectors
 from isograd.monitor.host import Ended, Host, alike, reading_of, readings_of
@@ -413,7 +413,7 @@ CHANGES = [unfreeze, grow, convert]
 def test_what_is_remembered_of_the_parameters_follows_them(
     change: Callable[[nn.Sequential, torch.optim.Optimizer, int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(monitor_module, "FIRST", 0)
+    monkeypatch.setattr(cost_module, "FIRST", 0)
     monkeypatch.setattr(Cost, "interval", lambda self, budget: 1000)
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import isograd
-from isograd.monitor.monitor import REPLAYS
+from isograd.monitor.replay import REPLAYS
 
 
 def test_the_flow_of_the_step_itself() -> None:

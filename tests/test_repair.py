@@ -796,3 +796,55 @@ def test_a_loud_branch_is_put_right_before_its_end_is_scaled(pre: bool) -> None:
     assert values == pytest.approx([1.0] * 6, rel=1e-3)
     ends = [float(inner.out_proj.weight.detach().square().mean().sqrt()) * 32**0.5 for inner in after]
     assert all(0.1 < end <= 1.001 for end in ends)
+
+
+def own_chain(function: Callable[[Tensor], Tensor]) -> Built:
+    """As torch draws them, with a function of the user's own between them."""
+    parts = [part for _ in range(8) for part in (nn.Linear(64, 64), Apply(function))]
+    return classified(nn.Sequential(*parts, nn.Linear(64, 10)))
+
+
+def test_weights_are_drawn_for_what_a_function_of_ones_own_does_and_what_saturates_is_exchanged() -> None:
+    """sin(30 x) keeps the gradient at sigma_w 1/30; weights as small would move far too fast under clamp(40 x)."""
+    torch.manual_seed(0)
+    waves = repair(*own_chain(lambda x: torch.sin(30 * x)))
+    assert [f.evidence["cause"] for f in check(*own_chain(lambda x: torch.sin(30 * x))).errors] == [
+        "initialisation"
+    ]
+    assert waves.cured
+    assert waves.prescription is not None
+    assert waves.prescription.reach is Reach.INITIALISATION
+    assert float(waves.model[2].weight.detach().std()) == pytest.approx(1 / 30 / 8, rel=0.1)  # pyright: ignore
+    clipped = repair(*own_chain(lambda x: torch.clamp(40 * x, -1, 1)))
+    assert clipped.cured
+    assert clipped.prescription is not None
+    assert clipped.prescription.remedy.endswith("exchange-activation")
+    assert clipped.prescription.reach is Reach.ACTIVATION
+
+
+class Cooled(nn.Sequential):
+    """Logits, or hidden layers, times a constant of the user's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 1e-3 * super().forward(x)
+
+
+def test_a_constant_that_costs_the_signal_is_left_out_of_the_forward() -> None:
+    torch.manual_seed(0)
+    model, loss = classified(Cooled(*mlp(nn.ReLU, 3, HE)))
+    found = repair(model, loss)
+    assert [f.code for f in found.before.errors] == ["VG108"]
+    assert found.cured
+    assert found.prescription is not None
+    assert found.prescription.remedy == "leave-out-factor"
+    assert "test_repair.py" in found.prescription.advice[0]
+    x = torch.randn(4, 64)
+    assert torch.allclose(found.model(x), 1e3 * model(x))
+    scope: dict[str, Any] = {}
+    exec(found.to_code(), scope)  # needs torch only
+    assert torch.allclose(scope["repair"](copy.deepcopy(model))(x), 1e3 * model(x))
+    hidden = nn.Sequential(*(Cooled(nn.Linear(64, 64), nn.Tanh()) for _ in range(6)), nn.Linear(64, 10))
+    deep = repair(*classified(hidden))
+    assert deep.cured
+    assert deep.prescription is not None
+    assert deep.prescription.remedy == "leave-out-factor"

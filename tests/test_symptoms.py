@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, AdamW, Optimizer
 
-from isograd import check, diagnose, measure, repair
+from isograd import check, diagnose, measure, repair, surgery
 from isograd.check import along_time
 from isograd.diagnosis import Diagnosis, Finding, Severity
 from isograd.flow import Flow
@@ -230,6 +230,26 @@ def normalised(change: Callable[[nn.BatchNorm1d], object] = lambda norm: None, b
     model.append(nn.Linear(64, 10))
     x, y = torch.randn(batch, 64), torch.randint(10, (batch,))
     return model, lambda m: functional.cross_entropy(m(x.to(next(m.parameters()).dtype)).float(), y)
+
+
+class Neighbours(nn.Module):
+    """Attention of a graph: what a neighbour counts for is the sum of what two vectors say of both ends."""
+
+    def __init__(self, loud: float) -> None:
+        super().__init__()
+        self.values = nn.Linear(16, 16)
+        self.query, self.key = (nn.Parameter(loud * torch.randn(16) / 4) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = self.values(x)
+        logits = functional.leaky_relu((values @ self.query)[:, None] + values @ self.key, 0.2)
+        return functional.elu(logits.softmax(-1) @ values)
+
+
+def neighbours(loud: float) -> Built:
+    model = nn.Sequential(Neighbours(loud), Neighbours(loud), nn.Linear(16, 4))
+    x, y = torch.randn(40, 16), torch.randint(4, (40,))
+    return model, lambda m: functional.cross_entropy(m(x), y)
 
 
 class Skipping(nn.Module):
@@ -672,6 +692,18 @@ def test_branches_louder_than_their_stream_drown_what_is_a_tokens_own(loud: floa
     found = [f.evidence["cause"] for f in check(model, loss).errors if f.code == "VG105"]
     assert found == ([] if cause is None else [cause])
     assert cause is None or repair(model, loss).cured
+
+
+def test_the_first_branches_are_louder_than_a_small_embedding_and_make_the_stream_of_those_that_follow() -> (
+    None
+):
+    """OLMo 2 normalises what comes out of its branches; this one learns as fast as a Llama of its size to answer with the
+    token before the last."""
+    hf = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = hf.Olmo2ForCausalLM(hf.Olmo2Config(vocab_size=99, pad_token_id=0, **sizes))
+    ids = torch.randint(1, 99, (4, 24))
+    assert not check(model, lambda m: m(input_ids=ids, labels=ids).loss).errors
 
 
 def test_the_adapter_behind_the_data_opens_with_the_first_step_unless_both_its_matrices_are_zero() -> None:
@@ -1270,12 +1302,13 @@ class Scored(nn.Module):
     def __init__(self, loud: float) -> None:
         super().__init__()
         self.enter, self.head = nn.Linear(16, 16), nn.Linear(16, 4)
-        self.left, self.right = (nn.Parameter(loud * torch.randn(16)) for _ in range(2))
+        self.left, self.right = (nn.Parameter(torch.randn(16)) for _ in range(2))
+        self.loud = loud
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.enter(x)
         logits = functional.leaky_relu((h @ self.left)[:, :, None] + (h @ self.right)[:, None], 0.2)
-        return self.head(h + logits.softmax(-1) @ h)
+        return self.head(h + (self.loud * logits).softmax(-1) @ h)
 
 
 def test_vectors_that_score_are_no_biases_and_loud_scores_are_told_with_their_line() -> None:
@@ -1618,3 +1651,32 @@ def test_gates_that_let_nothing_through_are_told_and_open_ones_are_not(bias: flo
     assert all(a.saturated > 0.9 for a in gates) == (bias != 0)
     told = [f for f in diagnosis.findings if f.code == "SA301"]
     assert [f.severity for f in told] == [Severity.WARNING] * closed
+
+
+def test_of_two_attentions_one_that_has_picked_is_enough_and_vectors_that_score_are_drawn_anew() -> None:
+    """The second is given what the first has picked, and looks open: a graph network learns at 200 next to nothing."""
+    torch.manual_seed(0)
+    assert not diagnosed(neighbours(1.0)).findings
+    built = neighbours(200.0)
+    assert [f.code for f in diagnosed(built).errors] == ["SA304"]
+    found = repair(*built)
+    assert found.cured
+    assert found.prescription is not None
+    assert "0.query" in {edit.place for edit in found.prescription.edits}
+    vector = torch.empty(64)
+    assert float(surgery.orthogonal_(vector, 2.0).norm()) == pytest.approx(2.0)
+
+
+def test_a_stream_that_norms_make_quiet_is_given_its_size_back_before_any_branch_is_taken_out() -> None:
+    """Branches of normalised streams drown what ends each block with a gain of 0.02: the gain is at fault."""
+    torch.manual_seed(0)
+    blocks = [Skip(nn.Sequential(nn.LayerNorm(16), Average(16, 1.0)), 1.0, 16) for _ in range(4)]
+    for block in blocks:
+        nn.init.constant_(block.norm.weight, 0.02)
+    x = torch.randint(11, (4, 24))
+    model = nn.Sequential(nn.Embedding(11, 16), *blocks, nn.Linear(16, 11))
+    found = repair(model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), x.flatten()))
+    assert "VG105" in {f.code for f in found.before.errors}
+    assert found.cured
+    assert found.prescription is not None
+    assert found.prescription.remedy == "reset-norm-gain"

@@ -118,6 +118,29 @@ def calling_line() -> str:
     return ""
 
 
+# -- without a factor ------------------------------------------------------------------------------
+
+
+def leave_out_factor(module: nn.Module, of: str, lines: Sequence[str]) -> None:
+    """Let `module.forward` get the tensor itself where it calls `of`, `mul` or `truediv`, with one number, at these lines."""
+    module.forward = Under(module.forward, WithoutFactor, of, tuple(lines))
+
+
+class WithoutFactor(TorchFunctionMode):
+    """x in place of x * number and x / number, at these lines."""
+
+    def __init__(self, of: str, lines: tuple[str, ...]) -> None:
+        super().__init__()
+        self.of, self.lines = of, lines
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "").strip("_") == self.of and calling_line() in self.lines:
+            tensors = [given for given in args if isinstance(given, Tensor) and given.numel() > 1]
+            if len(tensors) == 1:
+                return tensors[0]
+        return func(*args, **(kwargs or {}))
+
+
 # -- numerically safe logarithms -------------------------------------------------------------------
 
 

@@ -141,7 +141,7 @@ def _made(rx: Prescription, model: nn.Module) -> None:
 @torch.no_grad()
 def _critical(model: nn.Module, flow: Flow, activation: str) -> None:
     """Scale the weights of every layer to the standard deviation that keeps the gradient at criticality."""
-    (sigma_w, sigma_b), times = scale(activation), multiplied(flow)
+    (sigma_w, sigma_b), times = scale(activation), multiplied(flow, model)
     # by their order: a copied Keras model calls its parameters by other names
     for known, parameter in zip(flow.parameters, model.parameters(), strict=True):
         deviation = sigma_w / math.sqrt(max(known.fan_in, 1)) / times.get(known.name.rpartition(".")[0], 1.0)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from isograd.flow import Flow
 from isograd.graph.operations import ACTIVATIONS, WEIGHTED
+from isograd.own import slopes
 
 UNSEEN = 100
 """Time steps to remember where the length of the sequences was not seen."""
@@ -76,7 +77,7 @@ def layers(flow: Flow, model: nn.Module, exchanged: Mapping[str, str] | None = N
     line = list(_line(flow))
     after = _after(line, ACTIVATIONS.keys() | (exchanged or {}).keys())
     calls = Counter(p.module for p in line if p.kind in ("linear", "convolution"))
-    convolutions, times = {p.module for p in line if p.kind == "convolution"}, multiplied(flow)
+    convolutions, times = {p.module for p in line if p.kind == "convolution"}, multiplied(flow, model)
     common = common_activation(flow)
     plain = not flow.splits and sum(p.kind == "activation" for p in line) > 0
     parameters = dict(model.named_parameters())
@@ -173,9 +174,10 @@ def common_activation(flow: Flow) -> str:
     return seen.most_common(1)[0][0] if seen else "linear"
 
 
-def multiplied(flow: Flow) -> dict[str, float]:
+def multiplied(flow: Flow, model: nn.Module) -> dict[str, float]:
     """What multiplies the output of a layer, by its module: constants right behind it on the backbone, which scale signal
-    and gradient alike, and where it is the weight of another layer the root of that one's fan-in (Chang et al. 2020).
+    and gradient alike, what a function of the user's own is at its critical point, and where the layer is the weight of
+    another one the root of that one's fan-in (Chang et al. 2020).
     """
     before = {site.depth: layer for layer, site in pairwise(flow.sites)}
     constants = {
@@ -184,7 +186,7 @@ def multiplied(flow: Flow) -> dict[str, float]:
         if before[depth].kind in ("linear", "convolution")
     }
     made = {p.name.rpartition(".")[0]: math.sqrt(p.generates) for p in flow.parameters if p.generates}
-    return constants | made
+    return slopes(flow, model) | constants | made
 
 
 def _line(flow: Flow) -> Iterator[_Place]:

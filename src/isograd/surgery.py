@@ -97,10 +97,11 @@ def rebind(
 
 
 def orthogonal_(weight: Tensor, gain: float = 1.0, stacked: bool = False) -> Tensor:
-    """As `nn.init.orthogonal_`, also in half precision; of a stack of matrices (layer, in, out) each one."""
+    """As `nn.init.orthogonal_`, also in half precision and of a vector; of a stack of matrices (layer, in, out) each one."""
     for matrix in weight if stacked else (weight,):
         drawn = torch.empty(matrix.shape, dtype=torch.float32, device=weight.device)
-        matrix.copy_(nn.init.orthogonal_(drawn, gain))
+        nn.init.orthogonal_(torch.atleast_2d(drawn), gain)
+        matrix.copy_(drawn)
     return weight
 
 

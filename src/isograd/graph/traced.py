@@ -14,8 +14,9 @@ from torch.autograd.graph import Node
 from torch.nn.parameter import is_lazy
 from torch.utils import checkpoint
 
-from isograd.graph.backbone import Backbone, Graph, backbone, sinks
+from isograd.graph.backbone import Backbone, Graph, backbone
 from isograd.graph.preserve import preserved
+from isograd.graph.sink import sinks
 from isograd.graph.trace import Trace
 
 Loss = Callable[[nn.Module], Tensor]

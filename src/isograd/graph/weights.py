@@ -47,7 +47,9 @@ class Weights:
             if parameter is None or id(parameter) not in self._names:
                 continue
             if operand.ndim < 2:  # a vector that is added, or one that scores what it is multiplied by
-                if call.operation not in PRODUCTS:
+                if call.operation in PRODUCTS:
+                    self.fan_in[id(parameter)] = operand.numel()
+                else:
                     self.biases.add(id(parameter))
             elif i < len(summed):
                 self.fan_in[id(parameter)] = summed[i]

@@ -26,6 +26,10 @@ FARTHEST = 32
 """Steps from one that is kept to the next at most, whatever it costs."""
 ALERT = 8
 """Steps that are kept after one that stands out."""
+FIRST = 10
+"""Steps that are read in full whatever it costs: faults of the initialisation show in them."""
+SELDOM = 32
+"""Steps from one full reading to the next, at most, as long as a training is young."""
 
 
 class Cost:
@@ -83,6 +87,54 @@ class Cost:
         # Where the norms alone take the budget, full readings may take half of it more.
         room = max(share - lean, share / 2, 1e-9)
         return max(1, math.ceil(extra / room))
+
+
+class Schedule:
+    """Which steps are read in full: the first, one that is asked for, and then as many as the budget allows.
+
+    Attributes:
+        every: keep every so many steps.
+        cost: what a step takes.
+        done: steps so far, under this monitor.
+        asked: somebody waits for a full reading.
+    """
+
+    def __init__(self, every: int, budget: float, cost: Cost, together: bool) -> None:
+        """`together`: every process must come to the same answer, and their clocks differ."""
+        self.every, self.cost = every, cost
+        self.done, self.asked = 0, False
+        self._budget, self._together = budget, together
+        self._last, self._interval = -1, 1
+
+    @property
+    def due(self) -> bool:
+        """Is this step to be kept?"""
+        return self.done % self.every == 0
+
+    def full(self, ahead: int = 0) -> bool:
+        """Read all columns at this step, or at one so many ahead?"""
+        step = self.done + ahead
+        if step % self.every:
+            return False
+        if self._together:
+            return step < FIRST or step % FIRST == 0
+        return step < FIRST or self.asked or step - self._last >= self._interval
+
+    def read(self) -> None:
+        """Something of this step was read in full."""
+        self._last = self.done
+
+    def ended(self, full: bool, deep: bool) -> None:
+        """What the step cost, and when the next is read in full."""
+        self.asked = self.asked and not full
+        self.done += 1
+        self.cost.ended(full, deep)
+        if full or self.cost.timing:
+            self._interval = self.cost.interval(self._budget)
+            if self.done < YOUNG:
+                self._interval = min(self._interval, SELDOM)
+        if self.full():
+            self.cost.next(timing=True)
 
 
 class Pace:

@@ -47,26 +47,45 @@ class Deep:
     """Keeps one step's batch and cotangent, and measures its flow.
 
     Attributes:
+        every: measure every so many steps; None: none.
+        last: the flow that was measured last.
         refused: why this model cannot be looked at; '' where it can.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, every: int | None = None) -> None:
+        self.every = every
+        self.last: Flow | None = None
+        self._flow: Flow | None = None
         self._model, self.refused = repeatable(model)
         if not self.refused and in_parts(self._model):
             self.refused = "the script calls the parts one by one: there is no forward of the whole to repeat"
         self._handles: list[Any] = []
         self._call: Call | None = None
 
-    def arm(self) -> None:
-        """Keep the next batch."""
-        if self.refused or self._handles:
+    def _due(self, step: int) -> bool:
+        return self.every is not None and step % self.every == 0
+
+    def prepare(self, step: int) -> None:
+        """Keep the batch of a step that is to be looked at."""
+        if not self._due(step) or self.refused or self._handles:
             return
         self._handles = [
             self._model.register_forward_pre_hook(Staying(self._before), with_kwargs=True, prepend=True),
             self._model.register_forward_hook(Staying(self._after)),
         ]
 
-    def measure(self) -> Flow | None:
+    def stepping(self, step: int) -> None:
+        """Look at the step from inside, if it is its turn."""
+        if self._due(step) and self._flow is None:
+            self._flow = self._measured()
+            self.last = self._flow or self.last
+
+    def taken(self) -> Flow | None:
+        """What was seen in the step that ends."""
+        seen, self._flow = self._flow, None
+        return seen
+
+    def _measured(self) -> Flow | None:
         """The flow of the step whose backward has ended; None if its batch was not seen."""
         call = self._call
         self.disarm()

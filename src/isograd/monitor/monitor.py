@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -15,7 +14,6 @@ from torch.optim import Optimizer
 
 from isograd.closing import Closing
 from isograd.diagnosis import Diagnosis, Finding, diagnose
-from isograd.flow import Flow
 from isograd.monitor import scaling
 from isograd.monitor.clipping import (
     AdaptiveClip,
@@ -24,33 +22,24 @@ from isograd.monitor.clipping import (
     clip_units_unread,
     clip_unread,
 )
-from isograd.monitor.cost import YOUNG, Cost, Pace
+from isograd.monitor.cost import Cost, Pace, Schedule
 from isograd.monitor.deep import Deep
 from isograd.monitor.detectors import Detectors
-from isograd.monitor.host import Ended, Host, Packed, Record, Sink, bound, on_its_way, reading_of
+from isograd.monitor.host import Host, Record, Sink, bound, reading_of
 from isograd.monitor.names import Names
 from isograd.monitor.parts import Part
 from isograd.monitor.provenance import inner
 from isograd.monitor.reading import Reading
-from isograd.monitor.replay import Replay
+from isograd.monitor.replay import OTHERS, Replay
 from isograd.monitor.selftest import silent
 from isograd.monitor.sharding import Shards, rank
+from isograd.monitor.steps import Steps
 from isograd.monitor.tap import Tap
 from isograd.monitor.unexamined import together, unexamined
-from isograd.monitor.updates import number
 from isograd.record import Run
-from isograd.record.row import BEGINS, GUARDED, PERHAPS
+from isograd.record.row import GUARDED
 from isograd.record.verdict import examined
 from isograd.warning import warn
-
-FIRST = 10
-"""Steps that are read in full whatever it costs: faults of the initialisation show in them."""
-REPLAYS = 3
-"""Steps that are repeated until one of them tells where it broke."""
-OTHERS = "the optimizer is none of torch's: a step is told of when the weights have changed already"
-"""Why a step that breaks is not repeated."""
-SELDOM = 32
-"""Steps from one full reading to the next, at most, as long as a training is young."""
 
 
 def watch(
@@ -141,25 +130,11 @@ class Monitor(Closing):
         """`known`: this very model has been trained into this record before."""
         for optimizer in optimizers:
             _free(inner(optimizer))
-        self._known = known
-        self._model, self._names = model, Names(model)
-        self._logged: set[str] = set()
-        self._looked_at: Flow | None = None
-        self._every, self._budget = every, budget
-        self._deep, self._deep_every = Deep(model), deep_every
-        self._replay, self._replays = Replay(model), REPLAYS if replay else 0
-        self._flow: Flow | None = None
-        self._located: tuple[Finding, ...] = ()
+        self._model = model
+        self._deep, self._replay = Deep(model, deep_every), Replay(model, replay)
         self._taps: list[Tap] = []
-        self._step = self._done = 0  # of the run, and under this monitor
-        self._closed = self._begun = self._asked = False
-        self._scalars: dict[str, float | Tensor] = {}
+        self._closed = False
         self.stepped = 0
-        self._open: list[tuple[Tap, Part]] = []
-        self._settled: dict[str, float | Tensor] = {}
-        """Scalars of the step that is open; what comes after them may be those of the next."""
-        self._cost = Cost()
-        self._last_full, self._interval = -1, 1
         self._shards = Shards(model.parameters())
         self._silent = silent()
         self._detectors = detectors = Detectors()
@@ -170,22 +145,28 @@ class Monitor(Closing):
             else:
                 record = run(detectors) if callable(run) else run
         self.run = record
-        if isinstance(record, Run):
-            self._step = record.last + 1
-        self._behind = self._step > 0
-        """The record has steps already: of this training, or of another."""
         sinks = [bound(sink) for sink in sinks] if rank() == 0 else []
-        self._host = Host(detectors, record, sinks, Pace(budget / 2, self._cost))
+        self._cost = cost = Cost()
+        self._host = Host(detectors, record, sinks, Pace(budget / 2, cost))
+        self._schedule = Schedule(every, budget / 2, cost, together=bool(self._shards))
+        self._steps = Steps(
+            self._host,
+            Names(model),
+            self._shards,
+            self._deep,
+            self._replay,
+            self._schedule,
+            first=record.last + 1 if isinstance(record, Run) else 0,
+            known=known,
+        )
         for optimizer in optimizers:
             self.add(optimizer)
         if not optimizers:
             self._replay.refused = OTHERS
             self._taps.append(Tap(self, None, lambda: list(model.parameters())))
         self._finalizer = weakref.finalize(self, Host.close, self._host)
-        if deep_every is not None:
-            self._deep.arm()
-        if replay:
-            self._replay.arm()
+        self._deep.prepare(0)
+        self._replay.prepare()
 
     # What the user calls.
 
@@ -205,15 +186,7 @@ class Monitor(Closing):
 
         What is logged after `optimizer.step()` and before the next backward belongs to the step that ended.
         """
-        self._logged |= scalars.keys()
-        for name, value in scalars.items():
-            held = self._host.held
-            if self._open and name not in self._settled and not self._begun:
-                self._settled[name] = kept(value)
-            elif held is not None and name not in held.logged_early and not self._begun:
-                held.scalars[name] = kept(value)
-            else:
-                self._scalars[name] = kept(value)
+        self._steps.log(scalars)
 
     def clip_(self, max_norm: float | AdaptiveClip) -> Tensor:
         """Clip the gradients of all watched optimizers to a total norm, as `clip_grad_norm_` does.
@@ -262,7 +235,7 @@ class Monitor(Closing):
     def left_out(self, why: str, *, restored: bool = False) -> None:
         """A step was not made with the gradients that are there; `restored`: weights and optimizers are older ones again."""
         if not restored:
-            self.guarded(self._locate)
+            self.guarded(self._replay.repeat)
         for tap in self._taps:
             self.guarded(lambda tap=tap: tap.finish(GUARDED + why))
             if restored:
@@ -280,9 +253,9 @@ class Monitor(Closing):
         Raises:
             RuntimeError: no step has ended yet.
         """
-        self._flush()
+        self._steps.flush(self._taps)
         self._host.drain()
-        self._asked = True
+        self._schedule.asked = True
         newest = reading_of(self._host.held) if self._host.held is not None else self._host.newest
         if newest is None:
             raise RuntimeError(
@@ -300,29 +273,28 @@ class Monitor(Closing):
 
     def diagnosis(self) -> Diagnosis:
         """What has been found so far, and what could not be examined; waits for the newest step."""
-        self._flush()
+        self._steps.flush(self._taps)
         self._host.release()
         self._host.drain()
-        diagnosis = examined(self._host.findings, self._detectors, flow=self._looked_at)
-        if self._looked_at is not None:
-            diagnosis = together(diagnosis, diagnose(self._looked_at))
+        diagnosis = examined(self._host.findings, self._detectors, flow=self._deep.last)
+        if self._deep.last is not None:
+            diagnosis = together(diagnosis, diagnose(self._deep.last))
         unknown = unexamined(
-            self._model, self._taps, self._done, self._logged, self._deep, self._deep_every, self._silent
+            self._model, self._taps, self._schedule.done, self._steps.logged, self._deep, self._silent
         )
-        if self._replays and self._replay.refused:
-            unknown["replay"] = self._replay.refused
-        elif self._replay.missed and not any(f.matches(("NF401", "NF402")) for f in diagnosis.findings):
-            unknown["replay"] = self._replay.missed
+        located = any(f.matches(("NF401", "NF402")) for f in diagnosis.findings)
+        if not located and (why := self._replay.unexamined):
+            unknown["replay"] = why
         return replace(diagnosis, unexamined=unknown | diagnosis.unexamined)
 
     def close(self) -> None:
         """Stop watching, and write what is waiting. May be called again."""
         if self._closed:
             return
-        for tap in self._taps if self._begun else ():
+        for tap in self._taps if self._steps.begun else ():
             self.guarded(tap.interrupted)
         self._closed = True
-        self._flush()
+        self._steps.flush(self._taps)
         self._host.release()
         self._deep.disarm()
         self._replay.disarm()
@@ -339,12 +311,7 @@ class Monitor(Closing):
 
     def full(self, tap: Tap | None = None) -> bool:
         """Read all columns at this step, of this optimizer? Of one that has stepped it is the next."""
-        step = self._done + any(stepped is tap for stepped, _ in self._open)
-        if step % self._every:
-            return False
-        if self._shards:  # every process must come to the same answer, and their clocks differ
-            return step < FIRST or step % FIRST == 0
-        return step < FIRST or self._asked or step - self._last_full >= self._interval
+        return self._schedule.full(ahead=self._steps.holds(tap))
 
     def guarded(self, act: Callable[[], object]) -> None:
         """Do something inside the user's training loop: what fails here is a warning, once, and the end of
@@ -368,108 +335,19 @@ class Monitor(Closing):
 
         Whether to a new one only the next step of an optimizer tells: a generator's backward reaches the critic too.
         """
-        self._begun = True
+        self._steps.begun = True
         self._host.release()
 
     def stepping(self, part: Part) -> None:
         """Look at the step from inside, if it is the turn of one or if it breaks."""
-        if self._replays and part.broken:
-            self._locate()
-        if self._deep_every is not None and self._done % self._deep_every == 0 and self._flow is None:
-            self._flow = self._deep.measure()
-            self._looked_at = self._flow or self._looked_at
-
-    def _locate(self) -> None:
-        if self._replays and (found := self._replay.locate()):
-            self._located, self._replays = (found,), 1
-        self._replays = max(self._replays - 1, 0)
+        if self._replay.left and part.broken:
+            self._replay.repeat()
+        self._deep.stepping(self._schedule.done)
 
     def ended(self, tap: Tap, part: Part) -> None:
         """One optimizer has stepped; the step ends when all have, or when one is about to step again."""
         self.stepped += 1
-        if any(stepped is tap for stepped, _ in self._open):
-            self._flush()
-        self._open.append((tap, part))
-        if tap.scale is not None:
-            self._settled["scale"] = tap.scale
-        if tap.clipped is not None:
-            self._settled["clipped_norm"] = tap.clipped
-        self._settled |= self._scalars
-        self._scalars, self._begun = {}, False
-        if part.full:
-            self._last_full = self._done
-        if len(self._open) == len(self._taps):
-            self._flush()
-
-    def _flush(self) -> None:
-        """End the step that is open."""
-        if not self._open:
-            return
-        self._host.release()
-        parts, self._open = self._open, []
-        settled, self._settled = self._settled, {}
-        step = Ended(self._step, (), (), [], settled, [], time.time(), logged_early=set(settled))
-        begins = [tap.begins for tap in self._taps]
-        if self._behind and False not in begins:
-            step.notes.append(BEGINS if all(begins) and not self._known else PERHAPS)
-        self._behind = full = False
-        for _, part in parts:
-            full |= part.full
-            step.suspicious |= any(bucket.suspicious for bucket in part.buckets)
-            step.packed += self._packed(part)
-            step.notes += part.notes
-        step.suspicious |= any(note.startswith(GUARDED) for note in step.notes)
-        for i, tap in enumerate(self._taps):
-            # an optimizer may have none, or None where it finds one by itself
-            rate = None if tap.optimizer is None else tap.optimizer.param_groups[0].get("lr")
-            if rate is not None:
-                step.scalars[f"lr_{i}" if i else "lr"] = rate
-        step.sites, step.shapes = self._names.sites, self._names.shapes
-        step.flow, self._flow = self._flow, None
-        step.found, self._located = self._located, ()
-        step.due = self._done % self._every == 0
-        self._host.held = step
-        self._step += 1
-        self._ended(full, deep=step.flow is not None)
-        if self._replays:
-            self._replay.arm()
-        else:
-            self._replay.disarm()
-        if self._deep_every is not None and self._done % self._deep_every == 0:
-            self._deep.arm()
-
-    def _ended(self, full: bool, deep: bool) -> None:
-        """What the step cost, and when the next is read in full."""
-        if full:
-            self._asked = False
-        self._done += 1
-        self._cost.ended(full, deep)
-        if full or self._cost.timing:
-            self._interval = self._cost.interval(self._budget / 2)
-            if self._done < YOUNG:
-                self._interval = min(self._interval, SELDOM)
-        if self.full():
-            self._cost.next(timing=True)
-
-    def _packed(self, part: Part) -> list[Packed]:
-        packed: list[Packed] = []
-        for bucket in part.buckets:
-            if not bucket.sharded:
-                sites, elements = self._names.find(bucket.parameters)
-                values = on_its_way(bucket.pack(), len(bucket.rows))
-                packed.append(Packed(sites, list(bucket.rows), values, elements, part.scale))
-        for parameters in self._shards.split(part.sharded):
-            sites, elements = self._names.find(parameters)
-            columns, values = self._shards.reduce(parameters, part.shares(parameters))
-            packed.append(Packed(sites, columns, values, elements, part.scale))
-        return packed
-
-
-def kept(value: float | Tensor) -> float | Tensor:
-    """A scalar as it is now, off the graph; one on a device is not waited for."""
-    if not isinstance(value, Tensor):
-        return float(value)
-    return number(value) if value.device.type == "cpu" else value.detach().clone()
+        self._steps.ended(tap, part, self._taps)
 
 
 def _free(optimizer: Optimizer) -> None:

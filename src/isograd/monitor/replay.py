@@ -17,6 +17,10 @@ from isograd.monitor.sharding import local
 from isograd.nonfinite import find_nonfinite
 from isograd.symptoms import nonfinite_backward
 
+REPLAYS = 3
+"""Steps that are repeated until one of them tells where it broke."""
+OTHERS = "the optimizer is none of torch's: a step is told of when the weights have changed already"
+"""Why a step that breaks is not repeated."""
 MOST = 8
 """Forwards that are kept of a step: both of a critic, the parts of a model, the networks of an agent. Each holds a batch."""
 
@@ -28,22 +32,25 @@ class Replay:
     taken any more: it is the one to repeat.
 
     Attributes:
+        left: steps that may still be repeated.
         refused: why this model cannot be repeated; '' where it can.
         missed: why the last step that broke was not located; '' where it was.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, asked: bool) -> None:
         self._model, self.refused = repeatable(model)
-        self.missed = ""
+        self.left, self.missed = REPLAYS if asked else 0, ""
+        self._found: tuple[Finding, ...] = ()
         self._handles: list[Any] = []
         self._calls: list[tuple[nn.Module, Call]] = []
         self._depth = 0
         """Modules with a hook that are running: only the outermost is kept."""
         self._broken = False
 
-    def arm(self) -> None:
+    def prepare(self) -> None:
         """Another step begins."""
-        if self.refused:
+        if self.refused or not self.left:
+            self.disarm()
             return
         self._calls, self._depth, self._broken = [], 0, False
         for name, module in () if self._handles else _called(self._model):
@@ -58,7 +65,25 @@ class Replay:
             handle.remove()
         self._handles, self._calls = [], []
 
-    def locate(self) -> Finding | None:
+    def repeat(self) -> None:
+        """The step broke whose backward has ended: tell where."""
+        if not self.left:
+            return
+        found = self._located()
+        self._found = () if found is None else (found,)
+        self.left = 0 if found else self.left - 1
+
+    def taken(self) -> tuple[Finding, ...]:
+        """What was found in the step that ends."""
+        found, self._found = self._found, ()
+        return found
+
+    @property
+    def unexamined(self) -> str:
+        """Why a step that broke, or that might, was not located; '' where it was."""
+        return self.refused if self.left and self.refused else self.missed
+
+    def _located(self) -> Finding | None:
         """What made the first value that is not finite in the step whose backward has ended; None: nothing in its forwards."""
         calls = [(module, call) for module, call in self._calls if call.cotangents]
         self.disarm()

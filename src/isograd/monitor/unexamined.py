@@ -21,7 +21,6 @@ def unexamined(
     steps: int,
     logged: set[str],
     deep: Deep,
-    deep_every: int | None,
     silent: str,
 ) -> dict[str, str]:
     """By subject: why it could not be examined. `silent`: why hooks did not fire where the monitor attached."""
@@ -41,7 +40,7 @@ def unexamined(
         )
     if "loss" not in logged:
         said["loss"] = "it was not logged: call monitor.log(loss=loss) once a step"
-    if deep_every is None:
+    if deep.every is None:
         said["activations"] = "watch(..., deep_every=1000) looks at every thousandth step from inside"
     elif deep.refused:
         said["activations"] = deep.refused

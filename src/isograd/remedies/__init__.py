@@ -29,6 +29,7 @@ NAMES = (
     "insert_normalisation",
     "insert_residual",
     "leaky_activation",
+    "leave_out_factor",
     "loss_scale",
     "lower_learning_rate",
     "lsuv",

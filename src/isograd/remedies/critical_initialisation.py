@@ -31,12 +31,11 @@ from isograd.edit import Edit, Value
 from isograd.flow import Flow
 from isograd.graph.operations import ACTIVATIONS
 from isograd.layers import Layer, batch_norms, is_chain, layers
+from isograd.own import SATURATED
 from isograd.prescription import Patient, Prescription, Reach, not_applicable
 
 SLUG = "critical-initialisation"
 TREATS = ("initialisation", "VG101", "EG201", "EG202", "EG205", "NF401", "NF402")
-SATURATED = 2.0
-"""A critical sigma_w beyond this lies deep in saturation (the sigmoid's 10.1): nothing trains there."""
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:

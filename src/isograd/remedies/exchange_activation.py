@@ -42,7 +42,7 @@ from isograd.remedies.critical_initialisation import biases, gain, weight
 from isograd.statistics import Site
 
 SLUG = "exchange-activation"
-TREATS = ("activation", "SA301", "VG101", "EG202", "NF401", "NF402")
+TREATS = ("activation", "SA301", "VG101", "EG201", "EG202", "NF401", "NF402")
 SELF_GATED = {"relu", "leaky_relu", "gelu", "elu", "silu", "selu", "celu", "mish", "hardswish", "relu6"}
 """Functions that pass about half of their input unchanged."""
 TARGETS = {
@@ -252,7 +252,7 @@ def exchanges(
                 path, "replace", TARGETS[target][0], before=repr(patient.model.get_submodule(path))
             )
     for (path, function), sources in calls.items():
-        lines = tuple(sorted({_line(source) for source in sources}))
+        lines = tuple(sorted({line_of(source) for source in sources}))
         for source in dict.fromkeys(sources):
             by_hand.append(_by_hand(source, function, target))
         given = {"of": function, "to": target, "lines": lines, **({"extra": arguments} if arguments else {})}
@@ -293,7 +293,7 @@ def _attribute(module: nn.Module, function: str) -> str:
     return ""
 
 
-def _line(source: str) -> str:
+def line_of(source: str) -> str:
     """`net.py:17`: the same from wherever the script is started."""
     return source.replace("\\", "/").rpartition("/")[2]
 

@@ -57,7 +57,8 @@ def orthogonal(layer: Layer, factor: float) -> Edit:
     """The weight of a layer, drawn orthogonal times a factor; each of several matrices in one parameter."""
     if layer.stacked:
         return weight(layer, "surgery.orthogonal_", {"gain": factor, "stacked": True})
-    return weight(layer, "surgery.orthogonal_" if layer.half else "nn.init.orthogonal_", {"gain": factor})
+    plain = not layer.half and len(layer.shape) > 1
+    return weight(layer, "nn.init.orthogonal_" if plain else "surgery.orthogonal_", {"gain": factor})
 
 
 def gain(layer: Layer) -> float:

@@ -35,7 +35,7 @@ from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.remedies.critical_initialisation import scale
 
 SLUG = "reset-norm-gain"
-TREATS = ("norm-gain", "VG101", "EG201", "EG202", "EG205")
+TREATS = ("norm-gain", "VG101", "VG105", "EG201", "EG202", "EG205")
 NEAR = (0.3, 3.0)
 """RMS gains between these cost less than half a decade: trained networks have them."""
 AGREES = 2.0

@@ -66,7 +66,7 @@ def _of_classes(call: LossCall) -> bool:
 
 
 def _far(flow: Flow, call: LossCall) -> Finding:
-    site, growth = _loudest(flow)
+    site, growth = loudest(flow)
     first = next((i for i, flag in enumerate(flow.column("weighted").tolist()) if flag == 1), 0)
     given = site is not None and site.depth < first and site.kind in ("input", "elementwise")
     said = (
@@ -105,7 +105,7 @@ def _remedies(site: Site | None) -> tuple[str, ...]:
     return ("scale-embeddings",) if site.kind == "embedding" else weights
 
 
-def _loudest(flow: Flow) -> tuple[Site | None, float]:
+def loudest(flow: Flow) -> tuple[Site | None, float]:
     """The place along the backbone that makes the signal largest, and how many times; an input that is large itself."""
     rms = flow.column("activation_rms").tolist()
     grown: list[tuple[float, Site]] = []

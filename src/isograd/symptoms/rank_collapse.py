@@ -18,7 +18,7 @@ Evidence
     and it falls exponentially: it would have done so too at the pace of the second half of the sites. Shipped
     decoders start at a third, most of it taken by the first blocks, whose branches are louder than the embedding.
     An error only where the skips are missing or damped, which is read off the gradient that comes by them, or where
-    most branches are as loud as the stream they are added to, which is the same once a normalisation follows, or a single
+    most branches, and most of the later ones, are as loud as the stream they are added to, which is the same once a normalisation follows, or a single
     average is louder than its stream and less than a tenth of a token's own is left: with
     skips of full strength twelve and twenty-four blocks, pre- and post-norm, learn to tell their tokens apart again,
     at a small enough learning rate. An encoder whose tokens are pooled may let them become one.
@@ -139,7 +139,7 @@ def _along(line: Flow, flow: Flow) -> Outcome | None:
         return None
     left, skip = found.left / found.entered, 0.0 if found.bare else _skip(line, flow)
     said = f"a token's own is {found.left:.2g} of the signal at the head, {found.entered:.2g} at the entrance"
-    loud = median(split.forward_ratio for split in line.splits.values()) if line.splits else math.nan
+    loud = _loud(line)
     loudest = _loudest(line)
     drowned = skip >= DAMPED and (loud > LOUD or (left < GONE and found.ratio < WARNING and loudest > 1))
     averaged = skip < DAMPED and left < AVERAGED and (found.bare or bool(flow.attentions))
@@ -176,6 +176,13 @@ def _around(line: Flow, found: Own) -> Iterator[str]:
     """Where a skip has to be written that leads around what averages."""
     lines = {line.sites[i].source: None for i in found.falls[:WORST] if found.bare and line.sites[i].source}
     yield from (f"{where}: x + average(x), a skip around what averages over the tokens" for where in lines)
+
+
+def _loud(line: Flow) -> float:
+    """rms of a branch over that of its stream, in the median: of all, and of the later half, where that is less. The first
+    branches are louder than an embedding that starts small, and what they leave is the stream of the others."""
+    ratios = [line.splits[depth].forward_ratio for depth in sorted(line.splits)]
+    return min(median(ratios), median(ratios[len(ratios) // 2 :])) if ratios else math.nan
 
 
 def _loudest(line: Flow) -> float:

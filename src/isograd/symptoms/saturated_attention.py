@@ -13,7 +13,7 @@ Why it happens
 Evidence
     In every attention, mean of 1 - sum(p^2) over samples, heads and queries, over that of even attention under the
     same mask. Heads that pick a position are healthy where training made them so; an error is told only where the
-    median attention of the model leaves almost nothing open. Additive attention adds queries and keys inside of a tanh,
+    lower median of the model leaves almost nothing open. Additive attention adds queries and keys inside of a tanh,
     whose mean slope is measured as well: below a tenth of its largest nothing comes back, however even the softmax is.
 
 What helps
@@ -53,7 +53,8 @@ def examine(flow: Flow) -> Iterator[Outcome]:
     if not seen:
         yield Healthy("nothing attends")
         return
-    middle, through = seen[len(seen) // 2].spread, sorted(a.through for a in seen)[len(seen) // 2]
+    half = (len(seen) - 1) // 2  # of two attentions one is enough: the other is given what it has picked
+    middle, through = seen[half].spread, sorted(a.through for a in seen)[half]
     if through < FLAT:
         yield _flat(seen, through)
         return

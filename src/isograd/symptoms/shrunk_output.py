@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import takewhile
 
 from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow
@@ -55,15 +56,10 @@ def examine(flow: Flow) -> Iterator[Outcome]:
 def _shrunk(flow: Flow) -> Finding | None:
     """A constant behind the head by which hardly anything of its output reaches the loss: a temperature, a forgotten scale."""
     call = next((c for c in flow.losses if c.function in OF_LOGITS | REGRESSIONS), None)
-    layers = [i for i, flag in enumerate(flow.column("weighted").tolist()) if flag == 1]
-    if call is None or not layers:
+    behind = behind_the_head(flow)
+    if call is None or not behind:
         return None
     small = call.input_max - call.input_min if call.function in OF_LOGITS else call.excess
-    behind: list[Site] = []
-    for site in flow.sites[layers[-1] + 1 :]:
-        if site.operation in LOSSES | NORMALISED_LOG:
-            break
-        behind += [site] if site.depth in flow.factors else []
     times = math.prod(flow.factors[site.depth] for site in behind)
     if not small < FLAT or times > FACTOR:
         return None
@@ -85,6 +81,14 @@ def _shrunk(flow: Flow) -> Finding | None:
         },
         remedies=(leave_out(site),),
     )
+
+
+def behind_the_head(flow: Flow) -> list[Site]:
+    """The constants between the last layer with weights and the loss."""
+    layers = [i for i, flag in enumerate(flow.column("weighted").tolist()) if flag == 1]
+    after = flow.sites[layers[-1] + 1 :] if layers else ()
+    inside = takewhile(lambda site: site.operation not in LOSSES | NORMALISED_LOG, after)
+    return [site for site in inside if site.depth in flow.factors]
 
 
 def _confined(flow: Flow) -> Finding | None:

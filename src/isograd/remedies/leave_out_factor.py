@@ -1,0 +1,88 @@
+"""leave-out-factor: a constant that the signal is multiplied by, and that costs it, is left out.
+
+What it does
+    Lets the call at the user's line give the tensor itself in place of its product with a number: a temperature or
+    scale between head and loss, factors between the layers that add up to decades. The line to edit is shown.
+
+When it helps
+    Where nothing but the constant is wrong. Weights that make up for it would have to be as far off, and an optimizer whose
+    steps have a size of their own, as Adam's, would move them by too much or next to nothing.
+
+Expected effect
+    Signal and gradient as if the factor were 1.
+
+Safety
+    Unsafe: the model computes another function. Learned scales are left alone, and so is what the loss is multiplied by.
+
+References
+    Hinton et al. 2015, arXiv:1503.02531, on temperatures; Yang et al. 2022, arXiv:2203.03466, on the multiplier of the output.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from isograd.edit import Edit
+from isograd.prescription import Patient, Prescription, Reach, not_applicable
+from isograd.remedies.exchange_activation import line_of
+from isograd.statistics import Site
+from isograd.symptoms import far_start, shrunk_output, vanishing_gradient
+
+SLUG = "leave-out-factor"
+TREATS = ("factor", shrunk_output.CODE, vanishing_gradient.CODE, far_start.CODE)
+
+
+def prescribe(patient: Patient) -> Iterator[Prescription]:
+    """The constants that the findings are about, at their lines in the model."""
+    flow, sites = patient.flow, _costly(patient)
+    if not sites:
+        yield not_applicable(SLUG, "the signal is multiplied by no constant that costs it")
+        return
+    lines: dict[tuple[str, str], dict[str, None]] = {}
+    for site in sites:
+        if site.source:
+            lines.setdefault((site.module, site.operation), {})[line_of(site.source)] = None
+    by_hand = tuple(dict.fromkeys(shrunk_output.leave_out(site) for site in sites))
+    if not lines:
+        yield not_applicable(SLUG, "the lines that multiply are not known", *by_hand)
+        return
+    decades = sum(math.log10(flow.factors[site.depth]) for site in sites)
+    yield Prescription(
+        SLUG,
+        f"{len(sites)} constant factors left out, {10**decades:.2g} in all",
+        tuple(
+            Edit(
+                module,
+                "alter",
+                "calls.leave_out_factor",
+                {"of": of, "lines": tuple(found)},
+                before=f"{of} by a constant",
+            )
+            for (module, of), found in lines.items()
+        ),
+        reach=Reach.INITIALISATION,
+        treats=TREATS,
+        expected=f"{-decades:+.1f} decades of signal and gradient",
+        references=("Yang et al. 2022, arXiv:2203.03466",),
+        advice=by_hand,
+    )
+
+
+def _costly(patient: Patient) -> list[Site]:
+    """What the findings blame, or would: only what makes the signal small, or the output far too large."""
+    flow, codes = patient.flow, {finding.code for finding in patient.diagnosis.findings}
+    found: list[Site] = []
+    if shrunk_output.CODE in codes:
+        found += [site for site in shrunk_output.behind_the_head(flow) if flow.factors[site.depth] < 1]
+    if vanishing_gradient.CODE in codes:
+        damped = vanishing_gradient.damped(flow)
+        if (
+            sum(math.log10(flow.factors[site.depth]) for site in damped)
+            <= vanishing_gradient.FACTORS * flow.lost
+        ):
+            found += damped
+    if far_start.CODE in codes:
+        site, _ = far_start.loudest(flow)
+        found += [site] if site is not None and site.depth in flow.factors else []
+    return list({site.depth: site for site in found}.values())
