@@ -341,6 +341,13 @@ def test_across_steps_that_were_not_read_nothing_is_said_of_the_data() -> None:
     assert "TR704" not in codes(sparse)
 
 
+def test_a_loss_without_a_sign_says_nothing_of_the_order_of_the_data() -> None:
+    """As that of a policy gradient: returns that are centred."""
+    steps, _ = CASES["data in blocks"]
+    signed = [replace(step, loss=-1.0) if i == 12 else step for i, step in enumerate(steps)]
+    assert "TR704" not in codes(signed)
+
+
 def test_data_is_blamed_although_few_steps_are_measured() -> None:
     quiet, spike = falling(199, grad=-4.0), [replace(LOW, loss=3.0, grad=-3.0)] * 8
     found = next(f for _, f in told(rarely([*quiet, *spike])) if f.code == "TR702")

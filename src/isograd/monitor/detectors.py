@@ -14,7 +14,7 @@ from isograd.diagnosis import Finding
 from isograd.monitor.history import RECENT, Detector, History
 from isograd.monitor.reading import Reading
 from isograd.monitor.seen import Seen, alike, nonfinite, seen, spread
-from isograd.record.row import BEGINS, GUARDED, PERHAPS
+from isograd.record.row import BEGINS, GUARDED, PERHAPS, RIVALS
 from isograd.symptoms import STREAMED
 from isograd.symptoms.loss_spike import DEVIATIONS
 from isograd.symptoms.nonfinite_step import NonFinite
@@ -52,6 +52,7 @@ class Detectors:
                 if BEGINS in reading.notes or (PERHAPS in reading.notes and not self._goes_on(reading)):
                     vars(self).update(vars(Detectors()))
                     self.since = reading.step
+                self.history.rivals |= RIVALS in reading.notes
                 if any(note.startswith(GUARDED) for note in reading.notes):
                     self.history.restored()
                 found.append(self._finite(next(finite)) if count is None else self._broken(reading, count))
@@ -79,9 +80,10 @@ class Detectors:
         healthy: dict[str, str] = {}
         unexamined: dict[str, str] = {}
         for code, detector in self.by_code.items():
-            said = detector.outcome(self.history)
+            silent = detector.of_level and self.history.rivals
+            said = None if silent else detector.outcome(self.history)
             if said is None:
-                unexamined[code] = detector.unexamined
+                unexamined[code] = RIVALS if silent else detector.unexamined
             else:
                 healthy[code] = said
         if never := self.history.unreached:

@@ -101,6 +101,8 @@ class History:
         """elasticity, update, scale, weight by matrix, and the norm, of the first reading."""
         self.best = math.inf
         """Smallest median of RECENT losses."""
+        self.rivals = False
+        """The loss runs through weights that another optimizer trains, or another loss through these."""
         self.uncleared = 0
         """Readings that began with the gradients of the step before."""
         self.pace = -math.inf
@@ -342,10 +344,12 @@ class Detector:
 
     unexamined = "too few steps"
     """What it takes to be examined."""
+    of_level = False
+    """It takes the loss to say how well the model does: of networks that are trained on each other it says nothing."""
 
     def observe(self, history: History) -> Iterator[Finding]:
         """What is new."""
-        found = self.examine(history)
+        found = None if self.of_level and history.rivals else self.examine(history)
         if found is None:
             self.quiet += 1
         else:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.optim import Optimizer
 
+from isograd.monitor.rivals import Rivals
 from isograd.monitor.sharding import is_sharded
 
 LEARNING = 3
@@ -42,6 +43,7 @@ class Provenance:
         unversioned: the version counters do not tell (torch's multi-tensor functions leave those of DTensors
             as they are): read at the end of every backward.
         added_up: the gradients of the step before were there at each backward since; asked in the first steps only.
+        rivals: others whose loss runs through these parameters.
     """
 
     def __init__(self, parameters: Callable[[], Sequence[Tensor]], ended: Callable[[], None]) -> None:
@@ -56,6 +58,7 @@ class Provenance:
         self._versions: Versions | None = None
         self._counts: deque[int] = deque(maxlen=8)
         self._steps = 0
+        self.rivals = Rivals()
         self.read_early = False
         self.unversioned = any(is_sharded(p) for p in parameters())
         self.backwards = self._taken_after = 0
@@ -121,6 +124,7 @@ class Provenance:
             self._steps, self._last = 0, None
             self.listen(self._parameters())
         self.backwards, self._taken_after, self._versions = 0, 0, None
+        self.rivals.stepped(self._task)
         self._stepped_in = torch._C._current_graph_task_id() if stepping_inside() else -2
         self._steps += 1
         last = self._last() if self._last is not None else None
@@ -147,6 +151,7 @@ class Provenance:
             if self.learning:
                 self._heard.append(self._last)
             if task != self._task:
+                self.rivals.began(parameter, self._task)
                 self._task = task
                 self._begins(parameter)
                 queue: Any = Variable._execution_engine
@@ -178,6 +183,7 @@ class Provenance:
             return
         self.backwards += 1
         self._versions = self._now()
+        self.rivals.ended(self._listened)
         if self.added_up:  # the next micro-batch finds them as this one leaves them
             self._left = _versions([ref for ref, _ in self._left])
         self._ended()

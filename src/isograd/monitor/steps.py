@@ -16,7 +16,7 @@ from isograd.monitor.replay import Replay
 from isograd.monitor.sharding import Shards
 from isograd.monitor.tap import Tap
 from isograd.monitor.updates import number
-from isograd.record.row import BEGINS, GUARDED, PERHAPS
+from isograd.record.row import BEGINS, GUARDED, PERHAPS, RIVALS
 
 
 class Steps:
@@ -45,7 +45,7 @@ class Steps:
         self._step, self._known = first, known
         self._behind = first > 0
         """The record has steps already: of this training, or of another."""
-        self.begun = False
+        self.begun = self._against = False
         self.logged: set[str] = set()
         self._open: list[tuple[Tap, Part]] = []
         self._settled: dict[str, float | Tensor] = {}
@@ -110,6 +110,9 @@ class Steps:
         step.sites, step.shapes = self._names.sites, self._names.shapes
         step.flow, step.found = self._deep.taken(), self._replay.taken()
         step.due = self._schedule.due
+        if step.due and not self._against and any(tap.provenance.rivals.found for tap in taps):
+            self._against = True
+            step.notes.append(RIVALS)
         self._host.held = step
         self._step += 1
         self._schedule.ended(full, deep=step.flow is not None)

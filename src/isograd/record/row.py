@@ -21,6 +21,8 @@ BEGINS = "a training begins here: its optimizer remembers no step"
 """Note of a step that was recorded behind those of another training, which its own are not to be held against."""
 PERHAPS = "a training begins here, or goes on: its first loss tells"
 """The same, where the optimizer does not tell: it never remembers a step, or another one goes on with the same model."""
+RIVALS = "a loss of one network runs through weights that are trained on another: it has no level of its own"
+"""Note of the first step at which that was seen."""
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,7 @@ class Diverging(Detector):
         self.ratio = math.nan
 
     unexamined = "needs a positive loss (monitor.log(loss=…))"
+    of_level = True
 
     def examine(self, history: History) -> Finding | None:
         losses = history.losses

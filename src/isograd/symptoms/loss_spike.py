@@ -59,6 +59,7 @@ class Spike(Detector):
         self.deviations = math.nan
 
     unexamined = "needs a loss (monitor.log(loss=…)) over 40 steps"
+    of_level = True
 
     def examine(self, history: History) -> Finding | None:
         base = Baseline(history.losses, RECENT)

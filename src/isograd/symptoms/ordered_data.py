@@ -49,14 +49,17 @@ class Ordered(Detector):
         self.low = self.high = 0
         """Losses below and above LOW since the first that was below."""
         self.pending = False
+        self.lowest = math.inf
         self.chance = 1.0
         """That so many jumps last, if each batch were high with the share of all that were."""
 
     unexamined = "needs a positive loss (monitor.log(loss=…)) and update norms of successive steps"
+    of_level = True
 
     def examine(self, history: History) -> Finding | None:
         losses, first = history.losses, history.first_loss
-        if len(history.first_losses) < START or len(losses) < 2 or not first > 0:
+        self.lowest = min(self.lowest, losses[-1]) if losses else math.inf
+        if len(history.first_losses) < START or len(losses) < 2 or not first > 0 or self.lowest < 0:
             return None
         self._count(history, losses[-1], first)
         if self.jumps < LEAST or not self.chance < CHANCE:

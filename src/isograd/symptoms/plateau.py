@@ -59,6 +59,7 @@ class Plateau(Detector):
         self.share = math.nan
 
     unexamined = f"needs a loss (monitor.log(loss=…)) that is positive and no mere noise, over {STEPS} steps"
+    of_level = True
 
     def examine(self, history: History) -> Finding | None:
         losses, first = history.losses, history.first_loss
