@@ -7,6 +7,7 @@ such a function keeps the gradient.
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -46,13 +47,14 @@ def slopes(flow: Flow, model: nn.Module) -> dict[str, float]:
 
 def _behind(flow: Flow, model: nn.Module) -> Iterator[tuple[str, _Function]]:
     """Layers with a module right behind them that holds nothing and does nothing but one elementwise operation."""
+    sites = Counter(site.module for site in flow.sites)
     for layer, site in pairwise(flow.sites):
         own = site.kind in ("elementwise", "custom") and site.module not in ("", layer.module)
         if not own or layer.kind not in ("linear", "convolution") or site.depth in flow.ledgers:
             continue
         module = model.get_submodule(site.module)
         holds = (*module.children(), *module.parameters(), *module.buffers())
-        if holds or sum(other.module == site.module for other in flow.sites) != 1:
+        if holds or sites[site.module] != 1:
             continue
         try:
             phi = copy.deepcopy(module)  # it may keep what it is given

@@ -76,12 +76,7 @@ def _costly(patient: Patient) -> list[Site]:
     if shrunk_output.CODE in codes:
         found += [site for site in shrunk_output.behind_the_head(flow) if flow.factors[site.depth] < 1]
     if vanishing_gradient.CODE in codes:
-        damped = vanishing_gradient.damped(flow)
-        if (
-            sum(math.log10(flow.factors[site.depth]) for site in damped)
-            <= vanishing_gradient.FACTORS * flow.lost
-        ):
-            found += damped
+        found += vanishing_gradient.costly(flow)
     if far_start.CODE in codes:
         site, _ = far_start.loudest(flow)
         found += [site] if site is not None and site.depth in flow.factors else []

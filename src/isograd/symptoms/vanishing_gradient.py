@@ -153,7 +153,7 @@ def _along(flow: Flow) -> Iterator[Outcome]:
         remedies=("straight-through",)
         if step and lost == -math.inf
         else (
-            *_factors(flow, lost),
+            *dict.fromkeys(leave_out(site) for site in costly(flow)),
             "critical-initialisation",
             "exchange-activation",
             "insert-normalisation",
@@ -162,11 +162,10 @@ def _along(flow: Flow) -> Iterator[Outcome]:
     )
 
 
-def _factors(flow: Flow, lost: float) -> Iterator[str]:
-    """What to do about constants that cost most of what is lost."""
+def costly(flow: Flow) -> list[Site]:
+    """The constants below 1, where they cost most of what is lost."""
     sites = damped(flow)
-    if sum(math.log10(flow.factors[site.depth]) for site in sites) <= FACTORS * lost:
-        yield from dict.fromkeys(leave_out(site) for site in sites)
+    return sites if sum(math.log10(flow.factors[site.depth]) for site in sites) <= FACTORS * flow.lost else []
 
 
 def damped(flow: Flow) -> list[Site]:
