@@ -1757,3 +1757,100 @@ def test_units_that_few_positions_wake_are_told_though_none_is_dead(
     assert all(float(f.evidence["dead"]) < 0.5 for f in told)
     if severity == Severity.ERROR:
         assert repair(model, lambda m: functional.cross_entropy(m(x), y)).cured
+
+
+class Stacked(nn.Module):
+    """Fused recurrent layers and a head that reads the last step."""
+
+    def __init__(self, kind: type[nn.RNNBase], layers: int, factor: float) -> None:
+        super().__init__()
+        self.body, self.head = kind(8, 32, layers, batch_first=True), nn.Linear(32, 4)
+        with torch.no_grad():
+            for name, parameter in self.body.named_parameters():
+                if "weight" in name:
+                    parameter.mul_(factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize(("layers", "factor", "sick"), [(3, 0.01, True), (3, 1.0, False), (1, 0.01, False)])
+@pytest.mark.parametrize("steps", [6, 40])
+def test_a_stack_of_recurrent_layers_that_passes_nothing_down_is_told_at_any_length(
+    kind: type[nn.RNNBase], layers: int, factor: float, sick: bool, steps: int
+) -> None:
+    torch.manual_seed(0)
+    model, x, y = Stacked(kind, layers, factor), torch.randn(32, steps, 8), torch.randint(4, (32,))
+    found = diagnose(measure(model, lambda m: functional.cross_entropy(m(x), y)))
+    assert [f.code for f in found.errors] == ["VG101"] * sick
+    if sick:
+        assert repair(model, lambda m: functional.cross_entropy(m(x), y)).cured
+
+
+class Placed(nn.Module):
+    """Tokens, and positions that are added to them."""
+
+    def __init__(self, tokens: float, positions: float) -> None:
+        super().__init__()
+        self.token, self.block = nn.Embedding(16, 32), nn.Linear(32, 32)
+        self.position = nn.Parameter(positions * torch.randn(12, 32))
+        self.norm, self.head = nn.LayerNorm(32), nn.Linear(32, 16)
+        with torch.no_grad():
+            self.token.weight.mul_(tokens)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.token(x) + self.position
+        return self.head(self.norm(h + torch.tanh(self.block(h))))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "positions", "codes"),
+    [(1.0, 100.0, ["UP504"]), (0.1, 10.0, ["UP504"]), (1.0, 1.0, []), (1e-3, 0.1, [])],
+)
+def test_positions_that_drown_their_tokens_are_told_unless_one_step_makes_up_for_them(
+    tokens: float, positions: float, codes: list[str]
+) -> None:
+    torch.manual_seed(0)
+    model, x = Placed(tokens, positions), torch.randint(16, (16, 12))
+    found = diagnosed((model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), x.flatten())))
+    assert [f.code for f in found.errors] == codes
+    if codes:
+        repaired = repair(model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), x.flatten()))
+        assert repaired.cured
+        assert repaired.prescription is not None
+        assert {edit.place for edit in repaired.prescription.edits} == {"position"}
+
+
+class Discrete(nn.Module):
+    """A bottleneck of eight choices of eight."""
+
+    def __init__(self, temperature: float, gumbel: bool) -> None:
+        super().__init__()
+        self.into, self.out = nn.Sequential(*mlp(nn.ReLU, 2, HE)[:-1], nn.Linear(64, 64)), nn.Linear(64, 10)
+        self.temperature, self.gumbel = temperature, gumbel
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits = 0.1 * self.into(x).unflatten(1, (8, 8))
+        if self.gumbel:
+            return self.out(functional.gumbel_softmax(logits, self.temperature, dim=-1).flatten(1))
+        return self.out((logits / self.temperature).softmax(-1).flatten(1))
+
+
+@pytest.mark.parametrize("gumbel", [True, False])
+@pytest.mark.parametrize(("temperature", "sick"), [(1.0, False), (1e-3, True)])
+def test_a_softmax_that_all_of_the_signal_passes_through_and_that_has_picked_is_told(
+    gumbel: bool, temperature: float, sick: bool
+) -> None:
+    torch.manual_seed(0)
+    model, loss = classified(Discrete(temperature, gumbel))
+    before = torch.get_rng_state()
+    drawn = torch.rand(3)
+    torch.set_rng_state(before)
+    found = diagnosed((model, loss))
+    told = [f for f in found.errors if f.code == "SA301"]
+    assert len(told) == sick
+    assert all(f.evidence["cause"] == "temperature" for f in told)
+    assert not any(a.site.kind == "softmax" for a in found.flow.attentions)
+    if not gumbel:
+        assert torch.equal(torch.rand(3), drawn)

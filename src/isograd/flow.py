@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import torch
@@ -64,6 +65,8 @@ class Flow:
     activations: tuple[Activation, ...] = ()
     normalisations: tuple[Normalisation, ...] = ()
     attentions: tuple[Attention, ...] = ()
+    choices: tuple[Attention, ...] = ()
+    """Softmaxes that mix no values and that all of the signal passes through: discrete codes, capsules."""
     parameters: tuple[Parameter, ...] = ()
     modules: tuple[ModuleSignal, ...] = ()
     """The model's tree in registration order, the root first."""
@@ -129,6 +132,12 @@ class Flow:
             if times > 0 and abs(levels[i - 1] - levels[i] - math.log10(times)) < SAME:
                 found[i] = times
         return found
+
+    @property
+    def entrance(self) -> int:
+        """The site where the input is complete: behind the positions and types that are added to an embedding."""
+        added = takewhile(lambda site: site.kind == "elementwise" and site.operation == "add", self.sites[1:])
+        return len(list(added))
 
     @property
     def hidden(self) -> slice:

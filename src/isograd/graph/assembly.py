@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -83,6 +83,7 @@ class Assembly:
             ),
             normalisations=self._normalisations(),
             attentions=self._attentions(),
+            choices=self._choices(),
             parameters=self._parameters(),
             modules=self._modules(),
             layers=_layers(self.main),
@@ -227,9 +228,22 @@ class Assembly:
             if ACTIVATIONS[seen.function].bounded and (largest := ACTIVATIONS[seen.function].largest_slope)
         }
         return tuple(
-            Attention(step_site(self.trace.made[seen.node]), spread, self._through(seen.node, slopes))
-            for seen, spread in zip(self.trace.attentions, self.read.spreads, strict=True)
+            Attention(step_site(self.trace.made[node]), spread, self._through(node, slopes))
+            for node, spread in self._spreads()
+            if self.trace.made[node].call.kind != "softmax" or node in self.trace.mixing
         )
+
+    def _choices(self) -> tuple[Attention, ...]:
+        """Softmaxes that all of the signal passes through inside of the model."""
+        inside = {n: s.site for s in self.main.segments[self.main.exit + 1 :] for n in s.nodes}
+        return tuple(
+            Attention(inside[node], spread)
+            for node, spread in self._spreads()
+            if node in inside and node not in self.trace.mixing and inside[node].kind == "softmax"
+        )
+
+    def _spreads(self) -> Iterator[tuple[Node, float]]:
+        return zip((seen.node for seen in self.trace.attentions), self.read.spreads, strict=True)
 
     def _through(self, node: Node, slopes: dict[Node, float]) -> float:
         """What the derivative of bounded functions leaves between the sums of queries and keys and their softmax."""

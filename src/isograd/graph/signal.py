@@ -176,23 +176,37 @@ def spread(func: Callable[..., Any], args: Any, kwargs: Any) -> Tensor | None:
     """How far attention leaves several positions open: mean of 1 - sum(p^2), over that of even attention.
 
     It is the size of the softmax's derivative: 1 where all positions count alike, 0 where one is picked. Of
-    `scaled_dot_product_attention`, of `nn.MultiheadAttention`, and of a softmax over the last axis, of which the
-    caller has to know that it mixes values; None: something else.
+    `scaled_dot_product_attention`, of `nn.MultiheadAttention`, of a softmax over the last axis, of which the
+    caller has to know that it mixes values, and of a Gumbel softmax, with noise of its own; None: something else.
     """
     name = getattr(func, "__name__", "")
     if name == "scaled_dot_product_attention":
         logits = _logits(*args, **kwargs)
     elif name == "multi_head_attention_forward":
         logits = _of_module(func, args, kwargs)
-    elif name == "softmax" and args and args[0].ndim > 1:
-        if kwargs.get("dim", args[-1]) not in (-1, args[0].ndim - 1):
+    elif name in ("softmax", "gumbel_softmax"):
+        logits = _of_rows(name, bound(func, args, kwargs) if name == "gumbel_softmax" else kwargs, args)
+        if logits is None:
             return None
-        logits = args[0].detach()[: 2 if args[0].ndim > 3 else 16].float()
     else:
         return None
     seen = torch.where(logits > MASKED, 0.0, -torch.inf)
     left, even = ((1 - part.softmax(-1).square().sum(-1)).nanmean() for part in (logits + seen, seen))
     return (left / even).double()
+
+
+def _of_rows(name: str, given: dict[str, Any], args: Any) -> Tensor | None:
+    """The logits of a softmax over the last axis; with the noise that a Gumbel softmax adds to them, from another generator."""
+    logits = args[0].detach() if args else given.get("logits")
+    dim = given.get("dim", args[-1] if len(args) > 1 else None)
+    if logits is None or logits.ndim < 2 or dim not in (-1, logits.ndim - 1):
+        return None
+    logits = logits[: 2 if logits.ndim > 3 else 16].float()
+    if name == "softmax":
+        return logits
+    generator = torch.Generator(logits.device).manual_seed(0)
+    noise = torch.rand(logits.shape, generator=generator, device=logits.device)
+    return (logits - (-noise.log()).log()) / given["tau"]
 
 
 def bound(func: Callable[..., Any], args: Any, kwargs: Any) -> dict[str, Any]:

@@ -80,7 +80,7 @@ class Trace(TorchFunctionMode):
         self._names = {id(module): name for name, module in self.model.named_modules()}
         self._stack: list[tuple[str, int, str]] = []
         self._order = 0
-        self._mixing: set[Node] = set()  # softmaxes that multiply other activations: attention written out
+        self.mixing: set[Node] = set()  # softmaxes that multiply other activations: attention written out
         self._parameters = {id(p): name for name, p in self.model.named_parameters()}
         self.cuts = Cuts(self._parameters)
         self.weights = Weights(self.model)
@@ -106,12 +106,7 @@ class Trace(TorchFunctionMode):
         self.activations = [seen for seen in self.activations if seen.node in nodes]
         self.losses = [call for call in self.losses if call.node in nodes]
         self.norms = [seen for seen in self.norms if seen.node in nodes]
-        self.attentions = [
-            seen
-            for seen in self.attentions
-            if seen.node in nodes
-            and (self.made[seen.node].call.kind != "softmax" or seen.node in self._mixing)
-        ]
+        self.attentions = [seen for seen in self.attentions if seen.node in nodes]
 
     # -- modules -----------------------------------------------------------------------------------
 
@@ -280,7 +275,7 @@ class Trace(TorchFunctionMode):
         else:  # written out: the operand that is not the softmax
             nodes = self._origins(tensors)
             mixing = {n for n in nodes if n is not None and self.made[n].call.kind == "softmax"}
-            self._mixing |= mixing
+            self.mixing |= mixing
             weighted = [n is not None and self.made[n].call.weighted for n in nodes]
             values = [t for t, flag in zip(tensors, weighted, strict=True) if flag and mixing]
         maker = self._maker(values[0]) if len(values) == 1 else None

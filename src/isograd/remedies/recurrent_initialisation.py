@@ -40,6 +40,8 @@ from isograd.remedies.rescale_weights import independent
 
 SLUG = "recurrent-initialisation"
 TREATS = ("initialisation", "VG101", "EG201", "EG202", "RN601", "RN602")
+SMALL = 0.5
+"""Input weights over those that torch draws, from U(-1, 1) / sqrt(hidden size)."""
 OFF = 1.25
 """Factor from 1 beyond which the scale of a recurrent matrix is off; torch draws 0.58."""
 
@@ -50,7 +52,7 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     found = layers(patient.flow, patient.model, patient.exchanged)
     states = [layer for layer in recurrent(found) if layer.activation != "linear" and not patient.flow.splits]
     parameters = dict(patient.model.named_parameters())
-    alone = [*_written_alone(states, parameters), *_gates_alone(patient.model)]
+    alone = [*_written_alone(states, parameters), *_gates_alone(patient)]
     if alone:
         yield _alone(alone, [edit for edit in _biases(alone, states, fused) if parameters[edit.place].any()])
     if states:
@@ -71,9 +73,13 @@ def _written_alone(states: list[Layer], weights: dict[str, nn.Parameter]) -> Ite
             yield _to_scale(layer.weight, weights[layer.weight], layer.sigma_w)
 
 
-def _gates_alone(model: nn.Module) -> Iterator[Edit]:
-    """Every gate has a matrix of its own; torch keeps them one below the other. Inputs are drawn where they are zero."""
-    for path, module in model.named_modules():
+def _gates_alone(patient: Patient) -> Iterator[Edit]:
+    """Every gate has a matrix of its own; torch keeps them one below the other.
+
+    Inputs are drawn where they are zero, and of a stack through which the signal fades where they are small.
+    """
+    fades = any(finding.code == "VG101" for finding in patient.diagnosis.findings)
+    for path, module in patient.model.named_modules():
         if not isinstance(module, nn.RNNBase | nn.RNNCellBase):
             continue
         for name, parameter in _weights(module, "weight_"):
@@ -82,7 +88,8 @@ def _gates_alone(model: nn.Module) -> Iterator[Edit]:
             for first in range(0, len(parameter), width):
                 gate = parameter[first : first + width]
                 sigma_w = rms(gate) * math.sqrt(parameter.shape[1])
-                if _off(sigma_w) if name.startswith("weight_hh") else sigma_w == 0:
+                small = fades and rms(gate) * math.sqrt(3 * width) < SMALL
+                if _off(sigma_w) if name.startswith("weight_hh") else small or sigma_w == 0:
                     rows = (first, first + width) if width < len(parameter) else None
                     yield _to_scale(place, gate, sigma_w, rows)
 

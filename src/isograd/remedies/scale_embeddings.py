@@ -2,7 +2,8 @@
 
 What it does
     Draws embedding tables from N(0, 1 / width), so that a token's vector has norm 1, where their root mean square
-    lies above 3 or below 1e-3; the rows of padding tokens stay zero.
+    lies above 3 or below 1e-3; the rows of padding tokens stay zero. Learned vectors of your own modules, as
+    positions, where it lies above 3.
 
 When it helps
     Embeddings are the beginning of the residual stream. Far too large, they drown every branch in a pre-norm
@@ -54,15 +55,29 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
             if module.padding_idx is not None:
                 row = module.padding_idx
                 edits.append(Edit(place, "fill", ".zero_", rows=(row, row + 1)))
+    edits += _vectors(patient, seen)
     if not edits:
         yield not_applicable(SLUG, "no trainable embedding has a root mean square below 1e-3 or above 3")
         return
     yield Prescription(
         SLUG,
-        f"{sum(e.rows is None for e in edits)} embedding tables drawn at norm 1",
+        f"{sum(e.rows is None for e in edits)} embedding tables of vectors drawn at norm 1",
         tuple(edits),
         reach=Reach.INITIALISATION,
         treats=TREATS,
         expected="token vectors of norm 1",
         references=("Takase et al. 2023, arXiv:2312.16903",),
     )
+
+
+def _vectors(patient: Patient, seen: set[int]) -> Iterator[Edit]:
+    """Learned vectors that modules of the user's own hold, no layer multiplies by and nothing pads."""
+    free = {p.name for p in patient.flow.parameters if not p.fan_in and not p.bias and len(p.shape) > 1}
+    for path, module in patient.model.named_modules():
+        for name, parameter in module.named_parameters(path, recurse=False):
+            own = not type(module).__module__.startswith("torch.nn")
+            if own and name in free and id(parameter) not in seen and parameter.requires_grad:
+                size = rms(parameter)
+                if size >= FAR[1]:
+                    std = float(f"{parameter.shape[-1] ** -0.5:.6g}")
+                    yield Edit(name, "fill", "nn.init.normal_", {"std": std}, before=f"rms {size:.3g}")

@@ -50,7 +50,8 @@ def examine(flow: Flow) -> Iterator[Outcome]:
         yield Unexamined("the loss is not finite or the backward failed")
         return
     inside = [i for i, site in enumerate(flow.sites) if site.kind != "loss"]
-    parts = [part for part in (flow.hidden, slice(0, len(inside))) if len(_steps(flow, part)) > 1]
+    ends = (flow.hidden, slice(flow.entrance, len(inside)))
+    parts = [part for part in ends if len(_steps(flow, part)) > 1]
     if not parts:
         yield Unexamined("fewer than three finite activations along the backbone")
         return

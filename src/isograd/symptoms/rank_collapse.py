@@ -109,7 +109,7 @@ class Own:
 def own(line: Flow) -> Own | None:
     """None: no tokens from the entrance to the answer, or a single one."""
     inside = [i for i, site in enumerate(line.sites) if site.kind != "loss"]
-    tokens = [i for i in inside if len(line.sites[i].shape) == 3]
+    tokens = [i for i in inside if i >= line.entrance and len(line.sites[i].shape) == 3]
     if not tokens or tokens[-1] != inside[-1]:
         return None
     if line.sites[tokens[0]].shape[:2] != line.sites[tokens[-1]].shape[:2]:

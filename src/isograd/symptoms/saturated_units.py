@@ -14,7 +14,8 @@ Evidence
     residual branch passes through count, so that a gate may close. Of bounded functions that are multiplied with another
     part of the signal, told where more than half are saturated and let less than 0.005 through. Of tanh(f) * sigmoid(g) the
     tanh is the signal and the sigmoid its gate. An error where the median of three activations and more is saturated by
-    half, or by nine tenths where skips lead around them; of coordinates high frequencies have to be made first.
+    half, or by nine tenths where skips lead around them; of coordinates high frequencies have to be made first. Of a softmax
+    that all of the signal passes through, the mean of 1 - sum(p^2) over that of even weights: an error below 0.05.
 
 What helps
     Smaller weights at the critical gain, standardised inputs, normalisation before the activation. Biases of gates at zero.
@@ -31,7 +32,7 @@ from statistics import median
 from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow
 from isograd.graph.operations import ACTIVATIONS
-from isograd.statistics import Activation
+from isograd.statistics import Activation, Attention
 from isograd.symptoms import Healthy, Outcome, Unexamined
 from isograd.symptoms.exploding_gradient import of_coordinates
 
@@ -49,6 +50,10 @@ ERROR_BESIDE_SKIPS = 0.9
 SEVERAL = 3
 """Activations one after another: what one layer makes of its input, the next can still read."""
 
+CHOSEN = 0.05
+"""Openness of a softmax that the signal passes through. A bottleneck of 8 choices of 8 loses a sixth of its lead at 0.04 and a
+third at 0.01; with Gumbel noise, at temperatures of 0.1, 0.03 and 0.01, a sixth, two thirds and all of it."""
+
 CLOSED = 0.005
 """rms of a gate that lets nothing through. Squeeze-and-excitation blocks whose gates start at biases of -3 and -4, 0.05 and 0.02
 open, learn slowly; at -6, 0.0025 open, they learn in 150 steps of Adam no more than at -12. Open ones, at 6 and 12, are as
@@ -61,6 +66,8 @@ def examine(flow: Flow) -> Iterator[Outcome]:
     closed = [a for a in gates if a.saturated >= WARNING and a.output_rms < CLOSED]
     if 2 * len(closed) > len(gates):
         yield _closed(closed, len(gates))
+    if picked := [a for a in flow.choices if 0 <= a.spread < CHOSEN]:
+        yield _chosen(picked)
     seen = [a for a in flow.activations if a.carries and ACTIVATIONS[a.function].largest_slope]
     if not seen:
         yield Unexamined("no activation that saturates on the backbone")
@@ -90,6 +97,23 @@ def examine(flow: Flow) -> Iterator[Outcome]:
             "cause": "initialisation",
         },
         remedies=("rescale-weights", "critical-initialisation", "standardise-input", "insert-normalisation"),
+    )
+
+
+def _chosen(picked: list[Attention]) -> Finding:
+    worst = min(picked, key=lambda a: a.spread)
+    return Finding(
+        CODE,
+        NAME,
+        Severity.ERROR,
+        f"{worst.site.name} has picked: it leaves {worst.spread:.1%} open of what even weights do, and all of the signal passes "
+        "through it",
+        cause="its logits are too large for the softmax, or its temperature is too low for them",
+        sites=tuple(a.site.place for a in picked[:3]),
+        evidence={"spread": worst.spread, "threshold": CHOSEN, "cause": "temperature"},
+        remedies=(
+            f"{worst.site.source or worst.site.name}: a temperature at which several weights count, 0.5 to 1 at the start",
+        ),
     )
 
 

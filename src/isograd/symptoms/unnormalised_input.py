@@ -44,14 +44,24 @@ TINY = 1e-3
 ALIKE = 0.01
 """Share of the input's size that differs between samples: below, 99% of what is passed on is the same."""
 
+DROWNED = 0.04
+"""Share of the signal that differs between the samples behind what is added to it: small decoders whose positions are drawn
+10, 30 and 100 times as large as their tokens learn as well at 0.1, in part at 0.032 and nothing at 0.01."""
+LOUD = 3.0
+"""Root mean square of the sum: tokens of 0.1 beside positions of 10 learn nothing, of 0.001 beside 0.1 as fast as ever, as
+one step of Adam makes up for them."""
+
 SATURATED = 0.5
 """Share of the first activation: it passes on little but signs, and no gradient back to change that."""
 
 
 def examine(flow: Flow) -> Iterator[Outcome]:
-    """Scale of each float input, and how much of it differs between the samples."""
+    """Scale of each float input, and how much of it differs between the samples; what drowns it before the first layer."""
+    drowned = [found for line in (flow, *flow.towers) if (found := _drowned(line)) is not None]
+    yield from drowned
     if not flow.inputs:
-        yield Unexamined("the model as a whole was given no float input")
+        if not drowned:
+            yield Unexamined("the model as a whole was given no float input")
         return
     if _normalised(flow):
         yield Healthy("a normalisation follows the input")
@@ -66,6 +76,38 @@ def examine(flow: Flow) -> Iterator[Outcome]:
             yield Healthy(f"input {name} has root mean square {size:.3g} where the first layer reads it")
         else:
             yield _one(name, seen, _saturated(flow))
+
+
+def _drowned(flow: Flow) -> Finding | None:
+    """An addition, behind one layer at most, of what is the same for all samples, beside which they hardly differ."""
+    varying, rms = flow.column("varying").tolist(), flow.column("activation_rms").tolist()
+    layers = flow.column("weighted").cumsum(0).tolist()
+    for i, site in enumerate(flow.sites[1:], 1):
+        if layers[i] > 1 or site.kind in ("normalisation", "loss"):
+            return None
+        added = site.kind in ("elementwise", "addition", "residual add") and site.operation.strip("_") in (
+            "add",
+            "iadd",
+        )
+        if added and rms[i] > LOUD and varying[i] < min(DROWNED, varying[i - 1] / 3):
+            return Finding(
+                CODE,
+                NAME,
+                Severity.ERROR,
+                f"only {varying[i]:.1g} of the signal differs between the samples behind {site.name}, where it grows to "
+                f"{rms[i]:.3g}; before it {varying[i - 1]:.2g} does",
+                cause="what is added there is the same for all samples, and far louder than they are",
+                sites=(site.place,),
+                evidence={
+                    "varying": varying[i],
+                    "alike_threshold": DROWNED,
+                    "rms": rms[i],
+                    "threshold": LOUD,
+                    "cause": "embedding",
+                },
+                remedies=("scale-embeddings",),
+            )
+    return None
 
 
 def _saturated(flow: Flow) -> float:
