@@ -1670,7 +1670,11 @@ def test_gates_that_let_nothing_through_are_told_and_open_ones_are_not(bias: flo
     assert [a.gate for a in gates] == [True] * 4
     assert all(a.saturated > 0.9 for a in gates) == (bias != 0)
     told = [f for f in diagnosis.findings if f.code == "SA301"]
-    assert [f.severity for f in told] == [Severity.WARNING] * closed
+    assert [f.severity for f in told] == [Severity.ERROR] * closed
+    if closed:
+        found = repair(model, lambda m: functional.cross_entropy(m(x), y))
+        assert found.cured
+        assert {edit.place.rpartition(".")[2] for edit in found.prescription.edits} == {"bias"}  # pyright: ignore
 
 
 def test_of_two_attentions_one_that_has_picked_is_enough_and_vectors_that_score_are_drawn_anew() -> None:
@@ -1854,3 +1858,28 @@ def test_a_softmax_that_all_of_the_signal_passes_through_and_that_has_picked_is_
     assert not any(a.site.kind == "softmax" for a in found.flow.attentions)
     if not gumbel:
         assert torch.equal(torch.rand(3), drawn)
+
+
+class Contrasted(nn.Module):
+    """Cosines of two towers, times a temperature where they should be divided by it."""
+
+    def __init__(self, learned: bool) -> None:
+        super().__init__()
+        self.left, self.right = mlp(nn.ReLU, 2, HE), mlp(nn.ReLU, 2, HE)
+        self.temperature = nn.Parameter(torch.tensor(0.07)) if learned else 0.07
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = functional.normalize(self.left(x)), functional.normalize(self.right(x.flip(1)))
+        return left @ right.T * self.temperature
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_cosines_that_a_temperature_multiplies_are_divided_by_it(learned: bool) -> None:
+    torch.manual_seed(0)
+    model, x, y = Contrasted(learned), torch.randn(32, 64), torch.arange(32)
+    found = repair(model, lambda m: functional.cross_entropy(m(x), y))
+    assert [f.code for f in found.before.errors] == ["VG108"] * (not learned)
+    if not learned:
+        assert found.cured
+        assert torch.allclose(found.model(x), model(x) / 0.07**2, rtol=1e-5)
+        assert "inverse=True" in found.prescription.to_code()  # pyright: ignore

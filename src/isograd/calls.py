@@ -121,23 +121,29 @@ def calling_line() -> str:
 # -- without a factor ------------------------------------------------------------------------------
 
 
-def leave_out_factor(module: nn.Module, of: str, lines: Sequence[str]) -> None:
-    """Let `module.forward` get the tensor itself where it calls `of`, `mul` or `truediv`, with one number, at these lines."""
-    module.forward = Under(module.forward, WithoutFactor, of, tuple(lines))
+def leave_out_factor(module: nn.Module, of: str, lines: Sequence[str], inverse: bool = False) -> None:
+    """Let `module.forward` get the tensor itself where it calls `of`, `mul` or `truediv`, with one number, at these lines.
+
+    With `inverse`, the tensor divided by what it is multiplied by, or multiplied by what it is divided by.
+    """
+    module.forward = Under(module.forward, WithoutFactor, of, tuple(lines), inverse)
 
 
 class WithoutFactor(TorchFunctionMode):
-    """x in place of x * number and x / number, at these lines."""
+    """x, or the inverse call, in place of x * number and x / number, at these lines."""
 
-    def __init__(self, of: str, lines: tuple[str, ...]) -> None:
+    def __init__(self, of: str, lines: tuple[str, ...], inverse: bool) -> None:
         super().__init__()
-        self.of, self.lines = of, lines
+        self.of, self.lines, self.inverse = of, lines, inverse
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(func, "__name__", "").strip("_") == self.of and calling_line() in self.lines:
             tensors = [given for given in args if isinstance(given, Tensor) and given.numel() > 1]
-            if len(tensors) == 1:
+            if len(tensors) == 1 and not self.inverse:
                 return tensors[0]
+            if len(tensors) == 1:
+                (number,) = (given for given in args if given is not tensors[0])
+                return tensors[0] / number if "mul" in self.of else tensors[0] * number
         return func(*args, **(kwargs or {}))
 
 

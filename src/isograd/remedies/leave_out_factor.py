@@ -3,6 +3,7 @@
 What it does
     Lets the call at the user's line give the tensor itself in place of its product with a number: a temperature or
     scale between head and loss, factors between the layers that add up to decades, one that mutes residual branches. The line to edit is shown.
+    Cosines, which no weights can make larger, are divided by what they are multiplied by: a temperature belongs there.
 
 When it helps
     Where nothing but the constant is wrong. Weights that make up for it would have to be as far off, and an optimizer whose
@@ -47,24 +48,46 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     if not lines:
         yield not_applicable(SLUG, "the lines that multiply are not known", *by_hand)
         return
-    abreast = muted_branches.CODE in {finding.code for finding in patient.diagnosis.findings}
+    told = {finding.code for finding in patient.diagnosis.findings}
+    if shrunk_output.CODE in told and shrunk_output.cosines(patient.flow):
+        yield _without(
+            lines,
+            f"cosines divided by their temperature, not multiplied",
+            math.prod(costly.values()) ** 2,
+            by_hand,
+            True,
+        )
+    abreast = muted_branches.CODE in told
     whole = min(costly.values()) if abreast else math.prod(costly.values())
-    yield Prescription(
+    said = f"{len(costly)} constant factors left out, {whole:.2g} {'the smallest' if abreast else 'in all'}"
+    yield _without(lines, said, whole, by_hand)
+
+
+def _without(
+    lines: dict[tuple[str, str], dict[str, None]],
+    title: str,
+    times: float,
+    by_hand: tuple[str, ...],
+    inverse: bool = False,
+) -> Prescription:
+    """The calls at these lines without the number that they multiply by, or with its inverse."""
+    how = {"inverse": True} if inverse else {}
+    return Prescription(
         SLUG,
-        f"{len(costly)} constant factors left out, {whole:.2g} {'the smallest' if abreast else 'in all'}",
+        title,
         tuple(
             Edit(
                 module,
                 "alter",
                 "calls.leave_out_factor",
-                {"of": of, "lines": tuple(found)},
+                {"of": of, "lines": tuple(found), **how},
                 before=f"{of} by a constant",
             )
             for (module, of), found in lines.items()
         ),
         reach=Reach.INITIALISATION,
         treats=TREATS,
-        expected=f"{-math.log10(whole):+.1f} decades of signal and gradient",
+        expected=f"{-math.log10(times):+.1f} decades of signal and gradient",
         references=("Yang et al. 2022, arXiv:2203.03466",),
         advice=by_hand,
     )

@@ -4,7 +4,7 @@ What it does
     Sets the biases of all trainable layers to zero, and those of normalisation layers.
 
 When it helps
-    Biases far below zero switch ReLU units off for every sample: such a unit passes no gradient and never
+    Biases that drown what they are added to. Biases far below zero switch ReLU units off for every sample: such a unit passes no gradient and never
     learns. Biases drawn wide saturate tanh and sigmoid, and close the gates of a recurrence that is written out.
 
 Expected effect
@@ -28,20 +28,31 @@ from isograd.layers import norms, rms
 from isograd.prescription import Patient, Prescription, Reach, not_applicable
 
 SLUG = "zero-biases"
-TREATS = ("dead-units", "SA302", "RN601")
+TREATS = ("dead-units", "closed-gates", "SA302", "RN601", "VG105")
+LOUD = 1.0
+"""rms of a bias that is as loud as the signal: where tokens are drowned, the others are left as they are."""
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
     """Every bias that is not zero already."""
     added = {p.name for p in patient.flow.parameters if p.bias}
     shifts = {f"{name}.bias".lstrip(".") for name, _ in norms(patient.model)}
+    told = {finding.code for finding in patient.diagnosis.findings} | {
+        str(finding.evidence.get("cause")) for finding in patient.diagnosis.findings
+    }
+    least = 0.0 if told & set(TREATS) - {"VG105"} else LOUD
     edits = tuple(
         Edit(name, "fill", "nn.init.zeros_", before=f"mean {float(p.detach().float().mean()):.3g}")
         for name, p in patient.model.named_parameters()
-        if name in added | shifts and p.requires_grad and _set(p)
+        if name in added | shifts and p.requires_grad and _above(p, least)
     )
     if not edits:
-        yield not_applicable(SLUG, "all trainable biases are zero already")
+        yield not_applicable(
+            SLUG,
+            "no trainable bias is as loud as the signal"
+            if least
+            else "all trainable biases are zero already",
+        )
         return
     yield Prescription(
         SLUG,
@@ -54,5 +65,5 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     )
 
 
-def _set(parameter: Tensor) -> bool:
-    return parameter.numel() > 0 and rms(parameter) > 0
+def _above(parameter: Tensor, least: float) -> bool:
+    return parameter.numel() > 0 and rms(parameter) > least

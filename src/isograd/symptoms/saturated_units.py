@@ -12,7 +12,8 @@ Why it happens
 Evidence
     The derivative of the activation itself, element by element; only activations that a whole segment or
     residual branch passes through count, so that a gate may close. Of bounded functions that are multiplied with another
-    part of the signal, told where more than half are saturated and let less than 0.005 through. Of tanh(f) * sigmoid(g) the
+    part of the signal, told where more than half are saturated and let less than 0.005 through; an error where residual
+    branches stand behind them, and what most of these add is less than a hundredth of the stream. Of tanh(f) * sigmoid(g) the
     tanh is the signal and the sigmoid its gate. An error where the median of three activations and more is saturated by
     half, or by nine tenths where skips lead around them; of coordinates high frequencies have to be made first. Of a softmax
     that all of the signal passes through, the mean of 1 - sum(p^2) over that of even weights: an error below 0.05.
@@ -35,6 +36,7 @@ from isograd.graph.operations import ACTIVATIONS
 from isograd.statistics import Activation, Attention
 from isograd.symptoms import Healthy, Outcome, Unexamined
 from isograd.symptoms.exploding_gradient import of_coordinates
+from isograd.symptoms.muted_branches import HEARD
 
 CODE = "SA301"
 NAME = "saturated-units"
@@ -65,7 +67,7 @@ def examine(flow: Flow) -> Iterator[Outcome]:
     gates = [a for a in flow.activations if a.gate and ACTIVATIONS[a.function].bounded]
     closed = [a for a in gates if a.saturated >= WARNING and a.output_rms < CLOSED]
     if 2 * len(closed) > len(gates):
-        yield _closed(closed, len(gates))
+        yield _closed(closed, len(gates), _heard(flow))
     if picked := [a for a in flow.choices if 0 <= a.spread < CHOSEN]:
         yield _chosen(picked)
     seen = [a for a in flow.activations if a.carries and ACTIVATIONS[a.function].largest_slope]
@@ -117,12 +119,18 @@ def _chosen(picked: list[Attention]) -> Finding:
     )
 
 
-def _closed(closed: list[Activation], count: int) -> Finding:
+def _heard(flow: Flow) -> float:
+    """rms of what a residual branch adds over that of its stream, in the median; 1: there are none."""
+    ratios = [split.forward_ratio for split in flow.splits.values()]
+    return median(ratios) if ratios else 1.0
+
+
+def _closed(closed: list[Activation], count: int, heard: float) -> Finding:
     least = min(closed, key=lambda a: a.output_rms)
     return Finding(
         CODE,
         NAME,
-        Severity.WARNING,
+        Severity.ERROR if heard < HEARD else Severity.WARNING,
         f"{len(closed)} of {count} gates are closed: {least.site.name} lets {least.output_rms:.1g} through",
         cause="what they are made of is far below zero: their branches say nothing, and their own slope is as small",
         sites=tuple(a.site.place for a in closed[:3]),
@@ -131,6 +139,7 @@ def _closed(closed: list[Activation], count: int) -> Finding:
             "threshold": CLOSED,
             "saturated": least.saturated,
             "gates": count,
+            "branch": heard,
             "cause": "closed-gates",
         },
         remedies=("zero-biases",),

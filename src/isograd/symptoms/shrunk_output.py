@@ -11,10 +11,11 @@ Why it happens
 
 Evidence
     The product of all constants behind the last layer with weights, which scale signal and gradient alike, and the range
-    of what the loss is given. A factor of the loss itself is none of the output.
+    of what the loss is given. Of cosines, products of normalised vectors, the range that they can have. A factor of the loss
+    itself is none of the output.
 
 What helps
-    Without the factor, or with one nearer to 1.
+    Without the factor, or with one nearer to 1. A temperature divides.
 
 References
     Hinton et al. 2015, Distilling the Knowledge in a Neural Network, on temperatures; Yang et al. 2022, Tensor Programs V,
@@ -50,7 +51,12 @@ def examine(flow: Flow) -> Iterator[Outcome]:
     if flow.failure is not None or not math.isfinite(flow.loss):
         yield Unexamined("the loss is not finite or the backward failed")
         return
-    yield _shrunk(flow) or _confined(flow) or Healthy("no constant behind the head shrinks what it says")
+    yield (
+        _shrunk(flow)
+        or _confined(flow)
+        or _cosines(flow)
+        or Healthy("no constant behind the head shrinks what it says")
+    )
 
 
 def _shrunk(flow: Flow) -> Finding | None:
@@ -114,6 +120,46 @@ def _confined(flow: Flow) -> Finding | None:
         evidence={"low": min(bounds), "high": max(bounds), "threshold": FLAT, "cause": "clipped-output"},
         remedies=(f"{site.source or site.name}: pass the logits as they are",),
     )
+
+
+def _cosines(flow: Flow) -> Finding | None:
+    """Cosines times a constant, within which no class can win, whatever is learned."""
+    behind = cosines(flow)
+    if not behind:
+        return None
+    site, times = (
+        min(behind, key=lambda one: flow.factors[one.depth]),
+        math.prod(flow.factors[s.depth] for s in behind),
+    )
+    return Finding(
+        CODE,
+        NAME,
+        Severity.ERROR,
+        f"the logits are cosines times {times:.2g}: within a range of {2 * times:.2g} no class can win, whatever is learned",
+        cause=f"the factor of {site.name}: a temperature that multiplies where it should divide",
+        sites=(site.place,),
+        evidence={"factor": times, "threshold": FLAT / 2, "cause": "factor", "causes": "factor"},
+        remedies=(f"{site.source or site.name}: divide by the temperature, 0.05 to 0.1",),
+    )
+
+
+def cosines(flow: Flow) -> list[Site]:
+    """The constants behind products of normalised vectors, where they leave classes less than a range of FLAT.
+
+    A product with vectors of norm 1 keeps the root mean square. No weights can make such logits any larger.
+    """
+    layers = [i for i, flag in enumerate(flow.column("weighted").tolist()) if flag == 1]
+    after = flow.sites[layers[-1] + 1 :] if layers else ()
+    inside = list(takewhile(lambda site: site.operation not in LOSSES | NORMALISED_LOG, after))
+    products = [site for site in inside if site.kind == "product"]
+    unit = [site for site in inside if site.kind == "normalisation" and not site.parameters]
+    if len(products) != 1 or not unit or not any(c.function in OF_LOGITS for c in flow.losses):
+        return []
+    behind = [site for site in behind_the_head(flow) if site.depth > unit[-1].depth]
+    known, rms = {products[0], *unit, *behind}, flow.column("activation_rms")
+    kept = float(rms[products[0].depth] / rms[products[0].depth - 1])
+    confined = 2 * math.prod(flow.factors[site.depth] for site in behind) < FLAT and 0.5 < kept < 2
+    return behind if confined and all(site in known or site.kind == "reshape" for site in inside) else []
 
 
 def leave_out(site: Site) -> str:
