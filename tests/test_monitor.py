@@ -242,7 +242,7 @@ def test_another_training_in_the_same_record_is_not_held_against_the_one_before(
 ) -> None:
     """Its loss starts where that of the first had started: no jump. One that is resumed has the optimizer's state."""
 
-    def train(state: dict[str, Any] | None) -> tuple[dict[str, Any], list[str]]:
+    def train(state: dict[str, Any] | None, factor: float) -> tuple[dict[str, Any], list[str]]:
         model = nn.Linear(4, 2)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
         if state is not None:
@@ -250,15 +250,17 @@ def test_another_training_in_the_same_record_is_not_held_against_the_one_before(
         with isograd.watch(model, optimizer, run=tmp_path / "run") as monitor:
             for step in range(80):
                 optimizer.zero_grad()
-                loss = functional.cross_entropy(model(torch.eye(4)), torch.tensor([0, 1, 0, 1])) * 0.9**step
+                loss = (
+                    functional.cross_entropy(model(torch.eye(4)), torch.tensor([0, 1, 0, 1])) * factor**step
+                )
                 loss.backward()
                 optimizer.step()
                 monitor.log(loss=loss)
         return optimizer.state_dict(), [finding.code for finding in monitor.diagnosis().findings]
 
-    state, found = train(None)
+    state, found = train(None, 0.9)
     assert found == []
-    _, found = train(state if resumed else None)
+    _, found = train(state if resumed else None, 1.0)  # which does not come back
     assert ("TR702" in found) == resumed
     with Run.open(tmp_path / "run") as run:
         diagnosis = isograd.diagnose(run)

@@ -31,13 +31,14 @@ from isograd.monitor.parts import Part
 from isograd.monitor.provenance import inner
 from isograd.monitor.reading import Reading
 from isograd.monitor.replay import OTHERS, Replay
+from isograd.monitor.rivals import broke
 from isograd.monitor.selftest import silent
 from isograd.monitor.sharding import Shards, rank
 from isograd.monitor.steps import Steps
 from isograd.monitor.tap import Tap
 from isograd.monitor.unexamined import together, unexamined
 from isograd.record import Run
-from isograd.record.row import GUARDED
+from isograd.record.row import ELSEWHERE, GUARDED
 from isograd.record.verdict import examined
 from isograd.warning import warn
 
@@ -341,7 +342,10 @@ class Monitor(Closing):
     def stepping(self, part: Part) -> None:
         """Look at the step from inside, if it is the turn of one or if it breaks."""
         if self._replay.left and part.broken:
-            self._replay.repeat()
+            if broke(tap.provenance.rivals for tap in self._taps):
+                self._replay.left, self._replay.missed = 0, ELSEWHERE
+            else:
+                self._replay.repeat()
         self._deep.stepping(self._schedule.done)
 
     def ended(self, tap: Tap, part: Part) -> None:
