@@ -83,6 +83,15 @@ def absorbed(history: History, recent: int) -> bool:
     return bool(leap) and _sinks(history, [leap[0], *leap[4:6]], recent, most=NEAR)
 
 
+def judged(history: History, recent: int) -> list[float]:
+    """The losses without those since a jump that no step explains, but for the newest `recent`: what has jumped, and is waited for
+    to come back, is no level to hold it against."""
+    counts = [*history.leap[:1], *(history.jump[:1] if history.jump and not history.jump[-1] else ())]
+    since = history.count - int(max(counts, default=0)) + 1
+    losses = history.losses
+    return [*losses[:-since], *losses[-recent:]] if recent < since <= 2 * HALVES else losses
+
+
 def _sinks(history: History, jump: list[float], recent: int, *, most: int) -> bool:
     """Is the loss coming back from this jump, so many readings ago at most?"""
     count, before, after = jump

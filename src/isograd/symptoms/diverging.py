@@ -25,7 +25,7 @@ from statistics import median
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import Baseline, Detector, History
-from isograd.monitor.jumps import absorbed
+from isograd.monitor.jumps import absorbed, judged
 from isograd.monitor.origin import origin
 
 CODE = "TR703"
@@ -63,7 +63,7 @@ class Diverging(Detector):
         now, first = median(losses[-RECENT:]), history.first_losses[0]
         self.ratio = now / first
         norm = max(history.norms[-3:], default=math.inf) - history.first["norm"][0]
-        base = Baseline(losses, RECENT)
+        base = Baseline(judged(history, RECENT), RECENT)
         if self.ratio < RISE or norm < NORM or now - first < DEVIATIONS * base.noise:
             return None
         if now < base.largest or absorbed(history, RECENT):  # the largest is nan where too little is known

@@ -29,7 +29,7 @@ import math
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import WINDOW, Baseline, Detector, History
-from isograd.monitor.jumps import absorbed
+from isograd.monitor.jumps import absorbed, judged
 from isograd.monitor.origin import origin
 
 CODE = "TR702"
@@ -64,7 +64,7 @@ class Spike(Detector):
     of_level = True
 
     def examine(self, history: History) -> Finding | None:
-        base = Baseline(history.losses, RECENT)
+        base = Baseline(judged(history, RECENT), RECENT)
         if not base.enough:
             return None
         self.deviations = base.deviations
