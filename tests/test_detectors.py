@@ -285,6 +285,13 @@ def test_a_training_that_never_was_well_is_not_said_to_have_been() -> None:
     assert found.evidence["cause"] == "from-the-start"
 
 
+def test_a_training_whose_loss_is_absurd_is_not_said_to_have_been_well() -> None:
+    """As that of an inner loop whose rate is too high: 1e36 from the first step on."""
+    *_, (_, found) = told([Step(2.7e36, 17.0), Step(1.1e36, 16.8), broken(2, "2.weight")])
+    assert (found.code, found.evidence["cause"]) == ("NF405", "from-the-start")
+    assert "10^36" in found.cause
+
+
 def test_they_never_enter_a_baseline() -> None:
     detectors, clean = Detectors(), Detectors()
     for i, step in enumerate(falling(300)):
@@ -336,6 +343,13 @@ def test_the_cause_is_the_most_upstream(scale: float, slope: float, cause: str) 
     steps = [Step(2.3 * 4**i, update=0.0, scale=scale, slope=slope) for i in range(4)]
     found = next(f for _, f in told(steps) if f.code == "UP506")
     assert found.evidence["cause"] == cause
+
+
+def test_signals_that_fade_were_not_drawn_too_large() -> None:
+    """Sigmoids at a learning rate of 500: little reaches the first layers, and the rate throws the last."""
+    steps = [Step(2.3 * 4**i, update=0.0, slope=-0.9) for i in range(4)]
+    found = next(f for _, f in told(steps) if f.code == "UP506")
+    assert found.evidence["cause"] == "learning-rate"
 
 
 @pytest.mark.parametrize(("update", "cause"), [(-2.5, "data"), (0.0, "learning-rate")])

@@ -54,6 +54,8 @@ OTHER = (
 EXPLODED = 1.0
 """Decades by which gradient or loss had risen before, and above all that they had been: then it exploded. Near its end
 a training that is well has losses ten times as large as others."""
+SQUARED = math.log10(3.4e38) / 2
+"""Decades from which on a training is not well, whatever the scale of its loss: squares, as of a norm, overflow in float32."""
 BEFORE = 24
 """Readings that an explosion may take."""
 
@@ -102,6 +104,14 @@ class NonFinite(Detector):
         if _risen(history.norms) or _risen(losses) or large:
             cause = origin(history)
             return f"the training exploded before: {cause.words}", cause.slug, cause.remedies
+        highest = max([*losses[-3:], *history.norms[-3:]], default=-math.inf)
+        if highest >= SQUARED and not alone:
+            return (
+                f"loss or gradient stood at 10^{highest:.0f} in the steps before, whose square no float32 holds: what explodes "
+                "does so within one step, in the model, in its loss or in a loop that it runs",
+                "from-the-start",
+                ("critical-initialisation", "standardise-input", FIND),
+            )
         if alone:
             return (
                 "the loss alone: all gradients are finite. A term of it is the log of 0, 0/0 or a mean over nothing, as "
