@@ -131,6 +131,7 @@ class Monitor(Closing):
         """`known`: this very model has been trained into this record before."""
         for optimizer in optimizers:
             _free(inner(optimizer))
+        _supersede(model, [inner(optimizer) for optimizer in optimizers])
         self._model = model
         self._deep, self._replay = Deep(model, deep_every), Replay(model, replay)
         self._taps: list[Tap] = []
@@ -359,3 +360,13 @@ def _free(optimizer: Optimizer) -> None:
     before = scaling.watched(optimizer)
     if isinstance(before, Tap):
         before.owner.close()
+
+
+def _supersede(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Close the monitors of this model whose parameters are all in the hands of these optimizers now: the notebook cell that is
+    run again makes its optimizer anew. What such a monitor has hung on the model stays there otherwise, with its batches."""
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    owners = {id(tap.owner): tap.owner for tap in scaling.everyone() if isinstance(tap, Tap)}
+    for owner in owners.values():
+        if isinstance(owner, Monitor) and owner.model is model and held.issuperset(map(id, owner._watched())):
+            owner.close()
