@@ -239,6 +239,34 @@ def plain_cnn(depth: int, channels: int, normalised: bool, inputs: int = 1) -> n
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, 10))
 
 
+class GatedConvolution(nn.Module):
+    """A block of WaveNet (arXiv 1609.03499): x + out(tanh(filter) * sigmoid(gate)), both of dilated causal convolutions."""
+
+    def __init__(self, channels: int, dilation: int) -> None:
+        super().__init__()
+        self.dilation = dilation
+        self.filter = nn.Conv1d(channels, channels, 2, dilation=dilation)
+        self.gate = nn.Conv1d(channels, channels, 2, dilation=dilation)
+        self.out = nn.Conv1d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        past = functional.pad(x, (self.dilation, 0))
+        return x + self.out(torch.tanh(self.filter(past)) * torch.sigmoid(self.gate(past)))
+
+
+class WaveNet(nn.Module):
+    """Tokens to logits of the next, by gated convolutions dilated 1, 2, 4, 1, 2, 4 …"""
+
+    def __init__(self, blocks: int, channels: int = 32, vocabulary: int = 16) -> None:
+        super().__init__()
+        self.token = nn.Embedding(vocabulary, channels)
+        self.blocks = nn.Sequential(*(GatedConvolution(channels, 2 ** (i % 3)) for i in range(blocks)))
+        self.head = nn.Conv1d(channels, vocabulary, 1)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(functional.relu(self.blocks(self.token(tokens).mT))).mT
+
+
 class DenseLayer(nn.Module):
     """BN-ReLU-1x1, BN-ReLU-3x3, concatenated to its input (arXiv 1608.06993)."""
 

@@ -9,7 +9,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-from gallery.nets import HE, Shape, Transformer, initialised, residual_mlp
+from gallery.nets import HE, GatedConvolution, Shape, Transformer, WaveNet, initialised, residual_mlp
 from gallery.shipped import VOCABULARY
 from gallery.shipped_language import bert, gpt2, llama
 from gallery.shipped_senses import resnet
@@ -131,6 +131,33 @@ def residuals() -> tuple[Trial, ...]:
         residual("residual mlp, branch x 0.5, He, 40 blocks", lambda: loud(0.5, 40)),
         gain("post-norm, gains 0.02, 12 layers", 0.02),
         gain("post-norm, gains 0.2, 12 layers", 0.2),
+    )
+
+
+def in_branches() -> tuple[Trial, ...]:
+    """Faults inside of branches, which the skips lead by."""
+
+    def wavenet(factor: float) -> nn.Module:
+        model = WaveNet(8, vocabulary=VOCABULARY_OF_COPYING)
+        for module in model.modules():
+            if isinstance(module, GatedConvolution):
+                with torch.no_grad():
+                    module.filter.weight.mul_(factor)
+                    module.gate.weight.mul_(factor)
+        return model
+
+    def gated(factor: float) -> Trial:
+        return Trial(
+            f"wavenet, filters and gates x {factor:g}", "wavenet", lambda: wavenet(factor),
+            Twin("wavenet, 8 blocks", lambda: wavenet(1.0)), copying, "sick", frozenset({"initialisation"}),
+            frozenset({"SA301"}), steps=150, grids="quick",
+        )  # fmt: skip
+
+    muted = replace(decoder("pre", 6), branch=1e-4)
+    return (
+        gated(16.0),
+        gated(200.0),
+        _transformer("pre-norm, branches times a constant 1e-4, 6 layers", muted, "vanishing", {"factor"}),
     )
 
 
@@ -308,4 +335,4 @@ def shipped_faults() -> tuple[Trial, ...]:
 
 def block_trials() -> tuple[Trial, ...]:
     """Every fault of this file."""
-    return (*transformers(), *residuals(), *shipped_faults())
+    return (*transformers(), *residuals(), *in_branches(), *shipped_faults())

@@ -230,6 +230,14 @@ def convolutions() -> tuple[Trial, ...]:
     def doubled() -> nn.Module:
         return initialised(vgg((4, 4, 4), 8, inputs=1, normalised=False), scaled_normal(3 * math.sqrt(2)))
 
+    def shifted(shift: float) -> nn.Module:
+        """ReLUs that few positions wake."""
+        model = vgg((4, 4, 4), 8, inputs=1)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.constant_(module.bias, shift)
+        return model
+
     def normed_twin(depth: int) -> Twin:
         return twin(min(depth, 30))
 
@@ -244,6 +252,8 @@ def convolutions() -> tuple[Trial, ...]:
         vgg_case("vgg without batch norm, 12 layers", lambda: vgg((4, 4, 4), 8, inputs=1, normalised=False),
                  down, missing | INITIALISATION),
         vgg_case("vgg without batch norm, 3 x He", doubled, up, missing | INITIALISATION),
+        vgg_case("vgg with batch norm, shifts of -1", lambda: shifted(-1.0), down, frozenset({"dead-units"})),
+        vgg_case("vgg with batch norm, shifts of -2", lambda: shifted(-2.0), down, frozenset({"dead-units"})),
         Trial("mlp with batch norm, 20 layers", "batch norm", lambda: batch_normalised(20), normed_twin(20), digits,
               up, without_skips),
         Trial("mlp with batch norm, 60 layers", "batch norm", lambda: batch_normalised(60), normed_twin(60), digits,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, AdamW, Optimizer
 
+from gallery.nets import GatedConvolution, WaveNet, plain_cnn
 from isograd import check, diagnose, measure, repair, surgery
 from isograd.check import along_time
 from isograd.diagnosis import Diagnosis, Finding, Severity
@@ -271,6 +272,24 @@ def skipping(skip: float, blocks: int = 20, batch: int = 32) -> Built:
     return model, lambda m: functional.cross_entropy(m(x.to(next(m.parameters()).dtype)).float(), y)
 
 
+class Added(nn.Module):
+    """x plus a branch, times a number."""
+
+    def __init__(self, times: float, learned: bool) -> None:
+        super().__init__()
+        self.branch = nn.Sequential(nn.Linear(16, 16), nn.Tanh(), nn.Linear(16, 16))
+        self.times = nn.Parameter(torch.tensor(times)) if learned else times
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.times * self.branch(x)
+
+
+def added(times: float, learned: bool = False) -> Built:
+    model = nn.Sequential(*(Added(times, learned) for _ in range(4)), nn.Linear(16, 10))
+    x, y = torch.randn(32, 16), torch.randint(10, (32,))
+    return model, lambda m: functional.cross_entropy(m(x), y)
+
+
 def drawn_near_zero(norm: nn.BatchNorm1d) -> None:
     nn.init.normal_(norm.weight, std=0.02)
 
@@ -306,13 +325,14 @@ PAIRS: dict[str, Pair] = {
     "rank_collapse": Pair(lambda: tokens(0.0), lambda: tokens(1.0)),
     "muted_normalisation": Pair(lambda: normalised(drawn_near_zero), normalised),
     "damped_skips": Pair(lambda: skipping(0.3), lambda: skipping(1.0)),
+    "muted_branches": Pair(lambda: added(1e-4), lambda: added(0.1)),
     "shrunk_output": Pair(lambda: scaled_output(0.003), lambda: scaled_output(1.0)),
     "exploding_gradient": Pair(relu_large, relu_he),
     "exploding_activation": Pair(relu_large, relu_he),
     "far_start": Pair(lambda: headed(100.0), lambda: headed(1.0)),
     "gradient_underflow": Pair(half(1e-7), half(1.0)),
     "dead_units": Pair(biased(-30.0), biased(0.0)),
-    "saturated_units": Pair(tanh_of(30.0), tanh_of(1.0), Severity.WARNING),
+    "saturated_units": Pair(tanh_of(30.0), tanh_of(1.0)),
     "saturated_attention": Pair(lambda: attending(300.0), lambda: attending(1.0)),
     "unnormalised_input": Pair(scaled_input(64.0, 128.0), scaled_input(1.0), Severity.WARNING),
     "parameter_without_gradient": Pair(
@@ -1680,3 +1700,60 @@ def test_a_stream_that_norms_make_quiet_is_given_its_size_back_before_any_branch
     assert found.cured
     assert found.prescription is not None
     assert found.prescription.remedy == "reset-norm-gain"
+
+
+def test_a_learned_factor_mutes_no_branch_nor_does_a_constant_of_one_branch_in_two() -> None:
+    """LayerScale and ReZero open with the first steps; what is left of the branches trains."""
+    torch.manual_seed(0)
+    assert "VG109" not in {f.code for f in diagnosed(added(1e-4, learned=True)).findings}
+    model, loss = added(1e-4)
+    for block in list(model.children())[:2]:
+        block.times = 1.0  # pyright: ignore
+    assert "VG109" not in {f.code for f in diagnosed((model, loss)).findings}
+    repaired = repair(*added(1e-4))
+    assert repaired.cured
+    assert repaired.prescription is not None
+    assert repaired.prescription.remedy == "leave-out-factor"
+
+
+def gated(factor: float, blocks: int = 6) -> Built:
+    """Gated convolutions of WaveNet, filters and gates times a factor."""
+    model = WaveNet(blocks)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, GatedConvolution):
+                module.filter.weight.mul_(factor)
+                module.gate.weight.mul_(factor)
+    x = torch.randint(16, (8, 16))
+    return model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), x.flatten())
+
+
+def test_of_a_gated_convolution_the_tanh_is_the_signal_and_told_where_all_are_saturated() -> None:
+    torch.manual_seed(0)
+    well = diagnosed(gated(1.0))
+    gates = {a.function: (a.gate, a.carries) for a in well.flow.activations if a.function != "relu"}
+    assert gates == {"tanh": (False, True), "sigmoid": (True, False)}
+    assert not well.errors
+    sick = gated(60.0)
+    assert "SA301" in {f.code for f in diagnosed(sick).errors}
+    assert repair(*sick).cured
+
+
+@pytest.mark.parametrize(
+    ("shift", "severity"), [(0.0, None), (-0.75, Severity.WARNING), (-2.0, Severity.ERROR)]
+)
+def test_units_that_few_positions_wake_are_told_though_none_is_dead(
+    shift: float, severity: Severity | None
+) -> None:
+    torch.manual_seed(0)
+    model = plain_cnn(5, 12, True)
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.constant_(norm.bias, shift)
+    x, y = torch.randn(32, 1, 8, 8), torch.randint(10, (32,))
+    found = diagnosed((model, lambda m: functional.cross_entropy(m(x), y)))
+    told = [f for f in found.findings if f.code == "SA302"]
+    assert [f.severity for f in told] == ([severity] if severity is not None else [])
+    assert all(float(f.evidence["dead"]) < 0.5 for f in told)
+    if severity == Severity.ERROR:
+        assert repair(model, lambda m: functional.cross_entropy(m(x), y)).cured

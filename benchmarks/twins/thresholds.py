@@ -1,6 +1,6 @@
 """Where the faults that cost no decades start to hurt: python -m benchmarks.twins.thresholds [GRID …]
 
-GRID is skip, loud, recurrence, epsilon, attention or gain; all without one.
+GRID is skip, loud, recurrence, epsilon, attention, gain, constant, saturated or shift; all without one.
 
 Each row is a healthy twin with one property turned a little further: what is measured before training, and the
 held-out accuracy after it, on seed 0. The thresholds of RN602, VG104, VG105, VG106 and SA304 stand on it.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import pairwise
 from statistics import median
 
 import torch
@@ -84,6 +85,46 @@ def _logits() -> Iterator[tuple[str, str, Plant]]:
         yield "pre-norm decoder 3", f"queries and keys x {factor:g}", plant
 
 
+def _constants() -> Iterator[tuple[str, str, Plant]]:
+    for model in ("pre-norm decoder 3", "pre-norm decoder 6", "residual mlp 20"):
+        for value in (1.0, 0.1, 0.03, 0.01, 0.003, 0.001, 1e-4):
+            yield model, f"branches x {value:g}", faults.attribute("scale", value)
+
+
+def _saturations() -> Iterator[tuple[str, str, Plant]]:
+    """Behind norms, which hold the signal: with skips and without, the first of two layers times a factor."""
+    for model in ("residual mlp 10", "pre-norm decoder 6"):
+        for activation in (nn.Tanh, nn.Sigmoid):
+            for skip in (1.0, 0.0):
+                for factor in (1.0, 4.0, 10.0, 30.0, 100.0):
+                    name = f"{activation.__name__}, skips x {skip:g}, weights x {factor:g}"
+                    yield model, name, _bounded(activation, skip, factor)
+
+
+def _bounded(activation: type[nn.Module], skip: float, factor: float) -> Plant:
+    def plant(model: nn.Module) -> None:
+        faults.exchange((nn.ReLU, nn.GELU), activation)(model)
+        faults.attribute("skip", skip)(model)
+        for sequence in model.modules():
+            if isinstance(sequence, nn.Sequential):
+                for layer, following in pairwise(sequence):
+                    if isinstance(following, activation):
+                        layer.weight.mul_(factor)
+
+    return plant
+
+
+def _shifts() -> Iterator[tuple[str, str, Plant]]:
+    for model in ("batch-normalised cnn 6", "batch-normalised cnn 10", "residual cnn 4"):
+        for value in (0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0):
+
+            def plant(model: nn.Module, value: float = value) -> None:
+                for norm in faults.norms(model):
+                    nn.init.constant_(norm.bias, value)
+
+            yield model, f"shifts of {value:g}", plant
+
+
 def _growth(flow: Flow) -> float:
     return growth(flow.horizon) if flow.horizon else float("nan")
 
@@ -100,6 +141,9 @@ GRIDS: dict[str, tuple[Callable[[], Iterator[tuple[str, str, Plant]]], Callable[
     "epsilon": (_epsilons, lambda flow: median(n.kept for n in flow.normalisations)),
     "attention": (_logits, lambda flow: median(a.spread for a in flow.attentions)),
     "gain": (_gains, lambda flow: median(n.gain for n in flow.normalisations)),
+    "constant": (_constants, lambda flow: median(s.forward_ratio for s in flow.splits.values())),
+    "saturated": (_saturations, lambda flow: median(a.saturated for a in flow.activations)),
+    "shift": (_shifts, lambda flow: median(a.mean_derivative for a in flow.activations)),
 }
 """The rows, and what is measured."""
 

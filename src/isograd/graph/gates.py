@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 from torch.autograd.graph import Node
@@ -13,13 +13,15 @@ from isograd.graph.traced import Traced
 
 PLAIN = {"add", "sub", "rsub", "mul", "div", "neg"}
 """Arithmetic: with one part of the signal in it, the rest are constants."""
+BETWEEN = {"sigmoid", "hardsigmoid"}
+"""Functions between 0 and 1: what they are multiplied with is the signal, though it be an activation too."""
 
 
 def gates(run: Traced) -> set[Node]:
     """Activations that weigh another part of the signal, between the model's output and its input."""
-    seen = {a.node for a in run.trace.activations}
+    functions = _functions(run)
     parts = [[*s.nodes, *s.inside] for s in run.line.segments[run.line.exit :]]
-    return {node for nodes in parts for node in seen & _factors(run.graph, nodes)}
+    return {node for nodes in parts for node in _weighing(run.graph, nodes, functions)}
 
 
 def abreast(run: Traced) -> set[Node]:
@@ -27,11 +29,11 @@ def abreast(run: Traced) -> set[Node]:
 
     Function by function. A gate only weighs the signal: the way through it is none.
     """
-    functions = {a.node: a.function for a in run.trace.activations}
+    functions = _functions(run)
     found = set[Node]()
     for segment, following in pairwise(run.line.segments[run.line.exit :]):
         inside = functions.keys() & segment.inside
-        weighing = inside & _factors(run.graph, [*segment.nodes, *segment.inside])
+        weighing = inside & _weighing(run.graph, [*segment.nodes, *segment.inside], functions)
         if not inside or closed(run.graph, segment, following, weighing):
             continue
         for name in {functions[node] for node in inside - weighing}:
@@ -41,10 +43,14 @@ def abreast(run: Traced) -> set[Node]:
     return found
 
 
-def _factors(graph: Graph, nodes: Sequence[Node]) -> set[Node]:
-    """What is multiplied with another part of the signal, as the gate of a GLU or of a squeeze-and-excitation.
+def _functions(run: Traced) -> dict[Node, str]:
+    return {a.node: a.function for a in run.trace.activations}
 
-    Views and arithmetic with constants may stand between: h * (1 - gate).
+
+def _weighing(graph: Graph, nodes: Sequence[Node], functions: Mapping[Node, str]) -> set[Node]:
+    """Activations that are multiplied with another part of the signal, as the gate of a GLU or of a squeeze-and-excitation.
+
+    Of tanh(f) * sigmoid(g) the sigmoid is the gate. Views and arithmetic with constants may stand between: h * (1 - gate).
     """
 
     def parts(node: Node) -> list[Node]:
@@ -55,10 +61,14 @@ def _factors(graph: Graph, nodes: Sequence[Node]) -> set[Node]:
         factors = parts(node)
         if operation_of(node) != "mul" or len(factors) < 2:
             continue
+        ends: list[Node] = []
         for factor in factors:
             while (is_trivial(operation_of(factor)) or operation_of(factor) in PLAIN) and len(
                 parts(factor)
             ) == 1:
                 (factor,) = parts(factor)
-            found.add(factor)
+            ends.append(factor)
+        active = {end for end in ends if end in functions}
+        between = {end for end in active if functions[end] in BETWEEN}
+        found |= between if between and len(active) == len(ends) else active
     return found

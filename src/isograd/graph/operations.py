@@ -47,6 +47,9 @@ ACTIVATIONS = {
     "hardshrink": ActivationFunction(0.0),
 }
 
+RECTIFIERS = {"relu", "leaky_relu", "gelu", "elu", "silu", "selu", "celu", "mish", "hardswish", "relu6"}
+"""Functions that pass about half of their input unchanged."""
+
 STEPS = {"round", "sign", "sgn", "floor", "ceil", "trunc", "fix", "heaviside"}
 """Functions that are constant piece by piece: their derivative is zero wherever there is one."""
 

@@ -35,7 +35,7 @@ from isograd.own import SATURATED
 from isograd.prescription import Patient, Prescription, Reach, not_applicable
 
 SLUG = "critical-initialisation"
-TREATS = ("initialisation", "VG101", "EG201", "EG202", "EG205", "NF401", "NF402")
+TREATS = ("initialisation", "VG101", "EG201", "EG202", "EG205", "SA301", "NF401", "NF402")
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:

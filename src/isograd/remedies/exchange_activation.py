@@ -34,7 +34,7 @@ from torch import nn
 
 from isograd.edit import Edit
 from isograd.flow import FACTORS, Flow
-from isograd.graph.operations import ACTIVATIONS
+from isograd.graph.operations import ACTIVATIONS, RECTIFIERS
 from isograd.graph.source import where_written
 from isograd.layers import Layer, is_chain, layers
 from isograd.prescription import Patient, Prescription, Reach, not_applicable
@@ -43,8 +43,6 @@ from isograd.statistics import Site
 
 SLUG = "exchange-activation"
 TREATS = ("activation", "SA301", "VG101", "EG201", "EG202", "NF401", "NF402")
-SELF_GATED = {"relu", "leaky_relu", "gelu", "elu", "silu", "selu", "celu", "mish", "hardswish", "relu6"}
-"""Functions that pass about half of their input unchanged."""
 TARGETS = {
     "tanh": ("nn.Tanh", "tanh"),
     "selu": ("nn.SELU", "SELU"),
@@ -98,7 +96,7 @@ def flat_functions(flow: Flow) -> list[str]:
     second derivatives: those of piecewise linear functions are zero.
     """
     names = set(functions(flow))
-    return sorted(names - SELF_GATED | (names & PIECEWISE if differentiated(flow) else set()))
+    return sorted(names - RECTIFIERS | (names & PIECEWISE if differentiated(flow) else set()))
 
 
 def differentiated(flow: Flow) -> bool:

@@ -2,7 +2,7 @@
 
 What it does
     Lets the call at the user's line give the tensor itself in place of its product with a number: a temperature or
-    scale between head and loss, factors between the layers that add up to decades. The line to edit is shown.
+    scale between head and loss, factors between the layers that add up to decades, one that mutes residual branches. The line to edit is shown.
 
 When it helps
     Where nothing but the constant is wrong. Weights that make up for it would have to be as far off, and an optimizer whose
@@ -27,30 +27,31 @@ from isograd.edit import Edit
 from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.remedies.exchange_activation import line_of
 from isograd.statistics import Site
-from isograd.symptoms import far_start, shrunk_output, vanishing_gradient
+from isograd.symptoms import far_start, muted_branches, shrunk_output, vanishing_gradient
 
 SLUG = "leave-out-factor"
-TREATS = ("factor", shrunk_output.CODE, vanishing_gradient.CODE, far_start.CODE)
+TREATS = ("factor", shrunk_output.CODE, muted_branches.CODE, vanishing_gradient.CODE, far_start.CODE)
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
     """The constants that the findings are about, at their lines in the model."""
-    flow, sites = patient.flow, _costly(patient)
-    if not sites:
+    costly = _costly(patient)
+    if not costly:
         yield not_applicable(SLUG, "the signal is multiplied by no constant that costs it")
         return
     lines: dict[tuple[str, str], dict[str, None]] = {}
-    for site in sites:
+    for site in costly:
         if site.source:
             lines.setdefault((site.module, site.operation), {})[line_of(site.source)] = None
-    by_hand = tuple(dict.fromkeys(shrunk_output.leave_out(site) for site in sites))
+    by_hand = tuple(dict.fromkeys(shrunk_output.leave_out(site) for site in costly))
     if not lines:
         yield not_applicable(SLUG, "the lines that multiply are not known", *by_hand)
         return
-    decades = sum(math.log10(flow.factors[site.depth]) for site in sites)
+    abreast = muted_branches.CODE in {finding.code for finding in patient.diagnosis.findings}
+    whole = min(costly.values()) if abreast else math.prod(costly.values())
     yield Prescription(
         SLUG,
-        f"{len(sites)} constant factors left out, {10**decades:.2g} in all",
+        f"{len(costly)} constant factors left out, {whole:.2g} {'the smallest' if abreast else 'in all'}",
         tuple(
             Edit(
                 module,
@@ -63,14 +64,14 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         ),
         reach=Reach.INITIALISATION,
         treats=TREATS,
-        expected=f"{-decades:+.1f} decades of signal and gradient",
+        expected=f"{-math.log10(whole):+.1f} decades of signal and gradient",
         references=("Yang et al. 2022, arXiv:2203.03466",),
         advice=by_hand,
     )
 
 
-def _costly(patient: Patient) -> list[Site]:
-    """What the findings blame, or would: only what makes the signal small, or the output far too large."""
+def _costly(patient: Patient) -> dict[Site, float]:
+    """What the findings blame, or would, and its size: only what makes the signal small, or the output far too large."""
     flow, codes = patient.flow, {finding.code for finding in patient.diagnosis.findings}
     found: list[Site] = []
     if shrunk_output.CODE in codes:
@@ -80,4 +81,6 @@ def _costly(patient: Patient) -> list[Site]:
     if far_start.CODE in codes:
         site, _ = far_start.loudest(flow)
         found += [site] if site is not None and site.depth in flow.factors else []
-    return list({site.depth: site for site in found}.values())
+    along = {site: flow.factors[site.depth] for site in found}
+    muted = muted_branches.constants(flow) if muted_branches.CODE in codes else {}
+    return along | {site: times for inside in muted.values() for site, times in inside}

@@ -33,7 +33,7 @@ from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.remedies.critical_initialisation import expected, remaining, wanted, weight
 
 SLUG = "rescale-weights"
-TREATS = ("initialisation", "VG101", "EG201", "EG202", "EG205", "attention-logits")
+TREATS = ("initialisation", "VG101", "EG201", "EG202", "EG205", "SA301", "attention-logits")
 OFF = 1.25
 """Factor beyond which a layer's scale is off: a draw of 48 x 48 weights scatters by 2%, tanh trains at 1 to 1.2."""
 

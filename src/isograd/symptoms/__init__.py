@@ -40,6 +40,7 @@ NAMES = (
     "rank_collapse",
     "muted_normalisation",
     "damped_skips",
+    "muted_branches",
     "shrunk_output",
     "exploding_gradient",
     "exploding_activation",

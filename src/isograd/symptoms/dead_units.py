@@ -2,7 +2,8 @@
 
 What it means
     No gradient passes through these units and none reaches the weights that feed them: they never learn.
-    Where a whole layer is dead, nothing before it learns.
+    Where a whole layer is dead, nothing before it learns. Or nearly all of every layer sleeps: what is left of the slope
+    is a few samples' and positions', and few examples teach anything.
 
 Why it happens
     Biases far below zero, inputs that were not centred, a step that was too large and threw the units
@@ -16,6 +17,8 @@ Evidence
     ReLU networks all samples come to look alike and about half of the units are off for all of them at
     initialisation; that trains, so that an error needs 90%. For chains without skips and normalisations, the share of
     draws of the same shape that are dead from the start, 1 - prod(1 - 2^-n): what is alive now has no unit to spare.
+    Of a whole network, the mean derivative of its median activation, 1/2 at any usual start: behind a convolution some
+    position wakes a unit that is off everywhere else.
 
 What helps
     Biases set to zero, centred inputs, leaky ReLU, ELU or GELU, a lower learning rate or warm-up.
@@ -28,10 +31,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from statistics import median
 
 from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow
-from isograd.graph.operations import ACTIVATIONS
+from isograd.graph.operations import ACTIVATIONS, RECTIFIERS
 from isograd.statistics import Activation
 from isograd.symptoms import Healthy, Outcome, Unexamined
 
@@ -46,6 +50,14 @@ SAMPLES = 8
 """A unit that is off half of the time is off in 8 samples by chance once in 256."""
 EXTINCT = 8
 """Units that are all off for all samples once in 256 draws; the few of a squeeze-and-excitation often are."""
+ASLEEP = 0.12
+"""Mean derivative of the median activation of a chain. Batch-normalised CNNs of 6 and 10 layers whose shifts leave them 0.1
+lose two thirds of their lead and more, at 0.25 a fifth to a quarter; healthy models of the zoo start at 0.48 and
+more (`python -m benchmarks.twins.thresholds shift`)."""
+ASLEEP_BESIDE_SKIPS = 0.02
+"""The same where skips lead by: a residual CNN loses half at 0.05 and nearly all at 0.015, a residual MLP nothing at 0.02."""
+DROWSY = 0.2
+"""From here on it is told."""
 STILLBORN = 1 / 3
 """Share of draws that are dead from which the others do not last either. Of AutoTrainer's ReLU networks of five units, those
 with .38 to .42 end short of the best control in 23 of 30 trainings; no healthy model of the zoo has more than .08."""
@@ -71,7 +83,8 @@ def examine(flow: Flow) -> Iterator[Outcome]:
     worst = max(seen, key=lambda a: a.dead)
     narrow = _narrow(flow)
     stillborn = 1 - math.prod(1 - 2.0**-a.units for a in narrow)
-    if worst.dead < WARNING and stillborn < STILLBORN_WARNING:
+    awake, least = _awake(flow), ASLEEP_BESIDE_SKIPS if flow.splits else ASLEEP
+    if worst.dead < WARNING and stillborn < STILLBORN_WARNING and awake >= DROWSY:
         yield Healthy(
             f"at most {worst.dead:.0%} of a layer's units are dead ({len(seen)} activations, an error from {ERROR:.0%})"
         )
@@ -94,16 +107,29 @@ def examine(flow: Flow) -> Iterator[Outcome]:
             "the layers are too narrow for their number: half of all ReLUs are off, and in some layer all are"
         )
         evidence |= {"stillborn": stillborn, "stillborn_threshold": STILLBORN}
+    if awake < DROWSY:
+        said.append(f"the median of {len(seen)} activations has a mean derivative of {awake:.2g}")
+        cause += [] if sick else ["pre-activations lie below zero nearly everywhere"]
+        evidence |= {"mean_derivative": awake, "mean_derivative_threshold": least}
+    sick = sick or (sorted(seen, key=lambda a: a.mean_derivative) if awake < DROWSY else [])
     yield Finding(
         CODE,
         NAME,
-        Severity.ERROR if worst.dead >= ERROR or stillborn >= STILLBORN else Severity.WARNING,
+        Severity.ERROR
+        if worst.dead >= ERROR or stillborn >= STILLBORN or awake < least
+        else Severity.WARNING,
         "; ".join(said),
         cause="; ".join(cause),
         sites=tuple(a.site.place for a in (sick or narrow)[:3]),
         evidence={**evidence, "layers": len(sick or narrow), "cause": "dead-units"},
         remedies=(*_lines(sick), "zero-biases", "leaky-activation", "standardise-input"),
     )
+
+
+def _awake(flow: Flow) -> float:
+    """Mean derivative of the median rectifier that the signal passes through; 1: there is none."""
+    slopes = [a.mean_derivative for a in flow.activations if a.carries and a.function in RECTIFIERS]
+    return median(slopes) if slopes else 1.0
 
 
 def _extinct(a: Activation) -> bool:

@@ -111,9 +111,7 @@ def _along(flow: Flow) -> Iterator[Outcome]:
 def _threshold(flow: Flow) -> float:
     """Decades that count as an error for this network."""
     bounded = [a.saturated for a in flow.activations if a.carries and ACTIVATIONS[a.function].bounded]
-    first = min((p for p in flow.parameters if p.fan_in), key=lambda p: p.depth, default=None)
-    features = first.fan_in if first is not None else 0
-    if bounded and median(bounded) >= SATURATED and features > COORDINATES:
+    if bounded and median(bounded) >= SATURATED and not of_coordinates(flow):
         return CHAOTIC
     hidden = flow.sites[flow.hidden]
     holding = sum(
@@ -127,3 +125,9 @@ def _threshold(flow: Flow) -> float:
         return HELD
     share = min(max((flow.layers - 8) / 16, 0.0), MOST_DEEP)
     return ERROR + share * (ERROR_DEEP - ERROR)
+
+
+def of_coordinates(flow: Flow) -> bool:
+    """Does the first layer read so few features that they are coordinates?"""
+    first = min((p for p in flow.parameters if p.fan_in), key=lambda p: p.depth, default=None)
+    return first is None or first.fan_in <= COORDINATES

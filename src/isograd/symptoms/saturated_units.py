@@ -12,7 +12,9 @@ Why it happens
 Evidence
     The derivative of the activation itself, element by element; only activations that a whole segment or
     residual branch passes through count, so that a gate may close. Of bounded functions that are multiplied with another
-    part of the signal, told where more than half are saturated and let less than 0.005 through.
+    part of the signal, told where more than half are saturated and let less than 0.005 through. Of tanh(f) * sigmoid(g) the
+    tanh is the signal and the sigmoid its gate. An error where the median of three activations and more is saturated by
+    half, or by nine tenths where skips lead around them; of coordinates high frequencies have to be made first.
 
 What helps
     Smaller weights at the critical gain, standardised inputs, normalisation before the activation. Biases of gates at zero.
@@ -24,18 +26,28 @@ References
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import median
 
 from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow
 from isograd.graph.operations import ACTIVATIONS
 from isograd.statistics import Activation
 from isograd.symptoms import Healthy, Outcome, Unexamined
+from isograd.symptoms.exploding_gradient import of_coordinates
 
 CODE = "SA301"
 NAME = "saturated-units"
 
 WARNING = 0.5
 """More than half: with fewer, the rest still carries the gradient, and depth shows in its own finding."""
+
+ERROR = 0.5
+"""Saturated share of the median activation of a chain: behind norms, which hold the signal, tanh and sigmoid learn nothing
+from 0.7 on, and have lost four fifths at 0.45 (`python -m benchmarks.twins.thresholds saturated`)."""
+ERROR_BESIDE_SKIPS = 0.9
+"""The same where skips lead by: residual MLPs lose 5 to 15% of their lead at 0.9 and 15 to 35% at 0.98, a WaveNet more."""
+SEVERAL = 3
+"""Activations one after another: what one layer makes of its input, the next can still read."""
 
 CLOSED = 0.005
 """rms of a gate that lets nothing through. Squeeze-and-excitation blocks whose gates start at biases of -3 and -4, 0.05 and 0.02
@@ -49,7 +61,7 @@ def examine(flow: Flow) -> Iterator[Outcome]:
     closed = [a for a in gates if a.saturated >= WARNING and a.output_rms < CLOSED]
     if 2 * len(closed) > len(gates):
         yield _closed(closed, len(gates))
-    seen = [a for a in flow.activations if a.bottleneck and ACTIVATIONS[a.function].largest_slope]
+    seen = [a for a in flow.activations if a.carries and ACTIVATIONS[a.function].largest_slope]
     if not seen:
         yield Unexamined("no activation that saturates on the backbone")
         return
@@ -60,10 +72,12 @@ def examine(flow: Flow) -> Iterator[Outcome]:
         )
         return
     sick = [a for a in seen if a.saturated >= WARNING]
+    middle, limit = median(a.saturated for a in seen), ERROR_BESIDE_SKIPS if flow.splits else ERROR
+    hashed = len(seen) >= SEVERAL and middle >= limit and not of_coordinates(flow)
     yield Finding(
         CODE,
         NAME,
-        Severity.WARNING,
+        Severity.ERROR if hashed else Severity.WARNING,
         f"{worst.saturated:.0%} of {worst.site.name} is saturated (mean derivative {worst.mean_derivative:.2g}); "
         f"{len(sick)} of {len(seen)} activations are by more than {WARNING:.0%}",
         cause="pre-activations are too large for the activation",
@@ -71,9 +85,11 @@ def examine(flow: Flow) -> Iterator[Outcome]:
         evidence={
             "saturated": worst.saturated,
             "mean_derivative": worst.mean_derivative,
-            "threshold": WARNING,
+            "median": middle,
+            "threshold": limit if hashed else WARNING,
+            "cause": "initialisation",
         },
-        remedies=("critical-initialisation", "standardise-input", "insert-normalisation"),
+        remedies=("rescale-weights", "critical-initialisation", "standardise-input", "insert-normalisation"),
     )
 
 
