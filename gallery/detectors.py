@@ -25,7 +25,7 @@ from gallery.keras_net import Spec
 from gallery.published import facts
 from gallery.rules import RULES, Rule, first_after
 from gallery.watched import CLEAN, SICK, Session, Watched, classify, readings
-from isograd.diagnosis import Finding
+from isograd.diagnosis import Finding, Severity
 from isograd.monitor.detectors import Detectors
 from isograd.monitor.reading import Reading
 from isograd.record import Run
@@ -56,8 +56,8 @@ def told(made: Iterable[Reading]) -> list[tuple[int, Finding]]:
 
 
 def isograd_rule(made: Iterable[Reading]) -> Iterator[int]:
-    """Any finding at all."""
-    return (step for step, _ in told(made))
+    """Any finding above INFO."""
+    return (step for step, finding in told(made) if finding.severity > Severity.INFO)
 
 
 # -- lead time and false alarms ---------------------------------------------------------------------------

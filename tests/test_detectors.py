@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+import random
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -94,6 +96,18 @@ def ramp(count: int, of: Callable[[int], Step]) -> list[Step]:
     return [of(i) for i in range(count)]
 
 
+def exchanged(count: int, blocks: Sequence[int], grad: float = -3.0, high: float = 2.3) -> list[Step]:
+    """Data or targets that are others after so many steps, in turn: the loss jumps, and is learned down again."""
+    steps: list[Step] = []
+    for length in itertools.cycle(blocks):
+        steps += [
+            Step(high * math.exp(-i / 4) + 0.01, grad=grad + 1.5 * math.exp(-i / 8)) for i in range(length)
+        ]
+        if len(steps) >= count:
+            return steps[:count]
+    return steps
+
+
 LOW = falling(200)[-1]
 CASES: dict[str, tuple[list[Step], str]] = {
     "the gradient fades along depth": (
@@ -117,10 +131,8 @@ CASES: dict[str, tuple[list[Step], str]] = {
     "the norm drifts": (falling(300) + [Step(loss=0.25, grad=0.7)] * 20, "EG204"),
     "a plateau from the start": ([Step(2.3 + 0.01 * math.sin(2.3 * i)) for i in range(300)], "TR701"),
     "a spike": (falling(200) + [replace(LOW, loss=3.0)] * 10, "TR702"),
-    "data in blocks": (
-        [Step(2.3 * math.exp(-(i % 30) / 4) + 0.01, grad=-3.0) for i in range(240)],
-        "TR704",
-    ),
+    "data in blocks": (exchanged(240, (30, 33, 28)), "TR704"),
+    "targets that are renewed": (exchanged(240, (30,)), "TR705"),
     "divergence": (falling(100) + [replace(LOW, loss=30.0, grad=1.0)] * 5, "TR703"),
 }
 
@@ -273,6 +285,13 @@ def test_a_training_that_never_was_well_is_not_said_to_have_been() -> None:
     assert found.evidence["cause"] == "from-the-start"
 
 
+def test_a_training_whose_loss_is_absurd_is_not_said_to_have_been_well() -> None:
+    """As that of an inner loop whose rate is too high: 1e36 from the first step on."""
+    *_, (_, found) = told([Step(2.7e36, 17.0), Step(1.1e36, 16.8), broken(2, "2.weight")])
+    assert (found.code, found.evidence["cause"]) == ("NF405", "from-the-start")
+    assert "10^36" in found.cause
+
+
 def test_they_never_enter_a_baseline() -> None:
     detectors, clean = Detectors(), Detectors()
     for i, step in enumerate(falling(300)):
@@ -326,6 +345,13 @@ def test_the_cause_is_the_most_upstream(scale: float, slope: float, cause: str) 
     assert found.evidence["cause"] == cause
 
 
+def test_signals_that_fade_were_not_drawn_too_large() -> None:
+    """Sigmoids at a learning rate of 500: little reaches the first layers, and the rate throws the last."""
+    steps = [Step(2.3 * 4**i, update=0.0, slope=-0.9) for i in range(4)]
+    found = next(f for _, f in told(steps) if f.code == "UP506")
+    assert found.evidence["cause"] == "learning-rate"
+
+
 @pytest.mark.parametrize(("update", "cause"), [(-2.5, "data"), (0.0, "learning-rate")])
 def test_what_the_step_cannot_explain_is_not_the_learning_rate(update: float, cause: str) -> None:
     quiet = falling(199, grad=-3.0)
@@ -346,6 +372,46 @@ def test_a_loss_without_a_sign_says_nothing_of_the_order_of_the_data() -> None:
     steps, _ = CASES["data in blocks"]
     signed = [replace(step, loss=-1.0) if i == 12 else step for i, step in enumerate(steps)]
     assert "TR704" not in codes(signed)
+
+
+@pytest.mark.parametrize("every", [25, 100, 200])
+@pytest.mark.parametrize("seldom", [False, True])
+def test_targets_that_are_renewed_are_told_once_and_as_what_they_are(every: int, seldom: bool) -> None:
+    """The target network of a DQN: the loss jumps far above its level, with a gradient thirty times as large, at each copy."""
+    steps = exchanged(1200, (every,), high=1.0)
+    found = told(rarely(steps) if seldom else steps)
+    assert [(f.code, f.severity, f.evidence["period"]) for _, f in found] == [("TR705", Severity.INFO, every)]
+    detectors = Detectors()
+    detectors.follow([made(i, step) for i, step in enumerate(steps)])
+    assert f"every {every} steps" in detectors.outcomes()[1]["TR702"]
+
+
+def test_the_first_jumps_that_come_back_are_no_spike_and_those_that_stay_are() -> None:
+    quiet = [replace(step, grad=-3.0) for step in falling(200)]
+    back = [replace(LOW, loss=0.2 + 2 * 0.9**i, grad=-3 + 1.2 * 0.95**i) for i in range(60)]
+    assert told(quiet + back) == []
+    for slowly in (0.0, 0.001):
+        stays = [replace(s, loss=2.2 - slowly * i) for i, s in enumerate(back)]
+        assert "TR702" in codes(quiet + stays)
+
+
+def test_jumps_that_come_as_they_come_are_not_called_regular() -> None:
+    chance = random.Random(0)
+    assert "TR705" not in codes(exchanged(2000, [chance.randrange(20, 60) for _ in range(50)]))
+
+
+def test_a_staircase_that_never_comes_down_is_no_exchange() -> None:
+    steps = [Step(1.0 + 3.0 * (i // 50), grad=-3 + i // 50) for i in range(600)]
+    assert "TR705" not in codes(steps)
+
+
+def test_a_few_losses_of_a_heavy_tail_are_no_divergence() -> None:
+    """As those of a value network, whose targets grow with what it has learned."""
+    chance = random.Random(1)
+    since = [max(i - 60, 0) for i in range(900)]
+    tail = [Step(min(1 + i / 40, 8.0) * math.exp(chance.gauss(0, 1.3)), min(i / 150, 2.0)) for i in since]
+    assert "TR703" not in codes(tail)
+    assert "TR703" in codes([*tail, *[Step(900.0, 3.0)] * 4])
 
 
 def test_data_is_blamed_although_few_steps_are_measured() -> None:
@@ -481,7 +547,8 @@ def test_parameters_that_joined_are_the_cause_of_what_follows() -> None:
 
 
 def test_a_norm_that_drifts_after_parameters_have_joined() -> None:
-    steps = [made(i, step) for i, step in enumerate([*falling(300), *[Step(loss=0.25, grad=0.7)] * 8])]
+    drift = [Step(loss=0.25, grad=min(0.7, 0.2 * i)) for i in range(12)]
+    steps = [made(i, step) for i, step in enumerate([*falling(300), *drift])]
     keep = len(SITES) - 2
     for i, one in enumerate(steps[:-7]):
         columns = {name: values[:keep] for name, values in one.columns.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import weakref
@@ -15,10 +16,14 @@ from click.testing import CliRunner
 from test_monitor import batches, net
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import isograd
 from isograd.cli import cli
-from isograd.monitor.guard import BROKEN, LONG, MOST, SETTLED
+from isograd.monitor.guard import BROKEN, LONG, MOST, SETTLED, _together
+from isograd.monitor.parts import Reader
+from isograd.monitor.sharding import local
 from isograd.monitor.snapshot import Snapshot
 from isograd.record import Run
 
@@ -502,3 +507,129 @@ def test_an_optimizer_that_finds_its_rate_is_refused() -> None:
     optimizer.param_groups[0]["lr"] = None
     with pytest.raises(ValueError, match="finds its own"):
         isograd.Guard(model, optimizer)
+
+
+class Following(torch.optim.Optimizer):
+    """Keeps its state in its groups, as schedule-free methods and Prodigy do: a count, a distance, and a tensor."""
+
+    def __init__(self, parameters: Iterator[nn.Parameter], lr: float = 0.1) -> None:
+        super().__init__(
+            parameters, {"lr": lr, "k": 0, "d": 1e-3, "sum": torch.zeros(()), "weight_decay": 0.0}
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            group["k"] += 1
+            group["d"] *= 1.01
+            for p in group["params"]:
+                if p.grad is not None:
+                    group["sum"] += p.grad.square().sum()
+                    p -= group["lr"] * group["d"] * p.grad
+
+
+def test_what_an_optimizer_keeps_in_its_groups_is_gone_back_to_and_a_schedule_is_not() -> None:
+    model = net()
+    optimizer = Following(model.parameters())
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.99**step)
+    with isograd.Guard(model, optimizer) as guard:
+        for x, y in batches(40):
+            loss = functional.cross_entropy(model(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            guard.step(loss if guard.steps < 30 else loss * math.nan)
+            schedule.step()
+            (group,) = optimizer.param_groups
+            group["weight_decay"] += 1e-3
+            if guard.events and guard.events[-1].what == "went back":
+                break
+        assert guard.events[-1].why.startswith("to step 0")
+        assert (group["k"], group["d"], float(group["sum"])) == (0, 1e-3, 0.0)
+        assert group["lr"] == pytest.approx(0.1 * 0.99**guard.steps)
+        assert group["weight_decay"] == pytest.approx(1e-3 * guard.steps)
+        assert schedule.last_epoch == guard.steps
+
+
+@pytest.mark.parametrize("at", range(6))
+def test_going_back_is_done_to_its_end_when_it_is_interrupted(
+    at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+    trained(model, optimizer, 3)
+    with isograd.watch(model, optimizer) as monitor:
+        snapshot = Snapshot(0, monitor, [], [])
+        kept = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        trained(model, optimizer, 3)
+        calls = iter(range(1000))
+
+        def interrupted(tensor: Tensor) -> Tensor:
+            if next(calls) == at:
+                raise KeyboardInterrupt
+            return local(tensor)
+
+        monkeypatch.setattr("isograd.monitor.snapshot.local", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            snapshot.restore()
+    now = tree_leaves((model.state_dict(), optimizer.state_dict()))
+    for was, one in zip(tree_leaves(kept), now, strict=True):
+        assert torch.equal(was, one) if isinstance(was, Tensor) else was == one
+
+
+def test_a_snapshot_that_is_interrupted_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with isograd.Guard(model, optimizer, every=16) as guard:
+        trained(model, optimizer, 15, guard=guard)
+
+        def interrupted(tensor: Tensor) -> Tensor:
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr("isograd.monitor.snapshot._copy", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                trained(model, optimizer, 1, guard=guard)
+        assert [group["lr"] for group in optimizer.param_groups] == [0.1]
+        with torch.no_grad():
+            nn.init.constant_(cast("nn.Linear", model[0]).weight, math.nan)
+        trained(model, optimizer, BROKEN, guard=guard)
+        assert flat(model).isfinite().all()
+
+
+def test_an_overflow_of_half_precision_is_the_scalers_matter() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=1000)
+    with isograd.Guard(model, optimizer) as guard:
+        for x, y in batches(40):
+            with torch.autocast("cpu", torch.float16):
+                loss = functional.cross_entropy(100 * model(x), y)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            guard.step(loss, scaler=scaler)
+        assert not guard.events
+        assert guard.factor == 1
+    assert scaler.get_scale() < 2.0**20
+    assert flat(model).isfinite().all()
+
+
+class Narrow(TorchDispatchMode):
+    """A device without float64."""
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        assert not any(isinstance(leaf, Tensor) and leaf.dtype == torch.float64 for leaf in tree_leaves(made))
+        return made
+
+
+def test_nothing_wider_is_made_on_a_device_that_has_no_float64(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("clipping", "guard", "parts"):
+        monkeypatch.setattr(f"isograd.monitor.{module}.wide", lambda _device: torch.float32)
+    limit, norm, model = isograd.AdaptiveClip(), torch.tensor(2.0), net()
+    limit._seen = limit._seen.float()
+    model(next(iter(batches(1)))[0]).sum().backward()
+    part = Reader(lambda: list(model.parameters())).read(full=True)
+    with Narrow():
+        limit.limit(norm)
+        assert _together(torch.tensor(1.0), norm) == (1.0, 2.0)
+        part.shares(list(model.parameters()))

@@ -242,7 +242,7 @@ def test_another_training_in_the_same_record_is_not_held_against_the_one_before(
 ) -> None:
     """Its loss starts where that of the first had started: no jump. One that is resumed has the optimizer's state."""
 
-    def train(state: dict[str, Any] | None) -> tuple[dict[str, Any], list[str]]:
+    def train(state: dict[str, Any] | None, factor: float) -> tuple[dict[str, Any], list[str]]:
         model = nn.Linear(4, 2)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
         if state is not None:
@@ -250,15 +250,17 @@ def test_another_training_in_the_same_record_is_not_held_against_the_one_before(
         with isograd.watch(model, optimizer, run=tmp_path / "run") as monitor:
             for step in range(80):
                 optimizer.zero_grad()
-                loss = functional.cross_entropy(model(torch.eye(4)), torch.tensor([0, 1, 0, 1])) * 0.9**step
+                loss = (
+                    functional.cross_entropy(model(torch.eye(4)), torch.tensor([0, 1, 0, 1])) * factor**step
+                )
                 loss.backward()
                 optimizer.step()
                 monitor.log(loss=loss)
         return optimizer.state_dict(), [finding.code for finding in monitor.diagnosis().findings]
 
-    state, found = train(None)
+    state, found = train(None, 0.9)
     assert found == []
-    _, found = train(state if resumed else None)
+    _, found = train(state if resumed else None, 1.0)  # which does not come back
     assert ("TR702" in found) == resumed
     with Run.open(tmp_path / "run") as run:
         diagnosis = isograd.diagnose(run)
@@ -374,3 +376,23 @@ def test_a_gradient_that_is_not_finite_is_told_where_elements_are_not_counted(
     assert (found.code, found.sites) == ("NF405", ("1.weight",))
     told = "gradient" if full or math.isnan(value) else "gradient norm"
     assert found.message.startswith(f"the {told} of 1 of 3")
+
+
+def test_a_cell_that_makes_its_optimizer_anew_is_run_again(tmp_path: Path) -> None:
+    """One monitor hears of the model, not one more each time, and all write to one record; one over other parameters stays."""
+    model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2))
+    monitors: list[isograd.Monitor] = []
+    for _ in range(3):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        monitors.append(isograd.watch(model, optimizer, run=tmp_path / "run", replay=True))
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.randn(4, 4)).square().mean().backward()
+            optimizer.step()
+    hooks = [len(p._post_accumulate_grad_hooks or ()) for p in model.parameters()]
+    assert max(hooks) == len(model._forward_hooks) == 1
+    assert [monitor._closed for monitor in monitors] == [True, True, False]
+    isograd.watch(model, torch.optim.SGD(model[0].parameters(), lr=0.1)).close()
+    assert not monitors[-1]._closed
+    monitors[-1].close()
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import isograd
+from isograd.monitor import rivals
 from isograd.monitor.detectors import Detectors
 from isograd.monitor.reading import Reading
-from isograd.record.row import RIVALS
+from isograd.record.row import ELSEWHERE, RIVALS
 
 
 def network() -> nn.Module:
@@ -101,3 +103,40 @@ def test_the_loss_of_a_rival_is_no_plateau_and_no_spike_and_the_rest_is_told() -
             found |= {finding.code for finding in detectors.observe(row)}
         assert bool(found & {"TR701", "TR702"}) != noted
         assert (detectors.outcomes()[1].get("TR701") == RIVALS) == noted
+
+
+@pytest.mark.parametrize(("which", "of"), [(1, 0), (0, 1)])
+def test_what_another_network_broke_is_told_as_its_fault(which: int, of: int) -> None:
+    """The critic steps first and the generator after it; one of them breaks, and by its weights the other."""
+    torch.manual_seed(0)
+    one, other = network(), network()
+    optimizers = [torch.optim.Adam(n.parameters(), 1e-3) for n in (one, other)]
+    with isograd.watch(one, optimizers[0], replay=True) as a, isograd.watch(other, optimizers[1]) as b:
+        for i in range(16):
+            for turn in (1, 0):
+                optimizers[turn].zero_grad()
+                made = one(torch.randn(8, 4))
+                loss = other(made if turn == 0 else made.detach()).square().mean()
+                (loss * (math.nan if i == 12 and turn == which else 1)).backward()
+                optimizers[turn].step()
+        told = [next(f for f in m.diagnosis().findings if f.code == "NF405") for m in (a, b)]
+        assert told[which].evidence["cause"] == "sudden"
+        assert told[of].evidence["cause"] == "other-network"
+        if of == 0:
+            assert a.diagnosis().unexamined["replay"] == ELSEWHERE
+            assert "NF402" not in {f.code for f in a.diagnosis().findings}
+        else:
+            assert a.diagnosis().unexamined.get("replay") != ELSEWHERE
+
+
+def test_a_monitor_that_was_closed_is_no_rival() -> None:
+    one, other = network(), network()
+    watched = [isograd.watch(n, torch.optim.SGD(n.parameters(), 1e-3)) for n in (one, other)]
+    own = [m._taps[0].provenance.rivals for m in watched]
+    watched[1].close()
+    assert own[0] in rivals._all
+    assert own[1] not in rivals._all
+    own[0]._frozen_for.add(own[1])
+    watched[0]._taps[0].provenance.rivals.began(next(one.parameters()), -1)
+    assert own[0]._seen == 0
+    watched[0].close()

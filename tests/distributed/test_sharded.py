@@ -41,6 +41,10 @@ def test_guards_of_all_processes_decide_alike() -> None:
     launch(2, "ddp:adamw:guard", "fsdp2:adamw:guard", "tp:adamw:guard")
 
 
+def test_what_broke_in_another_process_reaches_the_first() -> None:
+    launch(2, "ddp:sgd:replay")
+
+
 def test_05_and_23_four_processes_on_two_dimensions() -> None:
     launch(4, "fsdp2_tp:adamw:ours", "hsdp:adamw:torch")
 

@@ -145,6 +145,28 @@ def guarded(mode: str) -> None:
     distributed.barrier()
 
 
+def replayed(mode: str) -> None:
+    """What broke the gradients of all was the batch of the last process alone, and process 0 tells of it."""
+    torch.manual_seed(0)
+    model, last = MODES[mode](Net().double()), distributed.get_world_size() - 1
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    steps = count_reductions()
+    with isograd.watch(model, optimizer, replay=True) as monitor:
+        for step in range(STEPS):
+            _, x = batch_of(0, mode)
+            if step == BAD and distributed.get_rank() == last:
+                x = x.clone().fill_(torch.nan)
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
+        if distributed.get_rank() == 0:
+            (found,) = [f for f in monitor.diagnosis().findings if f.code in ("NF401", "NF402")]
+            assert found.message.startswith(f"at step {BAD}: in process {last}: "), found
+            assert "argument x" in found.message, found
+    assert not steps, "the processes agree without a reduction of the monitor's"
+    distributed.barrier()
+
+
 def alike(model: nn.Module, twin: nn.Module, of: Callable[[Tensor], Tensor | None]) -> None:
     for ours, theirs in zip(map(of, model.parameters()), map(of, twin.parameters()), strict=True):
         whole = ours.full_tensor() if sharding.is_sharded(ours) else ours
@@ -152,8 +174,8 @@ def alike(model: nn.Module, twin: nn.Module, of: Callable[[Tensor], Tensor | Non
 
 
 def train(mode: str, rule: str, clip: str) -> None:
-    if clip == "guard":
-        guarded(mode)
+    if clip in ("guard", "replay"):
+        (guarded if clip == "guard" else replayed)(mode)
         return
     torch.manual_seed(0)
     twin = Net().double()

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from isograd.monitor.parts import Part
-from isograd.monitor.sharding import Shards
+from isograd.monitor.sharding import Shards, wide
 from isograd.monitor.updates import number
 from isograd.symptoms.loss_spike import LEAST
 
@@ -49,12 +49,12 @@ class AdaptiveClip:
     def limit(self, norm: Tensor) -> Tensor:
         """The limit for this step, whose raw norm is then learned from. Scalar tensors."""
         if self._seen.device != norm.device:
-            self._seen = self._seen.to(norm.device)
+            self._seen = self._seen.to(wide(norm.device)).to(norm.device)
         count, mean, variance = self._seen
         spread = torch.clamp(self.z * variance.sqrt(), min=LEAST)
         ready = count >= self.warm_up
         limit = torch.where(ready, 10 ** (mean + spread), math.inf).clamp(max=self.max_norm)
-        level = torch.minimum(norm.double(), limit).log10()
+        level = torch.minimum(norm.to(self._seen.dtype), limit).log10()
         known = level.isfinite() & norm.isfinite()
         weight = torch.clamp(1 / (count + 1), min=1 - self.decay)
         off = torch.where(known, level - mean, 0.0)

@@ -80,10 +80,10 @@ class Detectors:
         healthy: dict[str, str] = {}
         unexamined: dict[str, str] = {}
         for code, detector in self.by_code.items():
-            silent = detector.of_level and self.history.rivals
+            silent = detector.silenced(self.history)
             said = None if silent else detector.outcome(self.history)
             if said is None:
-                unexamined[code] = RIVALS if silent else detector.unexamined
+                unexamined[code] = silent or detector.unexamined
             else:
                 healthy[code] = said
         if never := self.history.unreached:

@@ -19,8 +19,8 @@ from isograd.monitor.clipping import AdaptiveClip
 from isograd.monitor.curve import Curve
 from isograd.monitor.monitor import Monitor, watch
 from isograd.monitor.provenance import inner
-from isograd.monitor.sharding import local
-from isograd.monitor.snapshot import Snapshot
+from isograd.monitor.sharding import local, wide
+from isograd.monitor.snapshot import Snapshot, values
 from isograd.monitor.tap import Tap
 from isograd.warning import warn
 
@@ -151,6 +151,8 @@ class Guard(Closing):
         self._broken = self._lowered = 0
         self._gone = False
         """Back to a snapshot, and no step has been made since."""
+        self._written: set[str] = set()
+        """What the optimizers' steps have changed in their groups: their own state, and none of a schedule's."""
         self._calm_since, self._wait, self._given_back = 0, recover, False
 
     def close(self) -> None:
@@ -216,15 +218,18 @@ class Guard(Closing):
         optimizers = self.monitor.optimizers
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         rates = [group["lr"] for group in groups]
-        if self.factor < 1:
-            for group, rate in zip(groups, rates, strict=True):
-                group["lr"] = rate * self.factor
+        before = [values(group) for group in groups]
         try:
+            if self.factor < 1:
+                for group, rate in zip(groups, rates, strict=True):
+                    group["lr"] = rate * self.factor
             for optimizer in optimizers:
                 if scaler is None:
                     optimizer.step()
                 else:
                     scaler.step(optimizer)
+            for group, held in zip(groups, before, strict=True):
+                self._written |= {name for name, value in values(group).items() if value != held.get(name)}
         finally:
             if self.factor < 1:
                 for group, rate in zip(groups, rates, strict=True):
@@ -292,7 +297,7 @@ class Guard(Closing):
 
     def _restore(self, age: int) -> Snapshot:
         snapshot = self._before(age)
-        snapshot.restore()
+        snapshot.restore(self._written)
         self._snapshots = self._snapshots[: self._snapshots.index(snapshot) + 1]
         self._curve.losses, self._curve.norms = list(snapshot.losses), list(snapshot.norms)
         self._kept_at = self.steps
@@ -374,7 +379,8 @@ def _together(loss: float | Tensor, norm: Tensor) -> tuple[float, float]:
     value = loss.detach() if isinstance(loss, Tensor) else torch.tensor(loss, dtype=torch.float64)
     if value.numel() != 1:
         raise ValueError(f"a loss is one number: this one has the shape {tuple(value.shape)}")
-    both = torch.stack((local(value).to(norm.device).reshape(()).double(), norm.detach().double()))
+    dtype = wide(norm.device)  # and to it before to the device: none but the host may have what `value` is of
+    both = torch.stack((local(value).to(dtype).to(norm.device).reshape(()), norm.detach().to(dtype)))
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(both)
         both = both / distributed.get_world_size()

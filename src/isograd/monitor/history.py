@@ -9,7 +9,9 @@ from statistics import median
 from typing import Any
 
 from isograd.diagnosis import Finding
+from isograd.monitor import jumps
 from isograd.monitor.seen import Seen, finite, spread
+from isograd.record.row import RIVALS
 
 WINDOW = 64
 """Readings that a baseline is taken from: its median and MAD hold against a third of outliers."""
@@ -17,8 +19,6 @@ RECENT = 16
 """Readings whose median stands for now where a single batch must not decide."""
 START = 5
 """Readings whose median is the level that the training started from."""
-JUMP = 1 / 3
-"""Share of the first loss: a smaller rise from one batch to the next is noise."""
 LEAP = -0.7
 """log10 update over weight: a fifth of the weights in one step. Healthy recipes stay near 1e-3, the boldest reach 0.1."""
 ZERO = -0.01
@@ -90,6 +90,15 @@ class History:
         """Count of readings, loss before and after, and the most that the step can explain, where the loss last rose
         by more than that, and far: other data came; 1, where it then fell back in the same way: it was one batch.
         Forgotten once the loss is back where it was: then that batch did no harm."""
+        self.leap: list[float] = []
+        """Count of readings, log10 of the gradient norm before and after, the step, and the loss before and after, where the
+        norm last rose so far that the step does not explain it."""
+        self.sudden: list[list[float]] = []
+        """The last jumps and leaps that stood out and lasted longer than a batch: the step, 0 for the loss and 1 for the norm, and
+        its values before and after; and"""
+        self.period: list[float] = []
+        """how many steps lie between them, the step of the last, how many were so, and the chance that this is chance;
+        empty: they come as they come."""
         self.written: list[Any] = []
         """Count of readings, name, norm before and after, and the most by which the steps in between can have changed it, of
         the weight that last changed by more: something else than the optimizer wrote to it."""
@@ -131,8 +140,9 @@ class History:
         self.count, self.step, self.now = self.count + 1, seen.step, seen
         self.uncleared += seen.uncleared
         if follows:
-            self._compare(seen)
+            jumps.compare(self, seen, start=self.first_loss)
         self._follow(seen)
+        jumps.leapt(self, seen)
         self.last = [seen.loss, seen.grad_norm, self._length(seen)]
         if not self.first:
             self.first = {
@@ -187,22 +197,6 @@ class History:
     def along(self, by_matrix: Sequence[float]) -> list[float]:
         """Of values by matrix, those of the chain; all, where the model was another then."""
         return [by_matrix[i] for i in self.chain] if len(by_matrix) == len(self.names) else list(by_matrix)
-
-    def _compare(self, seen: Seen) -> None:
-        """Did the last step change the loss, or another batch?
-
-        The loss of a quadratic changes by the mean of the gradients at both ends along the step (the trapezoid
-        rule is exact), so at most by the step's length times the mean of their norms.
-        """
-        before, norm, length = self.last
-        explained = 10**length * (10**norm + 10**seen.grad_norm) / 2
-        rise = seen.loss - before
-        if rise > max(explained, JUMP * self.first_loss) > 0:
-            self.jump = [self.count, before, seen.loss, explained, 0.0]
-        elif self.jump and -rise > explained and 2 * seen.loss < self.jump[1] + self.jump[2]:
-            self.jump[-1] = 1.0
-        if self.jump and self.jump[-1] and seen.loss < self.jump[1] + JUMP * self.first_loss:
-            self.jump = []
 
     def _weigh(self, seen: Seen, weights: list[float], update: list[float], moved: list[float]) -> None:
         """Has something else than the optimizer written to a weight?
@@ -266,6 +260,15 @@ class History:
     def first_loss(self) -> float:
         """The level that the training started from; nan: no loss was logged."""
         return median(self.first_losses) if self.first_losses else math.nan
+
+    @property
+    def unlevelled(self) -> str:
+        """Why the loss has no level of its own; '' where it has one."""
+        if self.rivals:
+            return RIVALS
+        if not self.period:
+            return ""
+        return f"every {self.period[0]:.0f} steps the loss is another, as where its targets are renewed: it has no level of its own"
 
     @property
     def kept(self) -> float:
@@ -347,9 +350,13 @@ class Detector:
     of_level = False
     """It takes the loss to say how well the model does: of networks that are trained on each other it says nothing."""
 
+    def silenced(self, history: History) -> str:
+        """Why nothing is to be told; '' where it is."""
+        return history.unlevelled if self.of_level else ""
+
     def observe(self, history: History) -> Iterator[Finding]:
         """What is new."""
-        found = None if self.of_level and history.rivals else self.examine(history)
+        found = None if self.silenced(history) else self.examine(history)
         if found is None:
             self.quiet += 1
         else:

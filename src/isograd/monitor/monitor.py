@@ -31,13 +31,14 @@ from isograd.monitor.parts import Part
 from isograd.monitor.provenance import inner
 from isograd.monitor.reading import Reading
 from isograd.monitor.replay import OTHERS, Replay
+from isograd.monitor.rivals import broke
 from isograd.monitor.selftest import silent
 from isograd.monitor.sharding import Shards, rank
 from isograd.monitor.steps import Steps
 from isograd.monitor.tap import Tap
 from isograd.monitor.unexamined import together, unexamined
 from isograd.record import Run
-from isograd.record.row import GUARDED
+from isograd.record.row import ELSEWHERE, GUARDED
 from isograd.record.verdict import examined
 from isograd.warning import warn
 
@@ -130,6 +131,7 @@ class Monitor(Closing):
         """`known`: this very model has been trained into this record before."""
         for optimizer in optimizers:
             _free(inner(optimizer))
+        _supersede(model, [inner(optimizer) for optimizer in optimizers])
         self._model = model
         self._deep, self._replay = Deep(model, deep_every), Replay(model, replay)
         self._taps: list[Tap] = []
@@ -341,7 +343,10 @@ class Monitor(Closing):
     def stepping(self, part: Part) -> None:
         """Look at the step from inside, if it is the turn of one or if it breaks."""
         if self._replay.left and part.broken:
-            self._replay.repeat()
+            if broke(tap.provenance.rivals for tap in self._taps):
+                self._replay.left, self._replay.missed = 0, ELSEWHERE
+            else:
+                self._replay.repeat()
         self._deep.stepping(self._schedule.done)
 
     def ended(self, tap: Tap, part: Part) -> None:
@@ -355,3 +360,13 @@ def _free(optimizer: Optimizer) -> None:
     before = scaling.watched(optimizer)
     if isinstance(before, Tap):
         before.owner.close()
+
+
+def _supersede(model: nn.Module, optimizers: Sequence[Optimizer]) -> None:
+    """Close the monitors of this model whose parameters are all in the hands of these optimizers now: the notebook cell that is
+    run again makes its optimizer anew. What such a monitor has hung on the model stays there otherwise, with its batches."""
+    held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+    owners = {id(tap.owner): tap.owner for tap in scaling.everyone() if isinstance(tap, Tap)}
+    for owner in owners.values():
+        if isinstance(owner, Monitor) and owner.model is model and held.issuperset(map(id, owner._watched())):
+            owner.close()

@@ -17,8 +17,8 @@ INPUT_GROWTH = 0.7
 ONE = 1.0
 """Decades by which the inputs of one batch lie above those of each of the others in the window."""
 SPAN = 1.5
-"""Decades between the signals, or the sensitivities, of the layers at the first step: a factor of 30 that the
-initialisation has put there."""
+"""Decades by which the signals grow along the layers, or the sensitivities on their way back, at the first step: a factor
+of 30 that the initialisation has put there."""
 WEIGHT_GROWTH = 0.3
 """Decades: weights that are twice as large as they were in the window before."""
 SHRUNK = -0.5
@@ -62,13 +62,13 @@ def origin(history: History) -> Cause:
     data = written(history) or given(history)
     if data is not None:
         return data
-    forward, backward = (
-        _along(history.along(history.first.get(name, []))) for name in ("scale", "elasticity")
-    )
+    # The signal grows forward and the sensitivity backward; where they shrink, nothing was drawn too large.
+    forward = _along(history.along(history.first.get("scale", [])))
+    backward = -_along(history.along(history.first.get("elasticity", [])))
     if max(forward, backward) >= SPAN and history.count <= 64:
         words = (
-            f"at the first step the layers' signals lie {forward:.1f} decades apart and their sensitivities "
-            f"{backward:.1f}: the weights were drawn too large"
+            f"at the first step the layers' signals grow by {max(forward, 0.0):.1f} decades and their sensitivities, on the "
+            f"way back, by {max(backward, 0.0):.1f}: the weights were drawn too large"
         )
         return Cause(words, "initialisation", ("critical-initialisation", "insert-normalisation"))
     higher = raised(history)
@@ -228,8 +228,8 @@ def _raised(history: History) -> tuple[float, float]:
 
 
 def _along(values: Sequence[float]) -> float:
-    """Decades between the early and the late layers."""
-    difference = abs(late(values) - early(values))
+    """Decades from the early to the late layers; 0: not known."""
+    difference = late(values) - early(values)
     return difference if math.isfinite(difference) else 0.0
 
 

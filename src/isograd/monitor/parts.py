@@ -14,7 +14,7 @@ from operator import attrgetter
 import torch
 from torch import Tensor
 
-from isograd.monitor.sharding import PLAIN, is_sharded, local
+from isograd.monitor.sharding import PLAIN, is_sharded, local, wide
 from isograd.monitor.statistics import largest, nonfinite, norms
 
 KIND = attrgetter("device", "dtype", "layout", "__class__")
@@ -108,19 +108,18 @@ class Part:
         if self.full:
             columns += ["grad_max", "nonzero", "weight_norm", "update_norm"]
         place = {id(p): i for i, p in enumerate(parameters)}
-        rows = {
-            name: torch.zeros(len(parameters), dtype=torch.float64, device=local(parameters[0]).device)
-            for name in columns
-        }
+        device = local(parameters[0]).device
+        dtype = wide(device)
+        rows = {name: torch.zeros(len(parameters), dtype=dtype, device=device) for name in columns}
         for bucket in self.buckets:
             mine = [i for i, p in enumerate(bucket.parameters) if id(p) in place]
             at = [place[id(bucket.parameters[i])] for i in mine]
             if not mine:  # plain parameters, or held by other processes
                 continue
             for name, row in bucket.rows.items():
-                rows[name][at] = torch.stack([row[i] for i in mine]).double()
+                rows[name][at] = torch.stack([row[i] for i in mine]).to(dtype)
             if "nonfinite" not in bucket.rows:
-                rows["nonfinite"][at] = torch.where(rows["grad_norm"][at].isfinite(), 0.0, math.nan).double()
+                rows["nonfinite"][at] = torch.where(rows["grad_norm"][at].isfinite(), 0.0, math.nan).to(dtype)
         return rows
 
 

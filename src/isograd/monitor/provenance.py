@@ -85,6 +85,7 @@ class Provenance:
     def close(self) -> None:
         """Hear of nothing any more."""
         self.remove()
+        self.rivals.close()
         self._ended = _nothing
 
     @property

@@ -2,27 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import timedelta
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn.utils import get_total_norm
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.call import Call, Staying
 from isograd.monitor.deep import in_parts, repeatable
-from isograd.monitor.sharding import local
+from isograd.monitor.sharding import local, rank
 from isograd.nonfinite import find_nonfinite
+from isograd.record.row import Told, encoded
 from isograd.symptoms import nonfinite_backward
 
 REPLAYS = 3
 """Steps that are repeated until one of them tells where it broke."""
+WAIT = 10.0
+"""Seconds that process 0 waits for the others to repeat theirs: a forward and a backward, which all of them begin at once."""
 OTHERS = "the optimizer is none of torch's: a step is told of when the weights have changed already"
 """Why a step that breaks is not repeated."""
 MOST = 8
 """Forwards that are kept of a step: both of a critic, the parts of a model, the networks of an agent. Each holds a batch."""
+
+
+_numbers = itertools.count()
 
 
 class Replay:
@@ -40,6 +50,8 @@ class Replay:
     def __init__(self, model: nn.Module, asked: bool) -> None:
         self._model, self.refused = repeatable(model)
         self.left, self.missed = REPLAYS if asked else 0, ""
+        self._board = f"isograd/replay/{next(_numbers) if asked else ''}"
+        """Where processes leave what they have found: watched in the same order, they count alike."""
         self._found: tuple[Finding, ...] = ()
         self._handles: list[Any] = []
         self._calls: list[tuple[nn.Module, Call]] = []
@@ -70,8 +82,33 @@ class Replay:
         if not self.left:
             return
         found = self._located()
+        if not self.refused and distributed.is_available() and distributed.is_initialized():
+            found = self._of_all(found)
         self._found = () if found is None else (found,)
         self.left = 0 if found else self.left - 1
+
+    def _of_all(self, found: Finding | None) -> Finding | None:
+        """What the first process has found that has found any: process 0 alone writes, and the batch that broke the gradients
+        of all may have been another's. Nothing is sent in a step that is well, and none but process 0 waits."""
+        from torch.distributed.distributed_c10d import _get_default_store
+
+        store: Any = _get_default_store()
+        me, turn = rank(), f"{self._board}/{self.left}"
+        if me:
+            store.set(f"{turn}/{me}", "" if found is None else encoded(found))
+            return found
+        end = time.monotonic() + WAIT
+        for other in range(1, distributed.get_world_size()) if found is None else ():
+            key, left = f"{turn}/{other}", max(end - time.monotonic(), 0.001)
+            try:
+                store.wait([key], timedelta(seconds=left))
+            except RuntimeError:  # it is not watched, or has not broken
+                continue
+            if text := store.get(key).decode():
+                told = Told(0, 0, json.loads(text)).finding()
+                self.missed = ""
+                return replace(told, message=f"in process {other}: {told.message}")
+        return found
 
     def taken(self) -> tuple[Finding, ...]:
         """What was found in the step that ends."""

@@ -9,7 +9,7 @@ away before its own next backward. Or its parameters are frozen while the other 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
@@ -30,7 +30,15 @@ class Rivals:
         """that gradient with its version, as the last backward has left it; None: a step was made with it."""
         self._frozen_for: weakref.WeakSet[Rivals] = weakref.WeakSet()
         """Those that stepped while these parameters were frozen."""
+        self._others: weakref.WeakSet[Rivals] = weakref.WeakSet()
+        """Those that were seen."""
+        self.broke = False
+        """Its last step was made with gradients that are not finite, as far as that is known without waiting for a device."""
         _all.add(self)
+
+    def close(self) -> None:
+        """Count no longer: nothing more is heard of these parameters."""
+        _all.discard(self)
 
     @property
     def found(self) -> bool:
@@ -39,11 +47,14 @@ class Rivals:
 
     def began(self, reached: Tensor, before: int) -> None:
         """Another backward has left its first gradient; `before`: the number of the last."""
-        rivals = set(self._frozen_for)
+        rivals = {other for other in self._frozen_for if other in _all}
         if self._thrown_away(reached):
             rivals |= {other for other in _all if other is not self and other._stepped_with == before}
-        for rival in (self, *rivals) if rivals else ():
+        self._seen += bool(rivals)
+        for rival in rivals:
             rival._seen += 1
+            rival._others.add(self)
+            self._others.add(rival)
         self._left = None
         self._frozen_for.clear()
 
@@ -70,6 +81,14 @@ class Rivals:
         gradient, version = self._left
         now = last.grad
         return now is None or now is not gradient() or now._version > version + (last is reached)
+
+
+def broke(networks: Iterable[Rivals]) -> bool:
+    """Has one that these are trained against, and that is none of them, made its last step with gradients that are not finite,
+    and they have not? Then its weights are no numbers, nor is what comes through them."""
+    mine = set(networks)
+    well = [one for one in mine if one.found and not one.broke]
+    return any(other.broke for one in well for other in one._others if other not in mine)
 
 
 _all: weakref.WeakSet[Rivals] = weakref.WeakSet()

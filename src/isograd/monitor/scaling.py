@@ -34,6 +34,11 @@ def watched(optimizer: Optimizer) -> Scaled | None:
     return _watched.get(id(optimizer))
 
 
+def everyone() -> list[Scaled]:
+    """All that watch an optimizer."""
+    return list(_watched.values())
+
+
 def add(optimizer: Optimizer, watcher: Scaled) -> None:
     """Tell `watcher` what scalers do with this optimizer."""
     if not _originals:

@@ -113,7 +113,7 @@ class Shards:
         counted = torch.tensor([self._known(p).counts for p in parameters], device=device)
         # A maximum by a sum: each process has a row of its own, and the others leave it at 0.
         sent = torch.zeros(
-            len(sums) + processes * len(maxima), len(parameters), dtype=_wide(device), device=device
+            len(sums) + processes * len(maxima), len(parameters), dtype=wide(device), device=device
         )
         for i, name in enumerate(sums):
             row = rows[name].to(sent.dtype)
@@ -154,5 +154,6 @@ def _first_copy(parameter: Any) -> bool:
     )
 
 
-def _wide(device: torch.device) -> torch.dtype:
+def wide(device: torch.device) -> torch.dtype:
+    """The widest floating-point type that a device has."""
     return torch.float32 if device.type == "mps" else torch.float64

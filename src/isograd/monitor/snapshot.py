@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from copy import deepcopy
 from typing import Any
 
@@ -10,6 +11,10 @@ from torch import Tensor, nn
 
 from isograd.monitor.monitor import Monitor
 from isograd.monitor.sharding import PLAIN, local
+
+GIVEN = ("params", "lr")
+"""Of an optimizer's group: what is given to it, and the rate, which is the user's or a schedule's."""
+PLAIN_STATE = (bool, int, float, str, type(None), Tensor)
 
 
 class Snapshot:
@@ -28,9 +33,21 @@ class Snapshot:
         held = [*model.parameters(), *(p for _, p in stepped)]
         self._weights = [(t, _copy(t)) for t in {id(t): t for t in held}.values()]
         self._states = [(o, p, _saved(o.state[p]) if p in o.state else None) for o, p in stepped]
+        self._groups = [(group, _saved(_own(group))) for o in optimizers for group in o.param_groups]
 
-    def restore(self) -> None:
-        """In place. Parameters that came later keep what they have; one that had no optimizer state starts afresh."""
+    def restore(self, own: Collection[str] = ()) -> None:
+        """In place. Parameters that came later keep what they have; one that had no optimizer state starts afresh. `own`: names
+        of what optimizers keep in their groups, as Prodigy its distance; all else there is a schedule's, which goes on.
+
+        Where it is interrupted, as by Ctrl-C, it is done all the same: half of a state is none.
+        """
+        try:
+            self._restore(own)
+        except BaseException:
+            self._restore(own)
+            raise
+
+    def _restore(self, own: Collection[str]) -> None:
         with torch.no_grad():
             for tensor, saved in self._weights:
                 if local(tensor).shape == saved.shape:  # else it is another, of which nothing is known
@@ -42,11 +59,9 @@ class Snapshot:
                 if saved is None or state is None or state.keys() != saved.keys():
                     optimizer.state.pop(parameter, None)
                     continue
-                for name, value in saved.items():
-                    if isinstance(value, Tensor) and isinstance(state[name], Tensor):
-                        local(state[name]).copy_(value)
-                    else:
-                        state[name] = deepcopy(value)
+                _write(state, saved)
+            for group, saved in self._groups:
+                _write(group, {name: value for name, value in saved.items() if name in own})
 
     def mend(self) -> None:
         """Buffers that are not finite: the forward of a batch that breaks goes into the averages of batch normalisation."""
@@ -55,6 +70,29 @@ class Snapshot:
                 buffer = module._buffers.get(name)
                 if buffer is not None and not local(buffer).isfinite().all():
                     _put(module, name, saved)
+
+
+def values(group: dict[str, Any]) -> dict[str, Any]:
+    """What is in an optimizer's group, in a form that tells whether it was changed; a tensor is not looked at."""
+    return {
+        name: (id(value), value._version) if isinstance(value, Tensor) else value
+        for name, value in _own(group).items()
+    }
+
+
+def _own(group: dict[str, Any]) -> dict[str, Any]:
+    """What may be its state: numbers, words and tensors."""
+    return {
+        name: value for name, value in group.items() if isinstance(value, PLAIN_STATE) and name not in GIVEN
+    }
+
+
+def _write(held: dict[str, Any], saved: dict[str, Any]) -> None:
+    for name, value in saved.items():
+        if isinstance(value, Tensor) and isinstance(held.get(name), Tensor):
+            local(held[name]).copy_(value)
+        else:
+            held[name] = deepcopy(value)
 
 
 def _put(module: nn.Module, name: str, saved: Tensor) -> None:

@@ -13,10 +13,11 @@ from isograd.monitor.host import Ended, Host, Packed, on_its_way
 from isograd.monitor.names import Names
 from isograd.monitor.parts import Part
 from isograd.monitor.replay import Replay
+from isograd.monitor.rivals import broke
 from isograd.monitor.sharding import Shards
 from isograd.monitor.tap import Tap
 from isograd.monitor.updates import number
-from isograd.record.row import BEGINS, GUARDED, PERHAPS, RIVALS
+from isograd.record.row import BEGINS, ELSEWHERE, GUARDED, PERHAPS, RIVALS
 
 
 class Steps:
@@ -101,6 +102,8 @@ class Steps:
             step.suspicious |= any(bucket.suspicious for bucket in part.buckets)
             step.packed += self._packed(part)
             step.notes += part.notes
+        if step.suspicious and broke(tap.provenance.rivals for tap in taps):
+            step.notes.append(ELSEWHERE)
         step.suspicious |= any(note.startswith(GUARDED) for note in step.notes)
         for i, tap in enumerate(taps):
             # an optimizer may have none, or None where it finds one by itself

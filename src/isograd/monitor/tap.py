@@ -246,6 +246,8 @@ class Tap:
             with torch.no_grad():
                 part.buckets += idle(self.parameters(), self._moved is not None)
         self._watcher.ended(self, part)
+        if not note:
+            self.provenance.rivals.broke = any(bucket.suspicious for bucket in part.buckets)
         self._part, self.scale, self.clipped, self.taken = None, None, None, False
         self.provenance.stepped()
 
@@ -257,6 +259,7 @@ class Tap:
 
     def restored(self) -> None:
         """The optimizer's state is an older one: its steps are counted anew."""
+        self.provenance.rivals.broke = False
         if self._moved is not None:
             self._moved.restored()
 

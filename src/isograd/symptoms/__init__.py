@@ -62,6 +62,7 @@ STREAMED = (
     "fading_gradient",
     "dying_units",
     "ordered_data",
+    "recurring_jumps",
     "uncleared_gradient",
     "steps_too_large",
     "growing_gradient",

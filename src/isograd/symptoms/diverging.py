@@ -7,8 +7,9 @@ Why it happens
     A learning rate that is too high, inputs that are not normalised, weights drawn too large.
 
 Evidence
-    The median of the last 3 losses is above three times the first, in a run whose losses are positive, and the
-    gradient norm above three times the first; the first step alone is no evidence. The cause is read off the first steps, as under UP506.
+    The median of the last 3 losses is above three times the first, in a run whose losses are positive, by 6 spreads of the
+    64 before them and beyond their largest, and the gradient norm is above three times the first; the first step alone is no
+    evidence, nor is a jump that no step explains while it comes back (TR705). The cause is read off the first steps, as under UP506.
 
 What helps
     What the cause names; warm-up; gradient clipping.
@@ -24,6 +25,7 @@ from statistics import median
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import Baseline, Detector, History
+from isograd.monitor.jumps import absorbed, judged
 from isograd.monitor.origin import origin
 
 CODE = "TR703"
@@ -35,7 +37,9 @@ NORM = 0.5
 """Decades by which the gradient norm must have risen too: where the first loss was small by luck, as with noisy
 rewards, the loss alone says nothing."""
 DEVIATIONS = 6.0
-"""Spreads of the losses, once enough of them are known."""
+"""Spreads of the losses, once enough of them are known; and above the largest of these, as tails are heavy."""
+RECENT = 3
+"""Losses whose median is the loss of now."""
 
 
 class Diverging(Detector):
@@ -54,12 +58,15 @@ class Diverging(Detector):
         if not losses:
             return None
         self.lowest = min(self.lowest, losses[-1])
-        if self.lowest < 0 or len(losses) < 3 or history.first_losses[0] <= 0:
+        if self.lowest < 0 or len(losses) < RECENT or history.first_losses[0] <= 0:
             return None
-        now, first = median(losses[-3:]), history.first_losses[0]
+        now, first = median(losses[-RECENT:]), history.first_losses[0]
         self.ratio = now / first
         norm = max(history.norms[-3:], default=math.inf) - history.first["norm"][0]
-        if self.ratio < RISE or norm < NORM or now - first < DEVIATIONS * Baseline(losses, 3).noise:
+        base = Baseline(judged(history, RECENT), RECENT)
+        if self.ratio < RISE or norm < NORM or now - first < DEVIATIONS * base.noise:
+            return None
+        if now < base.largest or absorbed(history, RECENT):  # the largest is nan where too little is known
             return None
         cause = origin(history)
         return Finding(

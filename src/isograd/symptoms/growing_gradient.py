@@ -11,8 +11,9 @@ Evidence
     The median of the last 8 gradient norms against median and spread (MAD) of the 64 before, in logarithms: a
     decade and 6 spreads. In the first steps, against the first step: a decade and a half with a loss that
     rises. A gradient that grows while the loss falls is how many healthy trainings begin. Where other data has come
-    (the loss rose by more than the step explains, and stayed), the norm that it brought is the baseline. Values that
-    are not finite never enter one.
+    (the loss rose by more than the step explains, and stayed), the norm that it brought is the baseline. A norm that has
+    leapt in one step at an unchanged rate is waited for 16 steps, and as long as it is on its way back. Values that are not
+    finite never enter a baseline.
 
 What helps
     Clipping at a multiple of the usual norm, a lower learning rate, what the cause names.
@@ -27,6 +28,7 @@ import math
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import Baseline, Detector, History, worst
+from isograd.monitor.jumps import settling
 from isograd.monitor.origin import brought, origin
 from isograd.symptoms.steps_too_large import rising
 
@@ -64,7 +66,7 @@ class GrowingGradient(Detector):
         else:
             self.rise = norms[-1] - norms[0]
             grown = self.rise >= AT_START and rising(history)
-        if not grown:
+        if not grown or settling(history, norms[-1] if not base.enough else base.now):
             return None
         cause = origin(history)
         now, then = history.grads[-1], history.grads[-min(len(history.grads), RECENT + 32)]

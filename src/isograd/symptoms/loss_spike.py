@@ -11,7 +11,8 @@ Why it happens
 Evidence
     The median of the last 5 losses against median and spread (MAD) of the 64 before: 6 spreads, beyond the
     largest of those losses, and a third of all that had been gained since the start, or a twentieth of the first loss where
-    less was gained than that takes. The layer that moved first:
+    less was gained than that takes. A jump that no step explains, as of other targets, is told unless it is coming back, half of
+    it within 32 steps: then nothing was lost. The layer that moved first:
     for each matrix, how many steps back its gradient norm left its own band (4 spreads and a fifth of a decade)
     and stayed out; the lead is the largest of these.
 
@@ -28,6 +29,7 @@ import math
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import WINDOW, Baseline, Detector, History
+from isograd.monitor.jumps import absorbed, judged
 from isograd.monitor.origin import origin
 
 CODE = "TR702"
@@ -62,11 +64,11 @@ class Spike(Detector):
     of_level = True
 
     def examine(self, history: History) -> Finding | None:
-        base = Baseline(history.losses, RECENT)
+        base = Baseline(judged(history, RECENT), RECENT)
         if not base.enough:
             return None
         self.deviations = base.deviations
-        if not jumped(base, history.first_loss):
+        if not jumped(base, history.first_loss) or absorbed(history, RECENT):
             return None
         leads = moved_first(history)
         lead = max(leads.values(), default=0)

@@ -12,7 +12,8 @@ Evidence
     NaN and Inf elements of each parameter's gradient, counted before anything clips them, and the loss. On a GPU they are
     told by the norm, and not counted; where only the squares in it overflow, a step that is read in full says so. A step that
     a loss scaler skipped for an overflow is routine and counts only when 10 follow each other. What the run did
-    before says whether it exploded or broke at once; the operation that made the first one, with its source
+    before says whether it exploded or broke at once, or that a network which it is trained against, and that is watched too, had
+    broken first; the operation that made the first one, with its source
     line, names `isograd.find_nonfinite(model, loss)`, or a monitor that keeps the batch of each step (`replay=True`).
 
 What helps
@@ -33,6 +34,7 @@ from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import Detector, History
 from isograd.monitor.origin import origin
 from isograd.monitor.reading import Reading
+from isograd.record.row import ELSEWHERE
 
 CODE = "NF405"
 NAME = "non-finite-step"
@@ -43,9 +45,17 @@ FIND = (
     "name the operation: isograd.find_nonfinite(model, loss), with the batch of this step, or the next time "
     "watch(…, replay=True), isograd watch --replay"
 )
+OTHER = (
+    f"{ELSEWHERE}: it came from there, by the loss that runs through both",
+    "other-network",
+    ("look at what was found of the other network, and at its loss",),
+)
+"""Cause, slug and what helps, where another network that is watched broke first."""
 EXPLODED = 1.0
 """Decades by which gradient or loss had risen before, and above all that they had been: then it exploded. Near its end
 a training that is well has losses ten times as large as others."""
+SQUARED = math.log10(3.4e38) / 2
+"""Decades from which on a training is not well, whatever the scale of its loss: squares, as of a norm, overflow in float32."""
 BEFORE = 24
 """Readings that an explosion may take."""
 
@@ -71,7 +81,11 @@ class NonFinite(Detector):
             what = f"the gradient norm of {len(sick)} of {len(reading.sites)} parameters"
         if sick and not math.isfinite(loss):
             what = f"the loss and {what}"
-        words, slug, remedies = self._cause(history, alone=not sick and "grad_norm" in reading.columns)
+        words, slug, remedies = (
+            OTHER
+            if ELSEWHERE in reading.notes
+            else self._cause(history, alone=not sick and "grad_norm" in reading.columns)
+        )
         return Finding(
             CODE,
             NAME,
@@ -90,6 +104,14 @@ class NonFinite(Detector):
         if _risen(history.norms) or _risen(losses) or large:
             cause = origin(history)
             return f"the training exploded before: {cause.words}", cause.slug, cause.remedies
+        highest = max([*losses[-3:], *history.norms[-3:]], default=-math.inf)
+        if highest >= SQUARED and not alone:
+            return (
+                f"loss or gradient stood at 10^{highest:.0f} in the steps before, whose square no float32 holds: what explodes "
+                "does so within one step, in the model, in its loss or in a loop that it runs",
+                "from-the-start",
+                ("critical-initialisation", "standardise-input", FIND),
+            )
         if alone:
             return (
                 "the loss alone: all gradients are finite. A term of it is the log of 0, 0/0 or a mean over nothing, as "

@@ -11,7 +11,8 @@ Why it happens
 Evidence
     The median of the last 12 gradient norms, in logarithms, against median and spread (MAD) of the 64 before:
     4 spreads and half a decade, with a loss that is not below its own baseline. A trend, and no outlier: the
-    median of 12 does not follow single batches. What came with other data, as in EG203, is no drift.
+    median of 12 does not follow single batches. What came with other data, as in EG203, is no drift, nor is a norm that
+    has leapt in one step at an unchanged rate within the last 16 steps, or is on its way back from there.
 
 What helps
     Look at the layers that are named; clip at a multiple of the usual norm; lower the learning rate.
@@ -27,6 +28,7 @@ from statistics import median
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import WINDOW, Baseline, Detector, History, worst
+from isograd.monitor.jumps import settling
 from isograd.monitor.origin import brought, origin
 from isograd.symptoms.growing_gradient import not_falling
 
@@ -55,6 +57,8 @@ class Drift(Detector):
             return None
         self.drift = min(base.rise, base.now - brought(history))
         if self.drift < DRIFT or base.deviations < DEVIATIONS or not not_falling(history.losses, RECENT):
+            return None
+        if settling(history, base.now):
             return None
         columns = zip(*history.grads, strict=True)
         # where parameters have just joined, less is known of the matrices than of all together

@@ -13,6 +13,7 @@ Evidence
     before can explain: its length times the mean of the gradient norms at both its ends, by which a quadratic
     changes at most. After them the loss stays up, or falls as the next steps make it fall. Where batches are drawn at
     random that has the chance that any loss is high: the binomial tail of all jumps so far is below one in 10,000.
+    Jumps that are all as many steps apart may be those of targets that are renewed, and are told as TR705.
 
 What helps
     Shuffle the data; a larger shuffle buffer; batches that mix the blocks.
@@ -28,6 +29,7 @@ import math
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import START, Detector, History
+from isograd.monitor.jumps import regular
 
 CODE = "TR704"
 NAME = "ordered-data"
@@ -62,7 +64,7 @@ class Ordered(Detector):
         if len(history.first_losses) < START or len(losses) < 2 or not first > 0 or self.lowest < 0:
             return None
         self._count(history, losses[-1], first)
-        if self.jumps < LEAST or not self.chance < CHANCE:
+        if self.jumps < LEAST or not self.chance < CHANCE or regular(history):
             return None
         return Finding(
             CODE,
