@@ -52,7 +52,7 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     if shrunk_output.CODE in told and shrunk_output.cosines(patient.flow):
         yield _without(
             lines,
-            f"cosines divided by their temperature, not multiplied",
+            "cosines divided by their temperature, not multiplied",
             math.prod(costly.values()) ** 2,
             by_hand,
             True,

@@ -146,20 +146,36 @@ def _cosines(flow: Flow) -> Finding | None:
 def cosines(flow: Flow) -> list[Site]:
     """The constants behind products of normalised vectors, where they leave classes less than a range of FLAT.
 
-    A product with vectors of norm 1 keeps the root mean square. No weights can make such logits any larger.
+    No weights can make such logits any larger.
     """
-    layers = [i for i, flag in enumerate(flow.column("weighted").tolist()) if flag == 1]
-    after = flow.sites[layers[-1] + 1 :] if layers else ()
-    inside = list(takewhile(lambda site: site.operation not in LOSSES | NORMALISED_LOG, after))
-    products = [site for site in inside if site.kind == "product"]
-    unit = [site for site in inside if site.kind == "normalisation" and not site.parameters]
-    if len(products) != 1 or not unit or not any(c.function in OF_LOGITS for c in flow.losses):
+    inside = [site for site in flow.sites if site.kind != "loss" and site.operation not in NORMALISED_LOG]
+    product = next((site for site in reversed(inside) if site.kind == "product"), None)
+    behind = behind_the_head(flow)
+    if product is None or not behind or not any(c.function in OF_LOGITS for c in flow.losses):
         return []
-    behind = [site for site in behind_the_head(flow) if site.depth > unit[-1].depth]
-    known, rms = {products[0], *unit, *behind}, flow.column("activation_rms")
-    kept = float(rms[products[0].depth] / rms[products[0].depth - 1])
-    confined = 2 * math.prod(flow.factors[site.depth] for site in behind) < FLAT and 0.5 < kept < 2
-    return behind if confined and all(site in known or site.kind == "reshape" for site in inside) else []
+    after = {site for site in inside[product.depth + 1 :] if site.kind != "reshape"}
+    confined = 2 * math.prod(flow.factors[site.depth] for site in behind) < FLAT
+    return behind if confined and after <= set(behind) and _of_unit(flow, product, behind) else []
+
+
+def _of_unit(flow: Flow, product: Site, factors: list[Site]) -> bool:
+    """Are both of the vectors of norm 1 that are multiplied here?
+
+    Of two towers on one input both are seen inside of the product. Else the nearest site before it is normalised, and
+    the product, as one with vectors of norm 1 does, keeps the root mean square.
+    """
+    normed = [s for s in flow.ledgers.get(product.depth, ()) if _unit(s.site, s.activation_rms)]
+    if len(normed) == 2:
+        return True
+    rms = flow.column("activation_rms").tolist()
+    before = [s for s in flow.sites[: product.depth] if s not in factors and s.kind != "reshape"]
+    kept = rms[product.depth] / rms[product.depth - 1] if product.depth else math.nan
+    return bool(before) and _unit(before[-1], rms[before[-1].depth]) and 0.5 < kept < 2
+
+
+def _unit(site: Site, rms: float) -> bool:
+    width = site.shape[-1] if site.shape else 0
+    return site.kind == "normalisation" and not site.parameters and abs(rms * math.sqrt(width) - 1) < 0.1
 
 
 def leave_out(site: Site) -> str:
