@@ -17,9 +17,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from gallery.watched import CLEAN, SICK, Watched, readings
-from isograd import diagnose
+from isograd import diagnose, watch
 from isograd.cli import main
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.detectors import Detectors
@@ -905,3 +906,29 @@ def test_inputs_are_not_read_off_errors_that_cancel() -> None:
         reading.columns["grad_norm"][-1] *= 1e-7
     critic = next(f for _, f in told(readings) if f.code == "UP506")
     assert "the learning rate" in critic.cause
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_data_that_is_sorted_by_class_is_told_though_a_batch_of_two_classes_lies_between(
+    shuffled: bool,
+) -> None:
+    torch.manual_seed(0)
+    sizes = [1000, 1060, 930, 1100, 970, 1030, 1090, 910, 950, 1010]
+    centres = 0.6 * torch.randn(len(sizes), 32)
+    y = torch.cat([torch.full((size,), label) for label, size in enumerate(sizes)])
+    x = centres[y] + torch.randn(len(y), 32)
+    order = torch.randperm(len(y)) if shuffled else torch.arange(len(y))
+    model = nn.Sequential(
+        nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, len(sizes))
+    )
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    with watch(model, optimizer, budget=1.0) as monitor:
+        for _ in range(4):
+            for rows in order.split(32):
+                loss = nn.functional.cross_entropy(model(x[rows]), y[rows])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                monitor.log(loss=loss)
+        told = {f.code for f in monitor.diagnosis().findings}
+    assert ("TR704" in told) == (not shuffled)

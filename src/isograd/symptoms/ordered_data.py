@@ -9,10 +9,11 @@ Why it happens
     is smaller than the blocks; tasks that follow each other.
 
 Evidence
-    Jumps of the loss in one step from below half of its first level to above all of it, each larger than the step
+    Jumps of the loss at once from below half of its first level to above all of it, each larger than the step
     before can explain: its length times the mean of the gradient norms at both its ends, by which a quadratic
-    changes at most. After them the loss stays up, or falls as the next steps make it fall. Where batches are drawn at
-    random that has the chance that any loss is high: the binomial tail of all jumps so far is below one in 10,000.
+    changes at most. A batch of both blocks may lie between. The two batches after them are as hard, and no fall is larger than
+    the steps explain. Where batches are drawn at random that has the chance that any two losses are high: the binomial tail of
+    all jumps so far is below one in 10,000.
     Jumps that are all as many steps apart may be those of targets that are renewed, and are told as TR705.
 
 What helps
@@ -38,6 +39,8 @@ CHANCE = 1e-4
 """Of a training that draws its batches at random to be told this in its whole length, within an order."""
 LEAST = 3
 """Jumps: two are two hard batches."""
+AFTER = 2
+"""Batches behind a jump that are as hard, and of which the first may be of both blocks."""
 LOW = 0.5
 """Share of the first level below which the loss must have fallen, so that there is something to forget."""
 
@@ -50,7 +53,8 @@ class Ordered(Detector):
         self.jumps = self.lasting = 0
         self.low = self.high = 0
         """Losses below and above LOW since the first that was below."""
-        self.pending = False
+        self.pending = 0
+        """Batches of a jump that are still to come."""
         self.lowest = math.inf
         self.chance = 1.0
         """That so many jumps last, if each batch were high with the share of all that were."""
@@ -70,7 +74,7 @@ class Ordered(Detector):
             CODE,
             NAME,
             Severity.WARNING,
-            f"{self.jumps} times the loss went in one step from below {LOW * first:.2g} to above {first:.2g}, where it "
+            f"{self.jumps} times the loss went at once from below {LOW * first:.2g} to above {first:.2g}, where it "
             f"started, and in {self.lasting} of them the next batches were as hard",
             cause="the batches come in blocks: data that is sorted and not shuffled",
             evidence={
@@ -84,20 +88,22 @@ class Ordered(Detector):
         )
 
     def _count(self, history: History, loss: float, first: float) -> None:
-        if self.pending:
-            self.jumps += 1
-            self.lasting += bool(history.jump) and not history.jump[-1]
-            self.pending = False
-            self.chance = self._tail()
+        began = history.jump and history.jump[0] == history.count
+        if began and history.jump[1] < LOW * first and self.low:
+            self.pending = AFTER
+        elif self.pending:
+            self.pending -= 1
+            if not self.pending and max(history.losses[-AFTER - 1 :]) >= first:
+                self.jumps += 1
+                stays = min(history.losses[-AFTER:]) >= LOW * first
+                self.lasting += stays and bool(history.jump) and not history.jump[-1]
+                self.chance = self._tail()
         if self.low:
             self.high += loss >= LOW * first
         self.low += loss < LOW * first
-        if history.jump and history.jump[0] == history.count:
-            _, before, after, *_ = history.jump
-            self.pending = bool(self.low) and before < LOW * first and after >= first
 
     def _tail(self) -> float:
-        share = self.high / max(self.low + self.high, 1)
+        share = (self.high / max(self.low + self.high, 1)) ** AFTER
         return sum(
             math.comb(self.jumps, k) * share**k * (1 - share) ** (self.jumps - k)
             for k in range(self.lasting, self.jumps + 1)
