@@ -34,9 +34,9 @@ from gallery.nets import (
 from gallery.training import copying, cross_entropy, digits
 from isograd.diagnosis import diagnose
 from isograd.edit import Value
-from isograd.horizon import horizon
 from isograd.measure import measure
 from isograd.prescription import Patient, Prescription, apply, not_applicable
+from isograd.recurrent.along import horizon
 
 Configuration = dict[str, Value]
 Effect = Callable[[nn.Module, Loss, Configuration], float]

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from isograd.horizon import LEFT, Horizon, horizon
+from isograd.horizon import LEFT, Horizon
+from isograd.recurrent.along import horizon
 from isograd.render.horizon import svg
 
 WIDTH = 128

@@ -22,7 +22,8 @@ from isograd import horizon
 from isograd.cli import main
 from isograd.diagnosis import Severity
 from isograd.graph.scaled import ScaledBackward, log10_norms
-from isograd.horizon import Horizon, horizon_of_loss
+from isograd.horizon import Horizon
+from isograd.recurrent.along import horizon_of_loss
 from isograd.recurrent.unrolled import KERNELS, Unrolled
 
 KERNEL = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}

@@ -32,7 +32,7 @@ transformers.logging.set_verbosity_error()
 VERDICTS = {"healthy", "vanishing", "exploding", "broken", "sick"}
 CAUSES = {
     "activation", "initialisation", "missing-normalisation", "missing-residual", "batchnorm-without-skips",
-    "dead-units", "residual-branch-growth", "unnormalised-input", "norm-gain", "norm-epsilon", "precision", "head",
+    "dead-units", "residual-branch-growth", "unnormalised-input", "norm-gain", "norm-epsilon", "precision", "head", "factor",
 }  # fmt: skip
 
 

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from isograd.extrapolation import extrapolate as extrapolate
     from isograd.flow import Flow as Flow
     from isograd.horizon import Horizon as Horizon
-    from isograd.horizon import horizon as horizon
     from isograd.measure import measure as measure
     from isograd.monitor import AdaptiveClip as AdaptiveClip
     from isograd.monitor import Guard as Guard
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from isograd.prescription import prescribe as prescribe
     from isograd.proof import Proof as Proof
     from isograd.proof import prove as prove
+    from isograd.recurrent.along import horizon as horizon
     from isograd.repair import Repair as Repair
     from isograd.repair import repair as repair
     from isograd.spectrum import Spectrum as Spectrum
@@ -52,7 +52,7 @@ _HOME = {
     "spectrum": "isograd.spectrum",
     "trainability": "isograd.trainability",
     "extrapolate": "isograd.extrapolation",
-    "horizon": "isograd.horizon",
+    "horizon": "isograd.recurrent.along",
     "watch": "isograd.monitor",
     "find_nonfinite": "isograd.nonfinite",
     "prove": "isograd.proof",

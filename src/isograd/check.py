@@ -12,8 +12,8 @@ from isograd.causes import explained
 from isograd.diagnosis import Diagnosis, diagnose
 from isograd.flow import Flow
 from isograd.graph.traced import Loss, unwrapped
-from isograd.horizon import horizon_of_loss
 from isograd.measure import measure
+from isograd.recurrent.along import horizon_of_loss
 
 
 def check(

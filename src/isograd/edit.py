@@ -21,6 +21,7 @@ ROOTS = {
     "nn": "torch.nn",
     "surgery": "isograd.surgery",
     "modules": "isograd.modules",
+    "recurrences": "isograd.recurrences",
     "calls": "isograd.calls",
 }
 """Where the callables of edits live."""

@@ -22,7 +22,7 @@ import torch
 from isograd.edit import ROOTS, Edit, named, printed
 from isograd.prescription import Prescription, combined
 
-OURS = ("surgery", "modules", "calls")
+OURS = ("surgery", "modules", "recurrences", "calls")
 LONG = 100
 """Characters after which a list of places is broken."""
 FEWEST = 3

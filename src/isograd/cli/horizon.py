@@ -82,7 +82,7 @@ def _horizon(
         import torch
 
         from isograd.cli.target import load
-        from isograd.horizon import horizon_of_loss
+        from isograd.recurrent.along import horizon_of_loss
 
         def each(found: Horizon) -> None:
             done.append(found)

@@ -93,7 +93,7 @@ def _layer(kind: str, name: str, rnn: nn.RNN, flow: Flow) -> Iterator[Edit]:
         "dropout": rnn.dropout,
         "bidirectional": rnn.bidirectional,
     }
-    of = "nn.GRU" if kind == "GRU" else "modules.LSTM"
+    of = "nn.GRU" if kind == "GRU" else "recurrences.LSTM"
     yield Edit(name, "replace", of, sizes, before=str(rnn))
     if rnn.bias:
         yield Edit(name, "alter", "surgery.chrono_", {"steps": steps_of(flow, name, rnn)})

@@ -57,13 +57,13 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         return
     for of, what, expected, reference in (
         (
-            "modules.keep_orthogonal",
+            "recurrences.keep_orthogonal",
             "held orthogonal",
             "a factor of 1 a step, times the activation's slope",
             "Lezcano-Casado and Martínez-Rubio 2019, arXiv:1901.08428",
         ),
         (
-            "modules.keep_spectral_norm",
+            "recurrences.keep_spectral_norm",
             "held at spectral norm 1",
             "a factor of at most 1 a step",
             "Miyato et al. 2018, arXiv:1802.05957",

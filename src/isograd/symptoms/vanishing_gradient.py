@@ -222,7 +222,7 @@ def _stacked(flow: Flow) -> Finding | None:
                     "threshold": -STACKED,
                     "cause": "initialisation",
                 },
-                remedies=("recurrent-initialisation", "classic-initialisation"),
+                remedies=("recurrent-initialisation",),
             )
     return None
 
