@@ -1883,3 +1883,41 @@ def test_cosines_that_a_temperature_multiplies_are_divided_by_it(learned: bool) 
         assert found.cured
         assert torch.allclose(found.model(x), model(x) / 0.07**2, rtol=1e-5)
         assert "inverse=True" in found.prescription.to_code()  # pyright: ignore
+
+
+class Highway(nn.Module):
+    """t * f(x) + (1 - t) * x, or x + t * f(x), the gate's weights times a factor."""
+
+    def __init__(self, factor: float, whole: bool) -> None:
+        super().__init__()
+        self.body, self.gate, self.whole = nn.Linear(32, 32), nn.Linear(32, 32), whole
+        with torch.no_grad():
+            self.gate.weight.mul_(factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = torch.sigmoid(self.gate(x))
+        return x * (1.0 if self.whole else 1 - gate) + gate * torch.relu(self.body(x))
+
+
+@pytest.mark.parametrize(
+    ("factor", "whole", "errors"), [(100.0, False, ["SA301"]), (1.0, False, []), (30.0, True, [])]
+)
+def test_gates_that_are_switches_are_told_where_no_whole_skip_leads_around_them(
+    factor: float, whole: bool, errors: list[str]
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Highway(factor, whole) for _ in range(5)), nn.Linear(32, 10))
+    x, y = torch.randn(32, 32), torch.randint(10, (32,))
+    found = diagnosed((model, lambda m: functional.cross_entropy(m(x), y)))
+    assert [f.code for f in found.errors] == errors
+    if errors:
+        assert repair(model, lambda m: functional.cross_entropy(m(x), y)).cured
+
+
+def test_targets_out_of_the_reach_of_the_outputs_are_a_warning() -> None:
+    torch.manual_seed(0)
+    model, x = mlp(nn.ReLU, 3, HE), torch.randn(32, 64)
+    for offset, scale, told in ((0.0, 1.0, 0), (5000.0, 1.0, 1), (0.0, 1e4, 1)):
+        y = offset + scale * torch.randn(32, 10)
+        found = diagnosed((model, lambda m, y=y: functional.mse_loss(m(x), y)))
+        assert [f.severity for f in found.findings if f.code == "EG205"] == [Severity.WARNING] * told

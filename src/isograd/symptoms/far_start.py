@@ -7,7 +7,8 @@ What it means
 
 Why it happens
     One place that is far too loud: a head, an embedding or an input that is not scaled, a temperature near zero, a
-    branch that drowns its stream. Or targets that are far smaller than 1.
+    branch that drowns its stream. Or targets that are far smaller than 1. The other way round, targets that lie a hundred times
+    further from zero than the outputs are a warning: each step of Adam moves an output by about its rate times the width.
 
 Evidence
     Of classes, the loss over that of equal probabilities, log(classes), or what the scatter of the logits makes of it where
@@ -40,6 +41,8 @@ FAR = 7.0
 """Times a constant answer. Small language models whose head or embedding is drawn too large lose a fifth of what they learn
 in 80 to 150 steps of Adam at 5, half at 8 and all of it at 17. A classifier of digits learns as fast up to 5; at 8 SGD
 stays at a third. A regression of the digits learns as well at 4, at 13 it has lost half and at 44 all."""
+OUT_OF_REACH = 100.0
+"""Largest target over the largest output or 1."""
 LOUD = 3.0
 """rms of an input or embedding that is blamed itself, as `scale-embeddings` and `standardise-input` judge it."""
 
@@ -49,6 +52,11 @@ def examine(flow: Flow) -> Iterator[Outcome]:
     if flow.failure is not None or not math.isfinite(flow.loss):
         yield Unexamined("the loss is not finite or the backward failed")
         return
+    yield from (
+        _out_of_reach(call)
+        for call in flow.losses
+        if call.target == "values" and _beyond(call) > OUT_OF_REACH
+    )
     known = [call for call in flow.losses if math.isfinite(call.excess)]
     if not known:
         yield Unexamined("no loss was seen whose targets tell what is large")
@@ -59,6 +67,27 @@ def examine(flow: Flow) -> Iterator[Outcome]:
         yield Healthy(f"{worst.function} starts at {worst.excess:.2g} times a constant answer")
     for call in far:
         yield _far(flow, call)
+
+
+def _beyond(call: LossCall) -> float:
+    """How many times as far from zero the targets lie as the outputs, or as 1; 0: not known."""
+    wanted = max(abs(call.target_min), abs(call.target_max))
+    given = max(abs(call.input_min), abs(call.input_max), 1.0)
+    return wanted / given if math.isfinite(wanted) and math.isfinite(given) else 0.0
+
+
+def _out_of_reach(call: LossCall) -> Finding:
+    return Finding(
+        CODE,
+        NAME,
+        Severity.WARNING,
+        f"the targets of {call.function} reach from {call.target_min:.3g} to {call.target_max:.3g}, the outputs from "
+        f"{call.input_min:.3g} to {call.input_max:.3g}",
+        cause="the targets are not standardised: the output has to grow as far before anything else can be learned",
+        sites=(call.site.place,),
+        evidence={"beyond": _beyond(call), "threshold": OUT_OF_REACH, "cause": "targets"},
+        remedies=("(y - mean) / std in place of the targets y, undone behind the model",),
+    )
 
 
 def _of_classes(call: LossCall) -> bool:

@@ -13,7 +13,8 @@ Evidence
     The derivative of the activation itself, element by element; only activations that a whole segment or
     residual branch passes through count, so that a gate may close. Of bounded functions that are multiplied with another
     part of the signal, told where more than half are saturated and let less than 0.005 through; an error where residual
-    branches stand behind them, and what most of these add is less than a hundredth of the stream. Of tanh(f) * sigmoid(g) the
+    branches stand behind them, and what most of these add is less than a hundredth of the stream. Where no whole skip leads
+    around them, also where most gates are switches, neither open nor closed for all: what passes is chosen and cannot be changed. Of tanh(f) * sigmoid(g) the
     tanh is the signal and the sigmoid its gate. An error where the median of three activations and more is saturated by
     half, or by nine tenths where skips lead around them; of coordinates high frequencies have to be made first. Of a softmax
     that all of the signal passes through, the mean of 1 - sum(p^2) over that of even weights: an error below 0.05.
@@ -49,12 +50,21 @@ ERROR = 0.5
 from 0.7 on, and have lost four fifths at 0.45 (`python -m benchmarks.twins.thresholds saturated`)."""
 ERROR_BESIDE_SKIPS = 0.9
 """The same where skips lead by: residual MLPs lose 5 to 15% of their lead at 0.9 and 15 to 35% at 0.98, a WaveNet more."""
+WHOLE = 0.9
+"""Share of the gradient that a skip lets by which leads around a gate."""
 SEVERAL = 3
 """Activations one after another: what one layer makes of its input, the next can still read."""
 
 CHOSEN = 0.05
 """Openness of a softmax that the signal passes through. A bottleneck of 8 choices of 8 loses a sixth of its lead at 0.04 and a
 third at 0.01; with Gumbel noise, at temperatures of 0.1, 0.03 and 0.01, a sixth, two thirds and all of it."""
+
+SWITCHES = 0.6
+"""Saturated share of the median gate. Highway networks of five blocks whose gates are drawn 10, 30 and 100 times too large, saturated
+by 0.17, 0.66 and 0.9, lose a sixth of their lead, half and nearly all; chains of gated linear units at 0.46, 0.8 and 0.94 a seventh,
+two thirds and all. Beside whole skips a gated unit loses an eighth at 0.94."""
+CHOOSING = (0.3, 0.95)
+"""rms of the gates of such a network: beyond, all are closed or open, and choose nothing."""
 
 CLOSED = 0.005
 """rms of a gate that lets nothing through. Squeeze-and-excitation blocks whose gates start at biases of -3 and -4, 0.05 and 0.02
@@ -63,27 +73,35 @@ saturated, and learn as well as those that start half open."""
 
 
 def examine(flow: Flow) -> Iterator[Outcome]:
-    """Saturated share of every activation that has a largest derivative, and gates that let nothing through."""
+    """Saturated share of every activation that has a largest derivative, gates that let nothing through or choose."""
+    seen = [a for a in flow.activations if a.carries and ACTIVATIONS[a.function].largest_slope]
     gates = [a for a in flow.activations if a.gate and ACTIVATIONS[a.function].bounded]
     closed = [a for a in gates if a.saturated >= WARNING and a.output_rms < CLOSED]
+    flat = _flat(seen, flow)
     if 2 * len(closed) > len(gates):
         yield _closed(closed, len(gates), _heard(flow))
+    elif (flat is None or flat.severity < Severity.ERROR) and (switches := _switching(gates, flow)):
+        yield switches
     if picked := [a for a in flow.choices if 0 <= a.spread < CHOSEN]:
         yield _chosen(picked)
-    seen = [a for a in flow.activations if a.carries and ACTIVATIONS[a.function].largest_slope]
     if not seen:
         yield Unexamined("no activation that saturates on the backbone")
-        return
-    worst = max(seen, key=lambda a: a.saturated)
-    if worst.saturated < WARNING:
-        yield Healthy(
-            f"at most {worst.saturated:.0%} of a layer's elements are saturated ({len(seen)} activations)"
+    else:
+        most = max(a.saturated for a in seen)
+        yield flat or Healthy(
+            f"at most {most:.0%} of a layer's elements are saturated ({len(seen)} activations)"
         )
-        return
+
+
+def _flat(seen: list[Activation], flow: Flow) -> Finding | None:
+    """Activations that the signal passes through, most of whose elements lie on their flat ends."""
     sick = [a for a in seen if a.saturated >= WARNING]
-    middle, limit = median(a.saturated for a in seen), ERROR_BESIDE_SKIPS if flow.splits else ERROR
+    if not sick:
+        return None
+    worst = max(sick, key=lambda a: a.saturated)
+    middle, limit = median(a.saturated for a in seen), ERROR_BESIDE_SKIPS if _spared(flow) else ERROR
     hashed = len(seen) >= SEVERAL and middle >= limit and not of_coordinates(flow)
-    yield Finding(
+    return Finding(
         CODE,
         NAME,
         Severity.ERROR if hashed else Severity.WARNING,
@@ -100,6 +118,11 @@ def examine(flow: Flow) -> Iterator[Outcome]:
         },
         remedies=("rescale-weights", "critical-initialisation", "standardise-input", "insert-normalisation"),
     )
+
+
+def _spared(flow: Flow) -> bool:
+    """Do whole skips lead around what is saturated?"""
+    return any(split.skip > WHOLE for split in flow.splits.values())
 
 
 def _chosen(picked: list[Attention]) -> Finding:
@@ -123,6 +146,30 @@ def _heard(flow: Flow) -> float:
     """rms of what a residual branch adds over that of its stream, in the median; 1: there are none."""
     ratios = [split.forward_ratio for split in flow.splits.values()]
     return median(ratios) if ratios else 1.0
+
+
+def _switching(gates: list[Activation], flow: Flow) -> Finding | None:
+    """Gates that are open for some and closed for others, and nothing in between, on the only way of the signal."""
+    if (
+        len(gates) < SEVERAL
+        or any(split.skip > WHOLE for split in flow.splits.values())
+        or of_coordinates(flow)
+    ):
+        return None
+    middle, size = median(a.saturated for a in gates), median(a.output_rms for a in gates)
+    if middle < SWITCHES or not CHOOSING[0] < size < CHOOSING[1]:
+        return None
+    worst = sorted(gates, key=lambda a: -a.saturated)
+    return Finding(
+        CODE,
+        NAME,
+        Severity.ERROR,
+        f"{len(gates)} gates are switches: the median is saturated by {middle:.0%}, open for some and closed for others",
+        cause="what the gates are made of is too large: they choose what passes, and their slope is too small to choose otherwise",
+        sites=tuple(a.site.place for a in worst[:3]),
+        evidence={"saturated": middle, "threshold": SWITCHES, "gates": len(gates), "cause": "initialisation"},
+        remedies=("rescale-weights", "critical-initialisation", "insert-normalisation"),
+    )
 
 
 def _closed(closed: list[Activation], count: int, heard: float) -> Finding:
