@@ -1914,6 +1914,25 @@ def test_gates_that_are_switches_are_told_where_no_whole_skip_leads_around_them(
         assert repair(model, lambda m: functional.cross_entropy(m(x), y)).cured
 
 
+def test_switches_that_most_ways_lead_past_are_none_of_them() -> None:
+    """A WaveNet whose blocks are summed for the head learns with saturated gates as it does with others."""
+
+    class Summed(WaveNet):
+        def forward(self, tokens: Tensor) -> Tensor:
+            x, said = self.token(tokens).mT, torch.zeros(())
+            for block in self.blocks:
+                new = block(x)
+                x, said = new, said + (new - x)
+            return self.head(functional.relu(said)).mT
+
+    torch.manual_seed(0)
+    model, x = Summed(8), torch.randint(16, (8, 16))
+    for block in model.blocks:
+        block.gate.weight.data.mul_(60)  # pyright: ignore
+    found = diagnosed((model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), x.flatten())))
+    assert not found.errors
+
+
 def test_targets_out_of_the_reach_of_the_outputs_are_a_warning() -> None:
     torch.manual_seed(0)
     model, x = mlp(nn.ReLU, 3, HE), torch.randn(32, 64)

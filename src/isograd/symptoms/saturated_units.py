@@ -150,11 +150,11 @@ def _heard(flow: Flow) -> float:
 
 def _switching(gates: list[Activation], flow: Flow) -> Finding | None:
     """Gates that are open for some and closed for others, and nothing in between, on the only way of the signal."""
+    names = {a.function for a in gates}
+    behind = sum(any(step.site.operation in names for step in steps) for steps in flow.ledgers.values())
     if (
-        len(gates) < SEVERAL
-        or any(split.skip > WHOLE for split in flow.splits.values())
-        or of_coordinates(flow)
-    ):
+        behind < SEVERAL or _spared(flow) or of_coordinates(flow)
+    ):  # inside of one segment ways lead past most of them
         return None
     middle, size = median(a.saturated for a in gates), median(a.output_rms for a in gates)
     if middle < SWITCHES or not CHOOSING[0] < size < CHOOSING[1]:
