@@ -2,7 +2,8 @@
 
 What it does
     Lets the call at the user's line give the tensor itself in place of its product with a number: a temperature or
-    scale between head and loss, factors between the layers that add up to decades, one that mutes residual branches. The line to edit is shown.
+    scale between head and loss, factors between the layers that add up to decades, one that mutes residual branches. The
+    line to edit is shown.
     Cosines, which no weights can make larger, are divided by what they are multiplied by: a temperature belongs there.
 
 When it helps

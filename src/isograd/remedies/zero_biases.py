@@ -4,8 +4,9 @@ What it does
     Sets the biases of all trainable layers to zero, and those of normalisation layers.
 
 When it helps
-    Biases that drown what they are added to. Biases far below zero switch ReLU units off for every sample: such a unit passes no gradient and never
-    learns. Biases drawn wide saturate tanh and sigmoid, and close the gates of a recurrence that is written out.
+    Biases far below zero switch ReLU units off for every sample: such a unit passes no gradient and never learns. Biases
+    drawn wide saturate tanh and sigmoid, and close the gates of a recurrence that is written out. Far below zero they
+    close the gates of residual branches; as loud as the signal, they drown tokens in what all of them have in common.
 
 Expected effect
     With zero biases and centred weights half of the ReLU units are on for any input.

@@ -14,8 +14,8 @@ Evidence
     residual branch passes through count, so that a gate may close. Of bounded functions that are multiplied with another
     part of the signal, told where more than half are saturated and let less than 0.005 through; an error where residual
     branches stand behind them, and what most of these add is less than a hundredth of the stream. Where no whole skip leads
-    around them, also where most gates are switches, neither open nor closed for all: what passes is chosen and cannot be changed. Of tanh(f) * sigmoid(g) the
-    tanh is the signal and the sigmoid its gate. An error where the median of three activations and more is saturated by
+    around them, also where most gates are switches, open for some and closed for others: what passes is chosen, and the
+    choice cannot change. Of tanh(f) * sigmoid(g) the tanh is the signal and the sigmoid its gate. An error where the median of three activations and more is saturated by
     half, or by nine tenths where skips lead around them; of coordinates high frequencies have to be made first. Of a softmax
     that all of the signal passes through, the mean of 1 - sum(p^2) over that of even weights: an error below 0.05.
 
@@ -152,9 +152,8 @@ def _switching(gates: list[Activation], flow: Flow) -> Finding | None:
     """Gates that are open for some and closed for others, and nothing in between, on the only way of the signal."""
     names = {a.function for a in gates}
     behind = sum(any(step.site.operation in names for step in steps) for steps in flow.ledgers.values())
-    if (
-        behind < SEVERAL or _spared(flow) or of_coordinates(flow)
-    ):  # inside of one segment ways lead past most of them
+    # Inside of one segment ways may lead past most of them.
+    if behind < SEVERAL or _spared(flow) or of_coordinates(flow):
         return None
     middle, size = median(a.saturated for a in gates), median(a.output_rms for a in gates)
     if middle < SWITCHES or not CHOOSING[0] < size < CHOOSING[1]:
