@@ -92,7 +92,7 @@ class Own:
     """What belongs to one token alone, as a share of the signal."""
 
     entered: float
-    """At the entrance of the tokens."""
+    """Where the tokens have come in, with their positions."""
     halfway: float
     left: float
     """At the input of the head."""
@@ -113,7 +113,7 @@ class Own:
 def own(line: Flow) -> Own | None:
     """None: no tokens from the entrance to the answer, or a single one."""
     inside = [i for i, site in enumerate(line.sites) if site.kind != "loss"]
-    tokens = [i for i in inside if i >= line.entrance and len(line.sites[i].shape) == 3]
+    tokens = [i for i in inside if len(line.sites[i].shape) == 3]
     if not tokens or tokens[-1] != inside[-1]:
         return None
     if line.sites[tokens[0]].shape[:2] != line.sites[tokens[-1]].shape[:2]:
@@ -121,10 +121,11 @@ def own(line: Flow) -> Own | None:
     share, weighted = line.column("distinct"), line.column("weighted")
     head = max((i for i in inside if weighted[i] == 1), default=inside[-1])
     along = [i for i in tokens if i < head and share[i].isfinite() and share[i] > 0]
-    if len(along) < 2:
+    if sum(i >= line.entrance for i in along) < 2:
         return None
-    falls = sorted(pairwise(along), key=lambda step: float(share[step[1]] / share[step[0]]))
-    entered, halfway, left = (float(share[along[i]]) for i in (0, len(along) // 2, -1))
+    complete = [i for i in along if i >= line.entrance]
+    falls = sorted(pairwise(complete), key=lambda step: float(share[step[1]] / share[step[0]]))
+    entered, halfway, left = (float(share[i]) for i in (complete[0], along[len(along) // 2], along[-1]))
     mixing = [any(site.kind in MIXING for site in line.sites[a + 1 : b + 1]) for a, b in falls[:WORST]]
     return Own(entered, halfway, left, tuple(i for _, i in falls), sum(mixing) > WORST / 2)
 
