@@ -1779,7 +1779,9 @@ class Stacked(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-@pytest.mark.parametrize(("layers", "factor", "sick"), [(3, 0.01, True), (3, 1.0, False), (1, 0.01, False)])
+@pytest.mark.parametrize(
+    ("layers", "factor", "sick"), [(3, 0.01, True), (3, 1.0, False), (6, 1.0, False), (1, 0.01, False)]
+)
 @pytest.mark.parametrize("steps", [6, 40])
 def test_a_stack_of_recurrent_layers_that_passes_nothing_down_is_told_at_any_length(
     kind: type[nn.RNNBase], layers: int, factor: float, sick: bool, steps: int
