@@ -36,6 +36,11 @@ class Site:
     """Arguments of its call that are no tensors, by name or position: a slope, a stride, whether it is training."""
 
     @property
+    def numbers(self) -> list[float]:
+        """The numbers among the arguments of its call."""
+        return [v for _, v in self.settings if isinstance(v, int | float) and not isinstance(v, bool)]
+
+    @property
     def place(self) -> str:
         """Name, kind and source on one line."""
         return " · ".join(part for part in (self.name, self.source) if part)

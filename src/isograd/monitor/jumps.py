@@ -139,7 +139,7 @@ def _again(history: History, sudden: list[float]) -> None:
     for period in (step - one for one in earlier if step - one >= NEAR):
         expected = range(step - 2 * period, min(by_step) - 1, -period)
         hits = [by_step[one] for one in expected if one in by_step]
-        chance = len(earlier) * _tail(len(expected), len(hits), rate)
+        chance = len(earlier) * tail(len(expected), len(hits), rate)
         series = [*hits[::-1], by_step[step - period], sudden]
         # Of a period and its multiples the one that is least by chance is the period.
         if chance < min([CHANCE, *found[3:]]) and all(map(_came_back, series, series[1:])):
@@ -158,6 +158,6 @@ def regular(history: History) -> bool:
     return bool(history.period) or (len(apart) == 2 and apart[0] == apart[1])
 
 
-def _tail(times: int, hits: int, share: float) -> float:
-    """The chance of so many hits and more."""
+def tail(times: int, hits: int, share: float) -> float:
+    """The chance of so many hits and more, each having this one: the binomial tail."""
     return sum(math.comb(times, k) * share**k * (1 - share) ** (times - k) for k in range(hits, times + 1))

@@ -89,7 +89,7 @@ def constants(flow: Flow) -> dict[int, list[tuple[Site, float]]]:
 
 def _times(site: Site) -> float:
     """Size of the one number that a call multiplies by; 0: it does not."""
-    numbers = [v for _, v in site.settings if isinstance(v, int | float) and not isinstance(v, bool)]
+    numbers = site.numbers
     if site.operation not in FACTORS or len(numbers) != 1 or not numbers[0]:
         return 0.0
     return abs(numbers[0]) ** (-1 if "div" in site.operation else 1)

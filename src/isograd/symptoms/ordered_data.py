@@ -30,7 +30,7 @@ import math
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import START, Detector, History
-from isograd.monitor.jumps import regular
+from isograd.monitor.jumps import regular, tail
 
 CODE = "TR704"
 NAME = "ordered-data"
@@ -97,17 +97,11 @@ class Ordered(Detector):
                 self.jumps += 1
                 stays = min(history.losses[-AFTER:]) >= LOW * first
                 self.lasting += stays and bool(history.jump) and not history.jump[-1]
-                self.chance = self._tail()
+                high = self.high / max(self.low + self.high, 1)
+                self.chance = tail(self.jumps, self.lasting, high**AFTER)
         if self.low:
             self.high += loss >= LOW * first
         self.low += loss < LOW * first
-
-    def _tail(self) -> float:
-        share = (self.high / max(self.low + self.high, 1)) ** AFTER
-        return sum(
-            math.comb(self.jumps, k) * share**k * (1 - share) ** (self.jumps - k)
-            for k in range(self.lasting, self.jumps + 1)
-        )
 
     def outcome(self, history: History) -> str | None:
         if not history.losses or math.isnan(history.typical_update):

@@ -107,7 +107,7 @@ def _confined(flow: Flow) -> Finding | None:
     ):
         return None
     site = inside[-1]
-    bounds = [v for _, v in site.settings if isinstance(v, int | float) and not isinstance(v, bool)]
+    bounds = site.numbers
     if len(bounds) != 2 or max(bounds) - min(bounds) >= FLAT:
         return None
     return Finding(

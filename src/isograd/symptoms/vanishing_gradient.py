@@ -206,10 +206,12 @@ def _stacked(flow: Flow) -> Finding | None:
         return None
     decades = flow.column("decades").tolist()
     for i, site in enumerate(flow.sites):
+        if site.kind != "recurrent":
+            continue
         above = f"{site.module}.weight_hh_l".lstrip(".")
         layers = len({p.name.rpartition("_l")[2] for p in flow.parameters if p.name.startswith(above)})
         limit = max(STACKED, layers)
-        if site.kind == "recurrent" and layers > 1 and -math.inf < decades[i] < -limit:
+        if layers > 1 and -math.inf < decades[i] < -limit:
             return Finding(
                 CODE,
                 NAME,
