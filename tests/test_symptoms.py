@@ -1812,9 +1812,15 @@ class Placed(nn.Module):
 
 @pytest.mark.parametrize(
     ("tokens", "positions", "codes"),
-    [(1.0, 100.0, ["UP504"]), (0.1, 10.0, ["UP504"]), (1.0, 1.0, []), (1e-3, 0.1, [])],
+    [
+        (1.0, 100.0, ["UP504"]),
+        (0.1, 10.0, ["UP504"]),
+        (0.02, 1.0, ["UP504"]),
+        (1.0, 1.0, []),
+        (1e-3, 0.1, []),
+    ],
 )
-def test_positions_that_drown_their_tokens_are_told_unless_one_step_makes_up_for_them(
+def test_positions_that_drown_their_tokens_are_told_unless_few_steps_make_up_for_them(
     tokens: float, positions: float, codes: list[str]
 ) -> None:
     torch.manual_seed(0)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 FACTORS = {"mul", "rmul", "imul", "div", "truediv", "itruediv", "neg"}
 """Elementwise operations that multiply."""
+ADDED = {"add", "iadd"}
 SAME = 1e-3
 """Decades between what a multiplication does to the signal and to the gradient: none where it is by one number."""
 
@@ -135,9 +136,9 @@ class Flow:
 
     @property
     def entrance(self) -> int:
-        """The site where the input is complete: behind the positions and types that are added to an embedding."""
-        added = takewhile(lambda site: site.kind == "elementwise" and site.operation == "add", self.sites[1:])
-        return len(list(added))
+        """The site where the input is complete: behind the positions and types that are added to an embedding, scaled or not."""
+        before = list(takewhile(lambda site: site.kind in ("elementwise", "dropout"), self.sites[1:]))
+        return max((i for i, site in enumerate(before, 1) if site.operation.strip("_") in ADDED), default=0)
 
     @property
     def hidden(self) -> slice:

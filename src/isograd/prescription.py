@@ -139,6 +139,12 @@ class Patient:
     def flow(self) -> Flow:
         return self.diagnosis.flow
 
+    @property
+    def told(self) -> set[str]:
+        """Codes of the findings, and the causes that they name."""
+        found = self.diagnosis.findings
+        return {f.code for f in found} | {str(f.evidence["cause"]) for f in found if "cause" in f.evidence}
+
 
 def not_applicable(remedy: str, why: str, *advice: str) -> Prescription:
     """The honest answer of a remedy that has nothing to do here: 'not applicable, because `why`'."""

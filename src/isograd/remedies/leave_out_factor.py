@@ -49,8 +49,7 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     if not lines:
         yield not_applicable(SLUG, "the lines that multiply are not known", *by_hand)
         return
-    told = {finding.code for finding in patient.diagnosis.findings}
-    if shrunk_output.CODE in told and shrunk_output.cosines(patient.flow):
+    if shrunk_output.CODE in patient.told and shrunk_output.cosines(patient.flow):
         yield _without(
             lines,
             "cosines divided by their temperature, not multiplied",
@@ -58,7 +57,7 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
             by_hand,
             True,
         )
-    abreast = muted_branches.CODE in told
+    abreast = muted_branches.CODE in patient.told
     whole = min(costly.values()) if abreast else math.prod(costly.values())
     said = f"{len(costly)} constant factors left out, {whole:.2g} {'the smallest' if abreast else 'in all'}"
     yield _without(lines, said, whole, by_hand)
@@ -96,7 +95,7 @@ def _without(
 
 def _costly(patient: Patient) -> dict[Site, float]:
     """What the findings blame, or would, and its size: only what makes the signal small, or the output far too large."""
-    flow, codes = patient.flow, {finding.code for finding in patient.diagnosis.findings}
+    flow, codes = patient.flow, patient.told
     found: list[Site] = []
     if shrunk_output.CODE in codes:
         found += [site for site in shrunk_output.behind_the_head(flow) if flow.factors[site.depth] < 1]

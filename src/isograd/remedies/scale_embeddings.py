@@ -3,7 +3,8 @@
 What it does
     Draws embedding tables from N(0, 1 / width), so that a token's vector has norm 1, where their root mean square
     lies above 3 or below 1e-3; the rows of padding tokens stay zero. Learned vectors of your own modules, as
-    positions, where it lies above 3.
+    positions, where it lies above 3. Where positions drown their tokens (UP504), also where it is ten times as loud
+    as the quietest table.
 
 When it helps
     Embeddings are the beginning of the residual stream. Far too large, they drown every branch in a pre-norm
@@ -23,6 +24,7 @@ References
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from torch import nn
@@ -30,38 +32,39 @@ from torch import nn
 from isograd.edit import Edit
 from isograd.layers import rms
 from isograd.prescription import Patient, Prescription, Reach, not_applicable
+from isograd.symptoms import unnormalised_input
 
 SLUG = "scale-embeddings"
 TREATS = ("embedding", "VG101", "EG201", "EG202", "EG205")
 FAR = (1e-3, 3.0)
 """Published models start between 0.006 and 1."""
+BESIDE = 10.0
+"""Times the quietest table, where it is drowned: less than what drowns it (`unnormalised_input.DROWNED`)."""
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
     """Tables whose root mean square is far off."""
     edits: list[Edit] = []
-    seen = set[int]()
-    for name, module in patient.model.named_modules():
-        if not isinstance(module, nn.Embedding | nn.EmbeddingBag) or not module.weight.requires_grad:
-            continue
-        if id(module.weight) in seen:  # encoder and decoder share one table
-            continue
-        seen.add(id(module.weight))
-        size = rms(module.weight)
-        if not FAR[0] < size < FAR[1]:
-            std = float(f"{module.embedding_dim**-0.5:.6g}")
+    tables = _tables(patient.model)
+    sizes = {name: rms(table.weight) for name, table in tables.items()}
+    loud = FAR[1]
+    if unnormalised_input.CODE in patient.told:
+        loud = min(loud, max(BESIDE * min(sizes.values(), default=math.inf), unnormalised_input.LOUD))
+    for name, table in tables.items():
+        if not FAR[0] < sizes[name] < loud:
             place = f"{name}.weight".lstrip(".")
-            edits.append(Edit(place, "fill", "nn.init.normal_", {"std": std}, before=f"rms {size:.3g}"))
-            if module.padding_idx is not None:
-                row = module.padding_idx
+            edits.append(_drawn(place, sizes[name], table.embedding_dim))
+            if table.padding_idx is not None:
+                row = table.padding_idx
                 edits.append(Edit(place, "fill", ".zero_", rows=(row, row + 1)))
-    edits += _vectors(patient, seen)
+    held = {id(table.weight) for table in tables.values()}
+    edits += [_drawn(name, size, width) for name, size, width in _vectors(patient, held) if size >= loud]
     if not edits:
         yield not_applicable(SLUG, "no trainable embedding has a root mean square below 1e-3 or above 3")
         return
     yield Prescription(
         SLUG,
-        f"{sum(e.rows is None for e in edits)} embedding tables of vectors drawn at norm 1",
+        f"{sum(e.rows is None for e in edits)} tables of embeddings drawn at norm 1",
         tuple(edits),
         reach=Reach.INITIALISATION,
         treats=TREATS,
@@ -70,14 +73,25 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     )
 
 
-def _vectors(patient: Patient, seen: set[int]) -> Iterator[Edit]:
-    """Learned vectors that modules of the user's own hold, no layer multiplies by and nothing pads."""
+def _tables(model: nn.Module) -> dict[str, nn.Embedding | nn.EmbeddingBag]:
+    """Those that are trained, once each: encoder and decoder may share one."""
+    found: dict[int, tuple[str, nn.Embedding | nn.EmbeddingBag]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.weight.requires_grad:
+            found.setdefault(id(module.weight), (name, module))
+    return dict(found.values())
+
+
+def _drawn(place: str, size: float, width: int) -> Edit:
+    std = float(f"{width**-0.5:.6g}")
+    return Edit(place, "fill", "nn.init.normal_", {"std": std}, before=f"rms {size:.3g}")
+
+
+def _vectors(patient: Patient, held: set[int]) -> Iterator[tuple[str, float, int]]:
+    """Learned vectors that modules of the user's own hold, no layer multiplies by and nothing pads: place, size and width."""
     free = {p.name for p in patient.flow.parameters if not p.fan_in and not p.bias and len(p.shape) > 1}
     for path, module in patient.model.named_modules():
         for name, parameter in module.named_parameters(path, recurse=False):
             own = not type(module).__module__.startswith("torch.nn")
-            if own and name in free and id(parameter) not in seen and parameter.requires_grad:
-                size = rms(parameter)
-                if size >= FAR[1]:
-                    std = float(f"{parameter.shape[-1] ** -0.5:.6g}")
-                    yield Edit(name, "fill", "nn.init.normal_", {"std": std}, before=f"rms {size:.3g}")
+            if own and name in free and id(parameter) not in held and parameter.requires_grad:
+                yield name, rms(parameter), parameter.shape[-1]

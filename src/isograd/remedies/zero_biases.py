@@ -38,10 +38,7 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     """Every bias that is not zero already."""
     added = {p.name for p in patient.flow.parameters if p.bias}
     shifts = {f"{name}.bias".lstrip(".") for name, _ in norms(patient.model)}
-    told = {finding.code for finding in patient.diagnosis.findings} | {
-        str(finding.evidence.get("cause")) for finding in patient.diagnosis.findings
-    }
-    least = 0.0 if told & set(TREATS) - {"VG105"} else LOUD
+    least = 0.0 if patient.told & set(TREATS) - {"VG105"} else LOUD
     edits = tuple(
         Edit(name, "fill", "nn.init.zeros_", before=f"mean {float(p.detach().float().mean()):.3g}")
         for name, p in patient.model.named_parameters()
