@@ -111,8 +111,10 @@ def unit_length(x: Tensor) -> Tensor:
 def angle(x: Tensor) -> Tensor:
     """The angle of a vector to itself: acos at 1 has an infinite slope."""
     unit = functional.normalize(x, dim=1)
-    cosine = (unit @ unit[:1].T).clamp(-1, 1)
-    return x * torch.acos(torch.where(torch.arange(len(x))[:, None] == 0, cosine / cosine.detach(), cosine))
+    cosine = unit @ unit[:1].T
+    first = torch.arange(len(x))[:, None] == 0
+    # Exactly 1 however its sum was rounded: above 1, the clamp would pass nothing.
+    return x * torch.acos(torch.where(first, cosine / cosine.detach(), cosine).clamp(-1, 1))
 
 
 def masked_root(x: Tensor) -> Tensor:
