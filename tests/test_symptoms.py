@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import SGD, AdamW, Optimizer
 
-from gallery.nets import GatedConvolution, WaveNet, plain_cnn
-from isograd import check, diagnose, measure, repair, surgery
+from gallery.nets import GatedConvolution, Shape, Transformer, WaveNet, plain_cnn
+from isograd import check, diagnose, measure, prescribe, repair, surgery
 from isograd.check import along_time
 from isograd.diagnosis import Diagnosis, Finding, Severity
 from isograd.flow import Flow
@@ -1019,6 +1019,34 @@ def test_gains_that_are_meant_to_be_near_zero_are_no_finding() -> None:
     diagnosis = diagnosed(classified(nn.Sequential(*chain, nn.Linear(64, 10))))
     assert len(diagnosis.flow.normalisations) == 4
     assert "VG106" in diagnosis.healthy
+
+
+@pytest.mark.parametrize(("gain", "severity"), [(0.02, "ERROR"), (0.1, "WARNING"), (0.3, None)])
+def test_gains_that_are_small_and_not_near_zero_are_a_warning(gain: float, severity: str | None) -> None:
+    def small(norm: nn.Module) -> None:
+        nn.init.constant_(norm.weight, gain)  # pyright: ignore[reportArgumentType]
+
+    told = [f for f in diagnosed(normalised(small)).findings if f.code == "VG106"]
+    assert [f.severity.name for f in told] == ([severity] if severity else [])
+
+
+@pytest.mark.parametrize(("loud", "told"), [(100.0, True), (10.0, False), (1.0, False)])
+def test_one_block_that_drowns_its_stream_is_a_warning_and_scaled_alone(loud: float, told: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Transformer(Shape(4, width=32, heads=2, norm="pre", vocabulary=16)), torch.randint(16, (8, 12))
+    with torch.no_grad():
+        for layer in (m for m in model.blocks[1].modules() if isinstance(m, nn.Linear)):
+            layer.weight.mul_(loud)
+
+    def loss(m: nn.Module) -> Tensor:
+        return functional.cross_entropy(m(x).flatten(0, 1), x.flatten())
+
+    diagnosis = diagnosed((model, loss))
+    assert [f.severity.name for f in diagnosis.findings if f.code == "EG202"] == (["WARNING"] if told else [])
+    if told:
+        rx = prescribe(diagnosis, model, loss)[0]
+        assert rx.remedy == "rescale-weights"
+        assert {edit.place.rpartition(".")[0].startswith("blocks.1") for edit in rx.edits} == {True}
 
 
 class Chaotic(nn.Module):

@@ -160,10 +160,14 @@ def prescribe(diagnosis: Diagnosis, model: nn.Module, loss: Loss | None = None) 
         loss: as for `check`; remedies that need data are not applicable without it.
 
     Returns:
-        Applicable prescriptions by reach, then those that do not apply, each with the reason. Empty: nothing to treat.
+        Applicable prescriptions by reach, those that a finding names before others of the same, then those that do not
+        apply, each with the reason. Empty: nothing to treat.
     """
     patient = Patient(unwrapped(model)[0], diagnosis, loss)
-    return sorted(prescriptions(patient), key=lambda rx: (not rx.applicable, rx.reach))
+    named = {slug for finding in diagnosis.findings for slug in finding.remedies}
+    return sorted(
+        prescriptions(patient), key=lambda rx: (not rx.applicable, rx.reach, rx.remedy not in named)
+    )
 
 
 def prescriptions(

@@ -12,7 +12,8 @@ Why it happens
 
 Evidence
     Root mean square of the output of each normalisation over that of what is normalised, whatever its gain is
-    called: 1 at the usual start. An error where it is below 0.03 in more than half of them. A gain of exactly zero
+    called: 1 at the usual start. An error where it is below 0.03 in more than half of them, a warning below 0.15: what
+    is lost there is time. A gain of exactly zero
     at the end of a residual branch is meant so, and is not counted; nor are LayerScale, ReZero and other factors
     that are no normalisation. Where running statistics divide, the same of the scale that they alone make of the
     input.
@@ -40,6 +41,9 @@ NAME = "muted-normalisation"
 ERROR = 0.03
 """Drawn from N(0, 0.02), the gains took half and more of their lead from a batch-normalised CNN, a post-norm decoder
 and a ViT; at 0.05 the ViT still trained as well as its twin (`python -m benchmarks.twins.thresholds gain`)."""
+WARNING = 0.15
+"""GPT-2, Llama, OLMo 2, StableLM and OPT of four blocks are behind by 20 to 31% of their lead after 150 steps at 0.1, by 16 to
+24% at 0.2."""
 
 
 def examine(flow: Flow) -> Iterator[Outcome]:
@@ -76,22 +80,23 @@ def _unfitting(seen: list[Normalisation]) -> Finding | None:
 
 
 def _gains(seen: list[Normalisation]) -> Outcome:
-    sick = [n for n in seen if 0 < n.gain < ERROR]
     middle = sorted(n.gain for n in seen)[len(seen) // 2]
-    if len(sick) <= len(seen) / 2:
-        return Healthy(f"the median of {len(seen)} normalisations passes on a scale of {middle:.2g}")
-    return Finding(
-        CODE,
-        NAME,
-        Severity.ERROR,
-        f"{len(sick)} of {len(seen)} normalisations pass on less than {ERROR} of unit scale (median {middle:.2g})",
-        cause="the gains of the normalisation layers",
-        sites=tuple(n.site.place for n in sorted(sick, key=lambda n: n.gain)[:3]),
-        evidence={
-            "gain": middle,
-            "threshold": ERROR,
-            "normalisations": len(sick),
-            "cause": "norm-gain",
-        },
-        remedies=("reset-norm-gain",),
-    )
+    for severity, threshold in ((Severity.ERROR, ERROR), (Severity.WARNING, WARNING)):
+        muted = sorted((n for n in seen if 0 < n.gain < threshold), key=lambda n: n.gain)
+        if len(muted) > len(seen) / 2:
+            return Finding(
+                CODE,
+                NAME,
+                severity,
+                f"{len(muted)} of {len(seen)} normalisations pass on less than {threshold} of unit scale (median {middle:.2g})",
+                cause="the gains of the normalisation layers",
+                sites=tuple(n.site.place for n in muted[:3]),
+                evidence={
+                    "gain": middle,
+                    "threshold": threshold,
+                    "normalisations": len(muted),
+                    "cause": "norm-gain",
+                },
+                remedies=("reset-norm-gain",),
+            )
+    return Healthy(f"the median of {len(seen)} normalisations passes on a scale of {middle:.2g}")
