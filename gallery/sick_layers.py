@@ -238,6 +238,10 @@ def convolutions() -> tuple[Trial, ...]:
                 nn.init.constant_(module.bias, shift)
         return model
 
+    def drawn(init: Initialise) -> nn.Module:
+        """Weights whose size or mean the normalisations hide."""
+        return initialised(vgg((4, 4, 4), 8, inputs=1), init)
+
     def normed_twin(depth: int) -> Twin:
         return twin(min(depth, 30))
 
@@ -254,6 +258,10 @@ def convolutions() -> tuple[Trial, ...]:
         vgg_case("vgg without batch norm, 3 x He", doubled, up, missing | INITIALISATION),
         vgg_case("vgg with batch norm, shifts of -1", lambda: shifted(-1.0), down, frozenset({"dead-units"})),
         vgg_case("vgg with batch norm, shifts of -2", lambda: shifted(-2.0), down, frozenset({"dead-units"})),
+        vgg_case("vgg with batch norm, weights of N(0, 1)", lambda: drawn(nn.init.normal_), down, INITIALISATION),
+        vgg_case("vgg with batch norm, weights of U(0, 1)", lambda: drawn(nn.init.uniform_), down, INITIALISATION),
+        vgg_case("vgg with batch norm, weights of U(0, 0.05)", lambda: drawn(lambda w: nn.init.uniform_(w, 0.0, 0.05)),
+                 down, INITIALISATION),
         Trial("mlp with batch norm, 20 layers", "batch norm", lambda: batch_normalised(20), normed_twin(20), digits,
               up, without_skips),
         Trial("mlp with batch norm, 60 layers", "batch norm", lambda: batch_normalised(60), normed_twin(60), digits,

@@ -220,14 +220,20 @@ def attending(factor: float, batch: int = 4) -> Built:
     return model, loss
 
 
-def normalised(change: Callable[[nn.BatchNorm1d], object] = lambda norm: None, batch: int = 32) -> Built:
-    """Four batch-normalised layers, each norm changed."""
+def normalised(
+    change: Callable[[nn.Module], object] = lambda norm: None,
+    batch: int = 32,
+    *,
+    weights: Callable[[Tensor], object] = lambda weight: None,
+    norm: Callable[[int], nn.Module] = nn.BatchNorm1d,
+) -> Built:
+    """Four normalised layers, each norm changed and all weights drawn."""
     model = nn.Sequential()
     for _ in range(4):
-        model.extend([nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU()])
-    for norm in model[1::3]:
-        assert isinstance(norm, nn.BatchNorm1d)
-        change(norm)
+        model.extend([nn.Linear(64, 64), norm(64), nn.ReLU()])
+        weights(model[-3].weight)  # pyright: ignore[reportArgumentType]
+    for layer in model[1::3]:
+        change(layer)
     model.append(nn.Linear(64, 10))
     x, y = torch.randn(batch, 64), torch.randint(10, (batch,))
     return model, lambda m: functional.cross_entropy(m(x.to(next(m.parameters()).dtype)).float(), y)
@@ -298,6 +304,10 @@ def large_epsilon(norm: nn.BatchNorm1d) -> None:
     norm.eps = 1e3
 
 
+def above_zero(weight: Tensor) -> Tensor:
+    return nn.init.uniform_(weight, 0.0, 0.05)
+
+
 def headed(gain: float) -> Built:
     """A healthy body whose head is drawn larger."""
     model = mlp(nn.ReLU, 3, HE)
@@ -324,6 +334,7 @@ PAIRS: dict[str, Pair] = {
     "epsilon_above_variance": Pair(lambda: normalised(large_epsilon), normalised),
     "rank_collapse": Pair(lambda: tokens(0.0), lambda: tokens(1.0)),
     "muted_normalisation": Pair(lambda: normalised(drawn_near_zero), normalised),
+    "hidden_initialisation": Pair(lambda: normalised(weights=above_zero), normalised),
     "damped_skips": Pair(lambda: skipping(0.3), lambda: skipping(1.0)),
     "muted_branches": Pair(lambda: added(1e-4), lambda: added(0.1)),
     "shrunk_output": Pair(lambda: scaled_output(0.003), lambda: scaled_output(1.0)),
@@ -1019,6 +1030,65 @@ def test_gains_that_are_meant_to_be_near_zero_are_no_finding() -> None:
     diagnosis = diagnosed(classified(nn.Sequential(*chain, nn.Linear(64, 10))))
     assert len(diagnosis.flow.normalisations) == 4
     assert "VG106" in diagnosis.healthy
+
+
+@pytest.mark.parametrize(
+    ("weights", "norm", "told"),
+    [
+        (nn.init.normal_, nn.BatchNorm1d, {"sigma_w"}),
+        (nn.init.normal_, nn.LayerNorm, {"sigma_w"}),
+        (nn.init.uniform_, nn.BatchNorm1d, {"coherence", "sigma_w"}),
+        (above_zero, nn.BatchNorm1d, {"coherence"}),
+        (above_zero, nn.RMSNorm, {"coherence"}),
+        (above_zero, nn.LayerNorm, set[str]()),  # which takes the mean over the units away
+        (nn.init.kaiming_normal_, nn.BatchNorm1d, set[str]()),
+        (nn.init.orthogonal_, nn.RMSNorm, set[str]()),
+    ],
+)
+def test_weights_whose_size_or_mean_normalisations_hide(
+    weights: Callable[[Tensor], Tensor], norm: Callable[[int], nn.Module], told: set[str]
+) -> None:
+    torch.manual_seed(0)
+    model, loss = normalised(weights=weights, norm=norm)
+    found = [f for f in diagnosed((model, loss)).findings if f.code == "VG110"]
+    assert {key for f in found for key in ("sigma_w", "coherence") if key in f.evidence} == told
+    assert [f.severity.name for f in found if "sigma_w" in f.evidence] == ["WARNING"] * ("sigma_w" in told)
+    if "coherence" in told:
+        repaired = repair(model, loss)
+        assert repaired.cured
+        assert "VG110" in diagnosed((repaired.model, loss)).healthy
+
+
+class Separable(nn.Sequential):
+    """Depthwise convolutions, whose filters have one channel each, between those that mix channels."""
+
+    def __init__(self, weights: Callable[[Tensor], object], norm: Callable[[int], nn.Module]) -> None:
+        super().__init__(nn.Conv2d(1, 16, 3, padding=1), norm(16), nn.ReLU())
+        for _ in range(3):
+            self.extend([nn.Conv2d(16, 16, 3, padding=1, groups=16), norm(16), nn.ReLU()])
+            self.extend([nn.Conv2d(16, 16, 1), norm(16), nn.ReLU()])
+        for layer in self.children():
+            if isinstance(layer, nn.Conv2d):
+                weights(layer.weight)
+        self.extend([nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10)])
+
+
+@pytest.mark.parametrize(
+    "norm",
+    [nn.BatchNorm2d, partial(nn.GroupNorm, 4), lambda n: nn.LayerNorm([n, 8, 8])],
+    ids=["batch norm", "group norm", "layer norm over pictures"],
+)
+def test_only_layers_that_add_up_channels_make_them_alike(norm: Callable[[int], nn.Module]) -> None:
+    x, y = torch.randn(32, 1, 8, 8), torch.randint(10, (32,))
+
+    def told(weights: Callable[[Tensor], object]) -> bool:
+        torch.manual_seed(0)
+        model = Separable(weights, norm)
+        found = diagnosed((model, lambda m: functional.cross_entropy(m(x), y)))
+        return any("coherence" in f.evidence for f in found.findings)
+
+    assert told(lambda w: nn.init.uniform_(w, 0.0, 0.3))
+    assert not told(lambda w: nn.init.uniform_(w, 0.0, 0.3) if w.shape[1] == 1 else w)
 
 
 @pytest.mark.parametrize(("gain", "severity"), [(0.02, "ERROR"), (0.1, "WARNING"), (0.3, None)])

@@ -121,6 +121,8 @@ class Normalisation:
     """Root mean square of its output, behind gain and shift."""
     given: float = math.nan
     """Mean variance of what it was given, where it divides by that of the past instead; NaN: it does not."""
+    weights: tuple[str, ...] = ()
+    """Parameters of the layer whose result it was given as it is; empty: of none, or of none that was seen."""
 
     @property
     def fixed(self) -> bool:
@@ -188,6 +190,27 @@ class Parameter:
     """Fan-in of the weight that its layer makes for another, as in a hypernetwork; 0: it makes none."""
     first_update: float = math.nan
     """rms(first update) / rms(weight) under the optimizer's rule; NaN: no optimizer given."""
+    weight_mean: float = math.nan
+    """Mean of the elements of what a layer multiplies by; NaN: none does."""
+
+    @property
+    def sigma_w(self) -> float:
+        """Root mean square of the elements times sqrt(fan_in): theory's sigma_w."""
+        size = math.prod(self.shape)
+        return self.weight_norm * math.sqrt(self.fan_in / size) if size else math.nan
+
+    @property
+    def coherence(self) -> float:
+        """Singular value that the mean of the elements makes, over the largest that their scatter does.
+
+        mean sqrt(fan_in fan_out) over std (sqrt(fan_in) + sqrt(fan_out)), the edge of Marchenko and Pastur (1967). Above 1
+        one direction stands out: all outputs are nearly the same sum of the inputs.
+        """
+        scatter = self.weight_norm**2 / max(math.prod(self.shape), 1) - self.weight_mean**2
+        if not self.fan_in or not scatter > 0:
+            return math.nan if not self.fan_in or math.isnan(scatter) else math.inf
+        wide, tall = math.sqrt(self.fan_in), math.sqrt(math.prod(self.shape) / self.fan_in)
+        return abs(self.weight_mean) * wide * tall / (math.sqrt(scatter) * (wide + tall))
 
     @property
     def ratio_log10(self) -> float:

@@ -218,7 +218,7 @@ class Assembly:
             end = self.trace.outputs.get(made.call.module) if made.call.leaf else None
             output = self.rms.get(end if end in self.rms else seen.node, math.nan)  # type: ignore[arg-type]
             site = on.get(seen.node) or step_site(made)
-            found.append(Normalisation(site, seen.epsilon, variance, output, given))
+            found.append(Normalisation(site, seen.epsilon, variance, output, given, seen.weights))
         return tuple(found)
 
     def _attentions(self) -> tuple[Attention, ...]:
@@ -286,8 +286,7 @@ class Assembly:
                     state = "stepped"
                 length, zeros = self.read.gradients[name]
                 log = log10(length) + self._scales[name]
-                gradient = self.grads[name]
-                if not math.isfinite(length) and gradient is not None:
+                if not math.isfinite(length) and (gradient := self.grads[name]) is not None:
                     bad = int((~torch.isfinite(gradient)).sum())
                 key = self.passed.scale[self._accumulators[id(p)]]
                 where = float(last - self.passed.first - self.passed.rescalings[key])
@@ -306,6 +305,7 @@ class Assembly:
                     3 if id(p) in weights.packed else 1,
                     weights.generated.get(id(p), 0),
                     self._updates.get(name, math.nan),
+                    self.read.means.get(name, math.nan),
                 )
             )
         return tuple(found)

@@ -79,6 +79,8 @@ class NormalisationStatistics:
     """Mean variance of what it was given; of an RMS norm its mean square."""
     given: Tensor | None
     """The same, where `variance` is a running one."""
+    weights: tuple[str, ...] = ()
+    """Parameters of the layer whose result it was given."""
 
 
 @dataclass(slots=True)

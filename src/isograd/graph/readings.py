@@ -28,6 +28,7 @@ class Readings:
         splits: norms of skip and branch contribution below a residual segment, as they passed, by its index.
         inputs, activations, losses, variances, given, spreads: the trace's statistics, in its order.
         weights: norm of every parameter, by name.
+        means: mean of what a layer multiplies by, by the parameter's name.
         gradients: norm of its gradient as it passed and share of exact zeros in it, where it has one.
         loss: value of the loss.
     """
@@ -43,6 +44,8 @@ class Readings:
         splits = {i: (scalars.add(a), scalars.add(b)) for i, (a, b) in passed.splits.items()}
         inputs = {name: [scalars.add(v) for v in values] for name, values in trace.inputs.items()}
         weights = {name: scalars.add(norm([p])) for name, p in run.model.named_parameters() if p.numel()}
+        multiply = trace.weights.fan_in
+        means = {n: scalars.add(p.mean()) for n, p in run.model.named_parameters() if id(p) in multiply}
         gradients = {
             name: (scalars.add(norm([g])), scalars.add(1 - torch.count_nonzero(g) / max(g.numel(), 1)))
             for name, g in grads.items()
@@ -66,6 +69,7 @@ class Readings:
         self.splits = {i: (read[a], read[b]) for i, (a, b) in splits.items()}
         self.inputs = {name: [read[i] for i in values] for name, values in inputs.items()}
         self.weights = {name: read[i] for name, i in weights.items()}
+        self.means = {name: read[i] for name, i in means.items()}
         self.gradients = {name: (read[a], read[b]) for name, (a, b) in gradients.items()}
         self.activations = [[read[i] for i in values] for values in activations]
         self.losses = [[read[i] for i in values] for values in losses]

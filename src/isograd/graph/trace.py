@@ -328,7 +328,9 @@ class Trace(TorchFunctionMode):
                 found = added[0], args[0].detach().double().mean() - added[0], None
         if found is not None:
             assert out.grad_fn is not None
-            self.norms.append(NormalisationStatistics(out.grad_fn, *found))
+            maker = self._maker(kwargs.get("input", args[0] if args else out))
+            layer = maker.parameters if maker is not None and maker.kind in ("linear", "convolution") else ()
+            self.norms.append(NormalisationStatistics(out.grad_fn, *found, layer))
 
     def _leaf(self) -> str:
         return self._stack[-1][2] if self._stack else ""

@@ -39,6 +39,7 @@ NAMES = (
     "epsilon_above_variance",
     "rank_collapse",
     "muted_normalisation",
+    "hidden_initialisation",
     "damped_skips",
     "muted_branches",
     "shrunk_output",
