@@ -1435,6 +1435,32 @@ def test_a_constant_behind_the_head_is_named_with_its_line_where_it_leaves_nothi
     assert diagnosed(scaled_output(0.2)).verdict == "healthy"
 
 
+def in_logs(times: float) -> Built:
+    """The same of a loss that is given logarithms."""
+    model, x, y = mlp(nn.ReLU, 3, HE), torch.randn(32, 64), torch.randint(10, (32,))
+    return model, lambda m: functional.nll_loss((m(x) * times).log_softmax(-1), y)
+
+
+def in_frames(times: float) -> Built:
+    """And of one that aligns them with a sequence."""
+    model, x, y = mlp(nn.ReLU, 3, HE), torch.randn(8, 16, 64), torch.randint(1, 10, (8, 3))
+    frames, wanted = torch.full((8,), 16), torch.full((8,), 3)
+    return model, lambda m: functional.ctc_loss(
+        (m(x) * times).log_softmax(-1).transpose(0, 1), y, frames, wanted
+    )
+
+
+@pytest.mark.parametrize(
+    ("built", "codes"),
+    [(in_logs, {0.003: ["VG108"], 0.2: [], 300.0: ["EG205"]}), (in_frames, {0.003: ["VG108"], 0.2: []})],
+)
+def test_a_constant_is_found_before_a_loss_of_logarithms_too(
+    built: Callable[[float], Built], codes: dict[float, list[str]]
+) -> None:
+    torch.manual_seed(0)
+    assert {times: [f.code for f in diagnosed(built(times)).errors] for times in codes} == codes
+
+
 def test_constants_on_the_way_are_named_where_they_cost_the_decades() -> None:
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Linear(64, 64), nn.Tanh(), Apply(lambda x: 0.3 * x)) for _ in range(8)]
