@@ -973,6 +973,42 @@ def test_inputs_that_are_all_alike_are_cured_by_their_standardisation_alone() ->
     assert [edit.of for edit in found.prescription.edits] == ["modules.Standardised"]
 
 
+def fed(x: Tensor, *first: nn.Module) -> Built:
+    """A network of these first layers on these data."""
+    y, width = torch.randint(10, (len(x),)), x.shape[1]
+    model = nn.Sequential(*(first or (nn.Linear(width, 64), nn.ReLU())), *mlp(nn.ReLU, 2, HE))
+    return model, lambda m: functional.cross_entropy(m(x), y)
+
+
+@pytest.mark.parametrize(
+    ("scale", "mean", "sick"),
+    [(1.0, 15.0, False), (1.0, 40.0, True), (0.02, 1.0, True), (0.2, 1.0, False), (0.005, 0.0, True), (0.02, 0.0, False)],
+)  # fmt: skip
+def test_inputs_that_are_alike_or_tiny_drown_in_what_samples_have_in_common(
+    scale: float, mean: float, sick: bool
+) -> None:
+    torch.manual_seed(0)
+    x = scale * torch.randn(48, 64) + mean
+    batched = (nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU())
+    layered = (nn.Linear(64, 64), nn.LayerNorm(64), nn.ReLU())
+    told = {"UP504"} if sick else set[str]()
+    assert {f.code for f in diagnosed(fed(x)).errors} == told
+    assert "UP504" not in {f.code for f in diagnosed(fed(x, *batched)).errors}
+    # What is common to all samples, the bias too, is as common behind a normalisation of each.
+    assert ("UP504" in {f.code for f in diagnosed(fed(x, *layered)).errors}) is sick
+    if sick:
+        found = repair(*fed(x))
+        assert found.cured
+        assert found.prescription is not None
+        assert found.prescription.remedy == "standardise-input"
+
+
+def test_what_is_the_same_for_all_samples_or_of_length_one_is_no_sick_input() -> None:
+    torch.manual_seed(0)
+    assert not diagnosed(fed(functional.one_hot(torch.randint(2000, (48,)), 2000).float())).errors
+    assert not diagnosed(fed(torch.ones(48, 64) + 1e-9)).errors
+
+
 def test_a_normalisation_behind_a_whole_block_comes_too_late_for_a_raw_input() -> None:
     x, y = 1e4 * torch.randn(32, 64), torch.randint(10, (32,))
     first, block = nn.Linear(64, 64), Residual(nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)))

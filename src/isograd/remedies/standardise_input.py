@@ -31,6 +31,8 @@ from isograd.edit import Edit, Value
 from isograd.flow import Flow
 from isograd.graph.preserve import preserved
 from isograd.prescription import Patient, Prescription, Reach, not_applicable
+from isograd.statistics import InputStatistics
+from isograd.symptoms.unnormalised_input import ALIKE
 
 SLUG = "standardise-input"
 TREATS = ("unnormalised-input", "VG101", "EG201", "EG202", "EG205")
@@ -42,12 +44,12 @@ MOST = 64
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
     """A standardisation in front of the layer that reads the data, or of the model's arguments themselves."""
-    off = {name: seen for name, seen in patient.flow.inputs.items() if not NEAR[0] < seen.rms < NEAR[1]}
+    off = {name: seen for name, seen in patient.flow.inputs.items() if _off(seen)}
     if not patient.flow.inputs:
         yield not_applicable(SLUG, "the model was given no floating-point input")
         return
     if not off:
-        yield not_applicable(SLUG, "the inputs have an rms between 0.1 and 3 already")
+        yield not_applicable(SLUG, "the inputs have an rms between 0.1 and 3 already, and differ")
         return
     by_hand = "standardise the data instead: x = (x - train.mean(0)) / train.std(0)"
     if any(seen.std == 0 for seen in off.values()):
@@ -82,6 +84,10 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         references=("LeCun et al. 1998, Efficient BackProp",),
         advice=(f"the numbers come from one batch; {by_hand}",),
     )
+
+
+def _off(seen: InputStatistics) -> bool:
+    return not NEAR[0] < seen.rms < NEAR[1] or 0 < seen.varying < ALIKE * seen.rms
 
 
 def _reader(flow: Flow, model: nn.Module, off: Collection[str]) -> str | None:
