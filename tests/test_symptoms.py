@@ -1019,6 +1019,19 @@ def test_a_normalisation_behind_a_whole_block_comes_too_late_for_a_raw_input() -
         assert ("UP504" in codes) is not norm_first
 
 
+def test_of_branches_that_were_not_measured_no_size_is_told() -> None:
+    torch.manual_seed(0)
+    model, head = nn.Transformer(32, 4, 1, 2, 64, 0.0, batch_first=True, norm_first=True), nn.Linear(32, 8)
+    for name, parameter in model.decoder.named_parameters():
+        if name.endswith(("out_proj.bias", "linear2.bias")):
+            nn.init.normal_(parameter, 0, 3)
+    x, y, wanted = torch.randn(16, 8, 32), torch.randn(16, 8, 32), torch.randint(8, (128,))
+    both = nn.ModuleList([model, head])
+    flow = measure(both, lambda m: functional.cross_entropy(m[1](m[0](x, y)).flatten(0, 1), wanted))  # pyright: ignore
+    (told,) = (f for f in diagnose(replace(flow, splits={})).findings if f.code == "VG105")
+    assert "nan" not in told.cause
+
+
 def test_a_single_sample_has_nothing_to_be_compared_with() -> None:
     torch.manual_seed(0)
     diagnosis = diagnosed(tokens(0.0, batch=1))
