@@ -200,6 +200,12 @@ CAUSES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Tensor], 
         "numerics",
         "exp made an Inf out of finite values",
     ),
+    "a growth that overflows": (
+        net,
+        lambda m: (m(X) * 1e25).square().mean(),
+        "growth",
+        "made an Inf of what had grown to 2e+24",
+    ),
     "an in-place operation": (net, lambda m: m(X).sub_(100).log_().mean(), "numerics", "log made a NaN"),
     "written in place": (net, overwritten, "numerics", "or of what was written into its input in place"),
     "a custom Function": (

@@ -413,6 +413,17 @@ class TwoInputs(nn.Module):
         return self.head(torch.cat([self.one(x).tanh(), self.other(x).tanh()], -1))
 
 
+def test_what_hardly_differs_in_one_batch_is_not_blown_up_in_the_next() -> None:
+    x, y = 100 * torch.randn(32, 3), torch.randint(10, (32,))
+    x[:, 1], x[:, 2] = 0.0, 0.0
+    x[0, 2] = 5.0
+    built = nn.Sequential(nn.Linear(3, 10)), lambda m: functional.cross_entropy(m(x), y)
+    (edit,) = first("standardise_input", built).edits
+    std = edit.arguments["std"]
+    assert isinstance(std, tuple)
+    assert std == pytest.approx((float(x[:, 0].std()), float(x[:, 0].std()), 5.0), rel=1e-3)
+
+
 def test_of_several_inputs_the_one_that_is_off_is_standardised_as_the_argument_that_it_is() -> None:
     torch.manual_seed(0)
     dense, token, y = torch.randn(32, 4) * 1e4 + 3e4, torch.randn(32, 4), torch.randint(10, (32,))

@@ -76,6 +76,25 @@ def towers() -> Built:
     return Towers(), lambda m: functional.cross_entropy(m(left, right=right)["logits"], y)
 
 
+class Gated(nn.Module):
+    """A product of two layers: of the second degree in what it is given, which no size of its weights holds for long."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.value, self.gate, self.out = (nn.Linear(width, width) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.value(x) * functional.gelu(self.gate(x)))
+
+
+def overflowing() -> Built:
+    model = nn.Sequential(nn.Linear(64, 16), *(Residual(Gated(16)) for _ in range(12)), nn.Linear(16, 10))
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.weight, 0, 1.5 * layer.in_features**-0.5)
+    return classified(model)
+
+
 SICK: dict[str, tuple[Callable[[], Built], str, Reach]] = {
     "100 sigmoid layers": (
         lambda: classified(mlp(nn.Sigmoid, 100)),
@@ -110,6 +129,7 @@ SICK: dict[str, tuple[Callable[[], Built], str, Reach]] = {
         "exchange-activation",
         Reach.ACTIVATION,
     ),
+    "gated blocks that overflow": (overflowing, "scale-residual-branches", Reach.INITIALISATION),
     "biases of -3": (lambda: classified(dead()), "zero-biases", Reach.INITIALISATION),
 }
 

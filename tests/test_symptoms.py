@@ -984,6 +984,42 @@ def test_inputs_that_are_all_alike_are_cured_by_their_standardisation_alone() ->
     assert [edit.of for edit in found.prescription.edits] == ["modules.Standardised"]
 
 
+def fed(x: Tensor, *first: nn.Module) -> Built:
+    """A network of these first layers on these data."""
+    y, width = torch.randint(10, (len(x),)), x.shape[1]
+    model = nn.Sequential(*(first or (nn.Linear(width, 64), nn.ReLU())), *mlp(nn.ReLU, 2, HE))
+    return model, lambda m: functional.cross_entropy(m(x), y)
+
+
+@pytest.mark.parametrize(
+    ("scale", "mean", "sick"),
+    [(1.0, 15.0, False), (1.0, 40.0, True), (0.02, 1.0, True), (0.2, 1.0, False), (0.005, 0.0, True), (0.02, 0.0, False)],
+)  # fmt: skip
+def test_inputs_that_are_alike_or_tiny_drown_in_what_samples_have_in_common(
+    scale: float, mean: float, sick: bool
+) -> None:
+    torch.manual_seed(0)
+    x = scale * torch.randn(48, 64) + mean
+    batched = (nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU())
+    layered = (nn.Linear(64, 64), nn.LayerNorm(64), nn.ReLU())
+    told = {"UP504"} if sick else set[str]()
+    assert {f.code for f in diagnosed(fed(x)).errors} == told
+    assert "UP504" not in {f.code for f in diagnosed(fed(x, *batched)).errors}
+    # What is common to all samples, the bias too, is as common behind a normalisation of each.
+    assert ("UP504" in {f.code for f in diagnosed(fed(x, *layered)).errors}) is sick
+    if sick:
+        found = repair(*fed(x))
+        assert found.cured
+        assert found.prescription is not None
+        assert found.prescription.remedy == "standardise-input"
+
+
+def test_what_is_the_same_for_all_samples_or_of_length_one_is_no_sick_input() -> None:
+    torch.manual_seed(0)
+    assert not diagnosed(fed(functional.one_hot(torch.randint(2000, (48,)), 2000).float())).errors
+    assert not diagnosed(fed(torch.ones(48, 64) + 1e-9)).errors
+
+
 def test_a_normalisation_behind_a_whole_block_comes_too_late_for_a_raw_input() -> None:
     x, y = 1e4 * torch.randn(32, 64), torch.randint(10, (32,))
     first, block = nn.Linear(64, 64), Residual(nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64)))
@@ -992,6 +1028,19 @@ def test_a_normalisation_behind_a_whole_block_comes_too_late_for_a_raw_input() -
         model = nn.Sequential(first, *between, nn.Linear(64, 10))
         codes = [f.code for f in diagnosed((model, lambda m: functional.cross_entropy(m(x), y))).findings]
         assert ("UP504" in codes) is not norm_first
+
+
+def test_of_branches_that_were_not_measured_no_size_is_told() -> None:
+    torch.manual_seed(0)
+    model, head = nn.Transformer(32, 4, 1, 2, 64, 0.0, batch_first=True, norm_first=True), nn.Linear(32, 8)
+    for name, parameter in model.decoder.named_parameters():
+        if name.endswith(("out_proj.bias", "linear2.bias")):
+            nn.init.normal_(parameter, 0, 3)
+    x, y, wanted = torch.randn(16, 8, 32), torch.randn(16, 8, 32), torch.randint(8, (128,))
+    both = nn.ModuleList([model, head])
+    flow = measure(both, lambda m: functional.cross_entropy(m[1](m[0](x, y)).flatten(0, 1), wanted))  # pyright: ignore
+    (told,) = (f for f in diagnose(replace(flow, splits={})).findings if f.code == "VG105")
+    assert "nan" not in told.cause
 
 
 def test_a_single_sample_has_nothing_to_be_compared_with() -> None:
@@ -1531,6 +1580,32 @@ def test_a_constant_behind_the_head_is_named_with_its_line_where_it_leaves_nothi
     assert finding.code == "EG205"
     assert "test_symptoms.py" in finding.remedies[0]
     assert diagnosed(scaled_output(0.2)).verdict == "healthy"
+
+
+def in_logs(times: float) -> Built:
+    """The same of a loss that is given logarithms."""
+    model, x, y = mlp(nn.ReLU, 3, HE), torch.randn(32, 64), torch.randint(10, (32,))
+    return model, lambda m: functional.nll_loss((m(x) * times).log_softmax(-1), y)
+
+
+def in_frames(times: float) -> Built:
+    """And of one that aligns them with a sequence."""
+    model, x, y = mlp(nn.ReLU, 3, HE), torch.randn(8, 16, 64), torch.randint(1, 10, (8, 3))
+    frames, wanted = torch.full((8,), 16), torch.full((8,), 3)
+    return model, lambda m: functional.ctc_loss(
+        (m(x) * times).log_softmax(-1).transpose(0, 1), y, frames, wanted
+    )
+
+
+@pytest.mark.parametrize(
+    ("built", "codes"),
+    [(in_logs, {0.003: ["VG108"], 0.2: [], 300.0: ["EG205"]}), (in_frames, {0.003: ["VG108"], 0.2: []})],
+)
+def test_a_constant_is_found_before_a_loss_of_logarithms_too(
+    built: Callable[[float], Built], codes: dict[float, list[str]]
+) -> None:
+    torch.manual_seed(0)
+    assert {times: [f.code for f in diagnosed(built(times)).errors] for times in codes} == codes
 
 
 def test_constants_on_the_way_are_named_where_they_cost_the_decades() -> None:

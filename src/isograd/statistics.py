@@ -290,6 +290,6 @@ class NonFinite:
     what: str
     """What its forward gave, where that was not finite: 'a NaN' or 'an Inf'."""
     cause: str
-    """'numerics', 'precision', 'data', 'weights', 'mask' or 'empty'."""
+    """'numerics', 'growth', 'precision', 'data', 'weights', 'mask' or 'empty'."""
     words: str
     """The same for the user, with the names of what is to blame."""

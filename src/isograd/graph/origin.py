@@ -14,6 +14,10 @@ from isograd.graph.operations import operation_of
 from isograd.graph.traced import Traced
 from isograd.statistics import NonFinite
 
+GROWN = 1e6
+"""rms of what an operation was given, from which its Inf is the end of a growth and no fault of its own: a product of two
+overflows float32 at 1e19, a layer at 1e37, an exponential at 89."""
+
 
 def first_nonfinite(
     run: Traced, passed: Backward, rms: Mapping[Node, float], *, reached: bool
@@ -30,7 +34,7 @@ def first_nonfinite(
     if not bad or not reached:
         return None
     # Its gradient is a sum: of those that contributed, the last made it what it is.
-    feeding = [n for n in order if n not in bad and bad[0] in _next_read(run.graph, passed, n)]
+    feeding = [n for n in order if n not in bad and bad[0] in _nearest(run.graph, passed.norms, n)]
     origin = max(feeding, key=lambda node: order[node], default=bad[0])
     operation, value = made[origin].call.operation, rms.get(origin, 0.0)
     words = f"the derivative of {operation} is not finite at its input"
@@ -75,10 +79,17 @@ def _forward(run: Traced, rms: Mapping[Node, float]) -> NonFinite | None:
         return found("empty", f"{call.operation} of nothing: {nothing}")
     if made[node].dtype == "float16" and math.isinf(rms[node]):
         return found("precision", f"{call.operation} went beyond 65504, the largest number of float16")
+    if (size := _given(run.graph, rms, node)) > GROWN:
+        return found("growth", f"{call.operation} made {_called(rms[node])} of what had grown to {size:.0e}")
     words = f"{call.operation} made {_called(rms[node])} out of finite values"
     if any(operation_of(n) == "copy_slices" and made[n].call is call for n in made):
         words += ", or of what was written into its input in place"
     return found("numerics", words)
+
+
+def _given(graph: Graph, rms: Mapping[Node, float], node: Node) -> float:
+    """Root mean square of the largest that an operation was given; 0: none was read."""
+    return max((rms[below] for below in _nearest(graph, rms, node)), default=0.0)
 
 
 def _called(value: float) -> str:
@@ -124,8 +135,8 @@ def _reaching(graph: Graph, rms: Mapping[Node, float]) -> list[Node]:
     return found
 
 
-def _next_read(graph: Graph, passed: Backward, node: Node) -> set[Node]:
-    """The nearest nodes below whose gradient was read."""
+def _nearest(graph: Graph, read: Mapping[Node, object], node: Node) -> set[Node]:
+    """The nearest nodes below that were read."""
     found: set[Node] = set()
     stack, seen = list(graph.children[node]), set[Node]()
     while stack:
@@ -133,7 +144,7 @@ def _next_read(graph: Graph, passed: Backward, node: Node) -> set[Node]:
         if child in seen:
             continue
         seen.add(child)
-        if child in passed.norms:
+        if child in read:
             found.add(child)
         else:
             stack.extend(graph.children[child])

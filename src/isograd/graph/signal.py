@@ -104,7 +104,7 @@ def excess(name: str, rows: Tensor, target: Tensor) -> Tensor:
     of the targets: around the targets' mean where they are larger than the targets, around their own where not.
     """
     unknown = rows.new_full((), torch.nan)
-    if name == "cross_entropy" and not target.is_floating_point() and rows.shape[1] > 1:
+    if name in ("cross_entropy", "nll_loss") and not target.is_floating_point() and rows.shape[1] > 1:
         classes = target.flatten()[: len(rows)]
         told = (classes >= 0) & (classes < rows.shape[1])
         chosen = rows.gather(1, classes.where(told, 0)[:, None])[:, 0]

@@ -91,7 +91,7 @@ def _out_of_reach(call: LossCall) -> Finding:
 
 
 def _of_classes(call: LossCall) -> bool:
-    return call.function in ("cross_entropy", "binary_cross_entropy_with_logits")
+    return call.function in ("cross_entropy", "nll_loss", "binary_cross_entropy_with_logits")
 
 
 def _far(flow: Flow, call: LossCall) -> Finding:

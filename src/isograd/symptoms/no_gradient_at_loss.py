@@ -69,6 +69,8 @@ OF_LOGITS = {
     "multilabel_soft_margin_loss",
 }
 """Losses that apply the softmax or sigmoid themselves."""
+OF_CLASSES = OF_LOGITS | OF_LOGS.keys()
+"""Losses in which one class wins over others, by as much as their logits differ: taken from them or from their logarithms."""
 LOGARITHMS = {"log", "log2", "log10", "log1p", "xlogy", "binary_cross_entropy"}
 NORMALISED_LOG = {"log_softmax", "logsigmoid", "log_sigmoid"}
 OUTPUTS = {"softmax", "sigmoid", "tanh"}

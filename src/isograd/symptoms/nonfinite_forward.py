@@ -16,7 +16,7 @@ Evidence
 What helps
     A look at the data, where it came with the data. Else the numerically safe form of the loss (`cross_entropy` on
     logits for log of softmax, `binary_cross_entropy_with_logits` for log of sigmoid), an epsilon inside logarithms,
-    roots and divisions, a smaller initialisation, float32 or bfloat16 where float16 overflows.
+    roots and divisions; where the signal has grown until it overflowed, a smaller initialisation or a normalisation; float32 or bfloat16 where float16 overflows.
 
 References
     Higham 2002, Accuracy and Stability of Numerical Algorithms; Blanchard et al. 2021 (log-sum-exp).
@@ -36,6 +36,7 @@ NAME = "non-finite-forward"
 
 HELP = {
     "numerics": ("safe-loss", "critical-initialisation", "loss-scale"),
+    "growth": ("critical-initialisation", "scale-residual-branches", "insert-normalisation"),
     "precision": ("bfloat16", "loss-scale", "critical-initialisation"),
     "data": ("check the data of this batch for values that are not finite",),
     "weights": ("go back to a checkpoint that is finite: a step before this one has broken the model",),

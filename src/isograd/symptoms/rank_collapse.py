@@ -211,4 +211,6 @@ def _cause(skip: float, loud: float, loudest: float) -> str:
         return f"the skip connections let {skip:.2g} of the signal by (not tested)"
     if loudest:
         return f"an average is {loudest:.2g} times as loud as what it is added to (not tested)"
+    if math.isnan(loud):  # of another input's line, whose branches were not measured
+        return ""
     return f"the branches are {loud:.2g} times as loud as what they are added to (median; not tested)"

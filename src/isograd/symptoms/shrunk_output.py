@@ -33,7 +33,7 @@ from isograd.flow import Flow
 from isograd.graph.operations import LOSSES
 from isograd.statistics import Site
 from isograd.symptoms import Healthy, Outcome, Unexamined
-from isograd.symptoms.no_gradient_at_loss import NORMALISED_LOG, OF_LOGITS, REGRESSIONS, VIEWS
+from isograd.symptoms.no_gradient_at_loss import NORMALISED_LOG, OF_CLASSES, REGRESSIONS, VIEWS
 
 CODE = "VG108"
 NAME = "shrunk-output"
@@ -61,11 +61,11 @@ def examine(flow: Flow) -> Iterator[Outcome]:
 
 def _shrunk(flow: Flow) -> Finding | None:
     """A constant behind the head by which hardly anything of its output reaches the loss: a temperature, a forgotten scale."""
-    call = next((c for c in flow.losses if c.function in OF_LOGITS | REGRESSIONS), None)
+    call = next((c for c in flow.losses if c.function in OF_CLASSES | REGRESSIONS), None)
     behind = behind_the_head(flow)
     if call is None or not behind:
         return None
-    small = call.input_max - call.input_min if call.function in OF_LOGITS else call.excess
+    small = call.input_max - call.input_min if call.function in OF_CLASSES else call.excess
     times = math.prod(flow.factors[site.depth] for site in behind)
     if not small < FLAT or times > FACTOR:
         return None
@@ -103,7 +103,7 @@ def _confined(flow: Flow) -> Finding | None:
     if (
         not inside
         or inside[-1].operation not in CLIPS
-        or not any(c.function in OF_LOGITS for c in flow.losses)
+        or not any(c.function in OF_CLASSES for c in flow.losses)
     ):
         return None
     site = inside[-1]
@@ -151,7 +151,7 @@ def cosines(flow: Flow) -> list[Site]:
     inside = [site for site in flow.sites if site.kind != "loss" and site.operation not in NORMALISED_LOG]
     product = next((site for site in reversed(inside) if site.kind == "product"), None)
     behind = behind_the_head(flow)
-    if product is None or not behind or not any(c.function in OF_LOGITS for c in flow.losses):
+    if product is None or not behind or not any(c.function in OF_CLASSES for c in flow.losses):
         return []
     after = {site for site in inside[product.depth + 1 :] if site.kind != "reshape"}
     confined = 2 * math.prod(flow.factors[site.depth] for site in behind) < FLAT
