@@ -452,6 +452,7 @@ SPIKED = [*falling(200), *[replace(LOW, loss=3.0, grad=1.0)] * 8]
 RATES: dict[str, tuple[bool, Callable[[int], float]]] = {
     "a jump": (True, lambda i: 1e-3 if i < 190 else 0.1),
     "a climb": (True, lambda i: 1e-3 * 1.03 ** max(i - 140, 0)),
+    "a single step": (True, lambda i: 0.1 if i == 199 else 1e-3),
     "none": (False, lambda _: 1e-3),
     "restarts": (False, lambda i: 1e-3 / 10 ** (i % 95 / 30)),
     "a warm-up that has ended": (False, lambda i: 1e-3 * min(1.0, max(i - 130, 1) / 30)),
@@ -522,6 +523,24 @@ def test_a_plateau_is_seen_although_few_steps_are_measured() -> None:
             if i >= 10 and i % 32:
                 del reading.columns["update_norm"], reading.columns["weight_norm"]
         assert [f.code for _, f in told(readings)] == codes
+
+
+def test_a_plateau_of_steps_that_move_nothing_says_so() -> None:
+    found = next(f for _, f in told([replace(s, update=-5.1) for s in STUCK]) if f.code == "TR701")
+    assert "the learning rate is too low" in found.cause
+    assert "the learning rate" not in next(f for _, f in told(STUCK) if f.code == "TR701").cause
+
+
+def test_nothing_is_well_whose_number_is_beyond_its_threshold() -> None:
+    """Where a schedule has ended early there is nothing to tell, and nothing to call healthy."""
+    readings = [made(i, replace(s, update=-5.1 - i / 100)) for i, s in enumerate(STUCK)]
+    for i, reading in enumerate(readings):
+        reading.scalars["lr"] = 1e-6 * 10 ** (-i / 100)
+    detectors = Detectors()
+    assert not any(detectors.follow(readings))
+    healthy, unexamined = detectors.outcomes()
+    assert {"UP507", "TR701"} <= set(unexamined)
+    assert not {"UP507", "TR701"} & set(healthy)
 
 
 def test_matrices_drawn_as_zeros_have_lost_nothing() -> None:

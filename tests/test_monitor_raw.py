@@ -590,6 +590,19 @@ def test_two_networks_and_a_target() -> None:
         assert "parameters" not in monitor.diagnosis().unexamined
 
 
+def test_what_no_optimizer_holds_is_said_to_stay_as_it_is() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(list(model.parameters())[-2:], lr=0.1)
+    with isograd.watch(model, optimizer) as monitor:
+        for x, y in batches(3):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        unexamined = monitor.diagnosis().unexamined
+    assert "in no watched optimizer, which leaves them as they are: 0.weight" in unexamined["parameters"]
+    assert "because they are in no watched optimizer" in unexamined["gradients"]
+
+
 def test_a_notebook_cell_run_twice_watches_once() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

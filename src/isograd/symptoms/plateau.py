@@ -15,7 +15,7 @@ Evidence
     a tenth above its start is no plateau: what throws a training there is told as a spike or as diverging, and where
     nothing was, the targets have moved, as the returns of a policy that gets better. Losses whose noise is as
     large as their level, or that change sign, are left alone: there a plateau cannot be told from noise. Where the first
-    steps replaced the weights, or these have shrunk to a third since, that is the cause.
+    steps replaced the weights, or these have shrunk to a third since, or hardly moved at all, that is the cause.
 
 What helps
     `isograd check` on the model; the learning rate; the targets.
@@ -31,7 +31,7 @@ from statistics import median
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import Detector, History
-from isograd.monitor.origin import replaced, shrunk
+from isograd.monitor.origin import replaced, shrunk, slow
 from isograd.monitor.seen import spread
 
 CODE = "TR701"
@@ -57,8 +57,12 @@ class Plateau(Detector):
     def __init__(self) -> None:
         super().__init__()
         self.share = math.nan
+        self.flat = False
 
-    unexamined = f"needs a loss (monitor.log(loss=…)) that is positive and no mere noise, over {STEPS} steps"
+    unexamined = (
+        f"needs a loss (monitor.log(loss=…)) that is positive and no mere noise, over {STEPS} steps, and over as many at full "
+        "pace where it does not fall"
+    )
     of_level = True
 
     def examine(self, history: History) -> Finding | None:
@@ -73,14 +77,14 @@ class Plateau(Detector):
             self.share = share
         if noise > NOISE * now:
             return None
-        flat = abs(now - before) <= ERRORS * 1.25 * noise / math.sqrt(half)  # the error of a median
+        self.flat = abs(now - before) <= ERRORS * 1.25 * noise / math.sqrt(half)  # the error of a median
         stuck = self.share < GAINED
         fallen_back = now - history.best > LOST * (first - history.best) and first > history.best
         paced = history.moving if math.isfinite(history.pace) else history.count
         near = -share <= GAINED
-        if paced < STEPS or not flat or not near or not (stuck or fallen_back):
+        if paced < STEPS or not self.flat or not near or not (stuck or fallen_back):
             return None
-        cause = replaced(history) or shrunk(history)
+        cause = replaced(history) or shrunk(history) or slow(history)
         lost = first - history.best > GAINED * first
         unknown = (
             "what had been learned was lost, and is not learned again"
@@ -108,6 +112,8 @@ class Plateau(Detector):
         )
 
     def outcome(self, history: History) -> str | None:
-        if math.isnan(self.share):
+        if math.isnan(self.share) or (self.flat and self.share < GAINED):
             return None
+        if self.share < GAINED:
+            return f"the loss still changes, and {self.share:.0%} of the first is gained"
         return f"{self.share:.0%} of the first loss is gained (a plateau is below {GAINED:.0%})"
