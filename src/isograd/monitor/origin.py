@@ -88,7 +88,7 @@ def origin(history: History) -> Cause:
     if (
         not updates and steps and grown / steps >= math.log10(1 + 10**FAST)
     ):  # it has moved by as much at least
-        words = f"{name} has grown {10**grown:.3g} times within {steps} steps: they are too large, and so is the learning rate"
+        words = f"{name} has grown {10**grown:.3g} times within {steps} steps: these are too large, and so is the learning rate"
         return Cause(words, "learning-rate", ("lower-learning-rate", "warm-up", "clip-gradients"))
     if grown >= WEIGHT_GROWTH and max(updates, default=-math.inf) < FAST:
         words = f"{name} has grown {10**grown:.3g} times within {steps} steps"
