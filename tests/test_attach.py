@@ -68,6 +68,65 @@ def test_findings_are_told_at_the_end_on_standard_error(tmp_path: Path) -> None:
     assert "isograd report" in beside.stderr
 
 
+LISTED = """
+import torch
+from torch import nn
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body = [nn.Linear(16, 16) for _ in range(3)]
+        self.head = nn.Linear(16, 1)
+    def forward(self, x):
+        for layer in self.body:
+            x = layer(x).relu()
+        return self.head(x)
+model = Net()
+teacher = nn.Linear(16, 1).requires_grad_(False)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+for step in range(3):
+    x = torch.randn(4, 16)
+    optimizer.zero_grad()
+    (model(x) - teacher(x)).square().mean().backward()
+    optimizer.step()
+"""
+
+
+@pytest.mark.parametrize("stray", [True, False])
+def test_layers_in_a_plain_list_are_said_to_be_trained_by_nobody(tmp_path: Path, stray: bool) -> None:
+    code = LISTED if stray else LISTED.replace("[nn", "nn.ModuleList([nn").replace("(3)]", "(3)])")
+    (tmp_path / "train.py").write_text(code)
+    beside, _ = watched([sys.executable, "train.py"], tmp_path)
+    assert beside.returncode == 0
+    said = " ".join(beside.stderr.split())
+    words = "depends on 6 that are in no module of the model and in no optimizer, the largest 16 x 16"
+    assert (words in said) is stray
+    assert ("plain list" in said) is stray
+
+
+SEARCH = """
+import torch
+from torch import nn
+for rate in (0.01, 0.1, 1e9):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    for step in range(30):
+        x = torch.randn(16, 8)
+        optimizer.zero_grad()
+        (model(x) - x.sum(1, keepdim=True)).square().mean().backward()
+        optimizer.step()
+"""
+
+
+def test_of_a_search_only_what_was_found_is_told(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text(SEARCH)
+    beside, record = watched([sys.executable, "train.py"], tmp_path)
+    assert beside.returncode == 0
+    assert beside.stderr.count("30 steps of model, nothing found, recorded") == 2
+    assert f"30 steps of model recorded: isograd report {record}-3" in beside.stderr
+    assert "not examined" not in beside.stderr
+
+
 BREAKS = """
 import torch
 torch.manual_seed(0)
@@ -118,7 +177,7 @@ def test_what_is_found_is_said_while_a_long_training_goes_on(tmp_path: Path) -> 
     first, *lines = beside.stderr.splitlines()
     assert first.endswith(f"the record goes to isograd-runs/{record.name}")
     said = lines.index(
-        "isograd: step 4  error NF405: the loss and the gradient of 2 of 2 parameters is not finite (5 elements)"
+        "isograd: step 4  error NF405: the loss and the gradient of 2 of 2 parameters are not finite (5 elements)"
     )
     assert said < lines.index("broken")
     assert "--deep-every 1000" in beside.stderr

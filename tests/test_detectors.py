@@ -271,6 +271,26 @@ def test_values_that_are_not_finite_are_told_once_with_their_place() -> None:
     assert finding.evidence["cause"] == "sudden"
 
 
+@pytest.mark.parametrize(
+    ("loss", "words", "remedy"),
+    [
+        (math.inf, "the loss itself is not finite", "safe-loss"),
+        (1.0, "the loss is finite, and something on the way back is not", "safe-derivative"),
+        (None, "look at the batch, and at operations", "safe-derivative"),
+    ],
+)
+def test_a_sudden_nan_is_said_to_come_on_the_way_forward_or_back(
+    loss: float | None, words: str, remedy: str
+) -> None:
+    sick = broken(100, "2.weight", loss=1.0 if loss is None else loss)
+    if loss is None:
+        del sick.scalars["loss"]
+    ((_, found),) = told([*(made(i, step) for i, step in enumerate(falling(100))), sick])
+    assert words in found.cause
+    assert remedy in found.remedies
+    assert (" are not finite" in found.message) is (loss == math.inf)
+
+
 @pytest.mark.parametrize(("grows", "cause"), [(0, "sudden"), (12, "unclear")])
 def test_noise_near_the_end_of_a_training_is_no_explosion(grows: int, cause: str) -> None:
     """Losses and gradients of batches lie a factor of 30 apart, where most are fitted."""
@@ -452,6 +472,7 @@ SPIKED = [*falling(200), *[replace(LOW, loss=3.0, grad=1.0)] * 8]
 RATES: dict[str, tuple[bool, Callable[[int], float]]] = {
     "a jump": (True, lambda i: 1e-3 if i < 190 else 0.1),
     "a climb": (True, lambda i: 1e-3 * 1.03 ** max(i - 140, 0)),
+    "a single step": (True, lambda i: 0.1 if i == 199 else 1e-3),
     "none": (False, lambda _: 1e-3),
     "restarts": (False, lambda i: 1e-3 / 10 ** (i % 95 / 30)),
     "a warm-up that has ended": (False, lambda i: 1e-3 * min(1.0, max(i - 130, 1) / 30)),
@@ -522,6 +543,35 @@ def test_a_plateau_is_seen_although_few_steps_are_measured() -> None:
             if i >= 10 and i % 32:
                 del reading.columns["update_norm"], reading.columns["weight_norm"]
         assert [f.code for _, f in told(readings)] == codes
+
+
+def test_a_loss_that_creeps_up_at_its_start_is_a_plateau_and_one_that_creeps_down_none() -> None:
+    for sign, is_told in ((1, True), (-1, False)):
+        steps = [Step(2.3 + sign * 1e-5 * i + 1e-4 * math.sin(2.3 * i)) for i in range(300)]
+        found = [f for _, f in told(steps) if f.code == "TR701"]
+        assert bool(found) is is_told
+        assert all("still at 2.3 " in f.message and "labels" in f.cause for f in found)
+
+
+def test_a_plateau_of_steps_that_move_nothing_says_so() -> None:
+    found = next(f for _, f in told([replace(s, update=-5.1) for s in STUCK]) if f.code == "TR701")
+    assert "the learning rate is too low" in found.cause
+    assert "the learning rate" not in next(f for _, f in told(STUCK) if f.code == "TR701").cause
+
+
+def test_nothing_is_well_whose_number_is_beyond_its_threshold() -> None:
+    """Where a schedule has ended early there is nothing to tell, and nothing to call healthy."""
+    readings = [made(i, replace(s, update=-5.1 - i / 100)) for i, s in enumerate(STUCK)]
+    for i, reading in enumerate(readings):
+        reading.scalars["lr"] = 1e-6 * 10 ** (-i / 100)
+    slowly = [made(i, Step(2.3 - 1e-5 * i)) for i in range(300)]
+    for course, well in ((readings, False), (slowly, True)):
+        detectors = Detectors()
+        assert not any(detectors.follow(course))
+        healthy, unexamined = detectors.outcomes()
+        assert {"TR701", "UP507"} <= set(healthy if well else unexamined)
+        assert not {"TR701", "UP507"} & set(unexamined if well else healthy)
+    assert "the loss still falls" in healthy["TR701"]
 
 
 def test_matrices_drawn_as_zeros_have_lost_nothing() -> None:

@@ -350,6 +350,7 @@ def test_the_report_of_a_run_tells_what_was_done(tmp_path: Path) -> None:
     with isograd.watch(model, optimizer, run=tmp_path / "run"):
         guard = isograd.Guard(model, optimizer)
         trained(model, optimizer, 20, spoil=lambda step, x: x * math.nan if step > 15 else x, guard=guard)
+    assert str(guard.events[0]) == "step 16: left out, the loss is nan"
     said = CliRunner().invoke(cli, ["report", str(tmp_path / "run")]).output
     assert "step 16     isograd.Guard: left out, the loss is nan\n" in said
     assert "step 18     isograd.Guard: went back, to step 0: the loss is nan" in said

@@ -399,3 +399,21 @@ def test_a_dropout_before_the_head_rescales_once_and_is_none_of_depth() -> None:
     dropout = next(i for i, site in enumerate(flow.sites) if site.kind == "dropout")
     assert flow.column("decades")[dropout] == pytest.approx(1.0, abs=0.2)  # 1 / sqrt(1 - p)
     assert flow.hidden.stop == dropout
+
+
+@pytest.mark.parametrize("own", ["list", "optimizer", "modules"])
+def test_layers_in_a_plain_list_are_said_to_be_nobodys(own: str) -> None:
+    model, body = nn.Sequential(nn.Linear(8, 4)), [nn.Linear(8, 8), nn.Linear(8, 8)]
+    parameters = [*model.parameters(), *(p for layer in body for p in layer.parameters())]
+    if own == "modules":
+        model.extend(body)
+    optimizer = torch.optim.SGD(parameters, lr=0.1) if own == "optimizer" else None
+
+    def loss(model: nn.Module) -> torch.Tensor:
+        x = torch.randn(4, 8)
+        for layer in body:
+            x = torch.tanh(layer(x))
+        return model[0](x).square().mean()  # pyright: ignore
+
+    said = check(model, loss, optimizer=optimizer).unexamined.get("parameters", "")
+    assert ("depends on 4 that are no parameters of the model, the largest 8 x 8" in said) is (own == "list")

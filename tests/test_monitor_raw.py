@@ -590,6 +590,19 @@ def test_two_networks_and_a_target() -> None:
         assert "parameters" not in monitor.diagnosis().unexamined
 
 
+def test_what_no_optimizer_holds_is_said_to_stay_as_it_is() -> None:
+    model = net()
+    optimizer = torch.optim.SGD(list(model.parameters())[-2:], lr=0.1)
+    with isograd.watch(model, optimizer) as monitor:
+        for x, y in batches(3):
+            optimizer.zero_grad()
+            functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        unexamined = monitor.diagnosis().unexamined
+    assert "in no watched optimizer, which leaves them as they are: 0.weight" in unexamined["parameters"]
+    assert "because they are in no watched optimizer" in unexamined["gradients"]
+
+
 def test_a_notebook_cell_run_twice_watches_once() -> None:
     model = net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -808,3 +821,19 @@ def test_the_first_step_may_overflow(make: type[torch.optim.Optimizer]) -> None:
             scaler.update()
             moved = monitor.latest().columns["update_norm"]
             assert bool(moved.isnan().all() if step == 0 else (moved > 0).all())
+
+
+@pytest.mark.parametrize("cleared", [True, False])
+def test_gradients_that_add_up_are_told_in_a_loop_that_updates_by_hand(cleared: bool) -> None:
+    model = net()
+    with isograd.watch(model, None) as monitor:
+        for x, y in batches(5):
+            if cleared:
+                model.zero_grad()
+            functional.cross_entropy(model(x), y).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 0.1)
+            for parameter in model.parameters():
+                assert parameter.grad is not None
+                parameter.data.add_(parameter.grad, alpha=-0.1)
+            monitor.step()
+        assert [f.code for f in monitor.diagnosis().findings] == ["UP509"] * (not cleared)

@@ -22,6 +22,7 @@ def found(code: str, severity: Severity = Severity.ERROR) -> Finding:
         (("VG101", "EG201"), "exploding"),
         (("EG201", "NF401"), "broken"),
         (("VG102",), "broken"),
+        (("UP509",), "exploding"),
     ],
 )
 def test_the_verdict_is_that_of_the_worst_error(

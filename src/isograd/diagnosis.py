@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from isograd.record.run import Run
 
 
-EXPLODING = ("EG2", "RN602", "UP506", "TR703")
-"""Codes of gradients, along depth and along time, of steps and of a loss that explode."""
+EXPLODING = ("EG2", "RN602", "UP506", "UP509", "TR703")
+"""Codes of gradients, along depth and along time, of steps, of a sum of gradients and of a loss that explode."""
 
 
 class Severity(IntEnum):

@@ -13,6 +13,7 @@ from isograd.graph.assembly import Assembly
 from isograd.graph.backbone import Backbone, backbone
 from isograd.graph.backward import Backward
 from isograd.graph.preserve import drawn, preserved
+from isograd.graph.strangers import strangers, told
 from isograd.graph.traced import Loss, Traced, independent, traced
 from isograd.statistics import Failure
 
@@ -66,7 +67,13 @@ def _once(model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer | None)
             )
         passed = Backward(run.graph, run.line, run.value.device)
         grads, failure = _gradients(run, passed)
-        return Assembly(run, _towers(run), passed, grads, failure, optimizer).flow(), drew
+        flow = Assembly(run, _towers(run), passed, grads, failure, optimizer).flow()
+        groups = [] if optimizer is None else optimizer.param_groups
+        known = {*map(id, run.model.parameters()), *(id(p) for group in groups for p in group["params"])}
+        if found := strangers(run.graph.order, known):
+            nobody = "no parameters of the model" + (" nor of the optimizer" if groups else "")
+            flow = replace(flow, unexamined=flow.unexamined | {"parameters": told(found, nobody)})
+        return flow, drew
 
 
 def _towers(run: Traced) -> list[Backbone]:

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from isograd.graph.strangers import below, strangers, told
 from isograd.integrations.loss import AccumulatedLoss
 from isograd.integrations.owners import called, names_in_use, owners
 from isograd.integrations.watched import Watched, say
@@ -35,6 +36,8 @@ LIVE = (2.0, 5.0, 10.0, 30.0)
 """Seconds between two live lines; the last one repeats."""
 MOST = 32
 """Optimizers that are watched: a search or a learner in a loop may make thousands."""
+FULL = 2
+"""Trainings whose diagnosis is printed in full, such as a generator and its critic; of the many of a search, what was found."""
 UNSCALED = "_isograd_unscaled"
 """Where a loss that a scaler has multiplied keeps what it was."""
 
@@ -99,7 +102,7 @@ class Attachment:
             # a backward inside a backward is reentrant checkpointing
             outermost = not getattr(self.inside, "backward", False)
             if outermost:
-                self._safely(self._before_backward)
+                self._safely(lambda: self._before_backward(tensors))
                 self.inside.backward = True
             try:
                 accumulate(tensors, *args, **kwargs)
@@ -167,14 +170,17 @@ class Attachment:
         if self.closed.is_set():
             return
         self.closed.set()
-        for watched in self.watched:
-            if watched.process != os.getpid():
-                continue
+        mine = [watched for watched in self.watched if watched.process == os.getpid()]
+        brief = len(mine) > FULL
+        for watched in mine:
             monitor = watched.monitor()
             if monitor is not None:
                 self._safely(monitor.close)
             if not self.settings.quiet and watched.record is not None:
-                self._safely(functools.partial(watched.report, self.settings.deep_every is not None))
+                deep = self.settings.deep_every is not None
+                self._safely(functools.partial(watched.report, deep, brief))
+        if brief and not self.settings.quiet:
+            say("what was examined in each of them: isograd check RUN")
         if self.theirs and not self.watched and not self.settings.quiet and os.getpid() == self.process:
             say("the script watches its own training: see the record that it keeps, if any")
 
@@ -188,9 +194,11 @@ class Attachment:
             self.broken = True
             warn(f"isograd stopped watching: {type(error).__name__}: {error}")
 
-    def _before_backward(self) -> None:
+    def _before_backward(self, tensors: Any) -> None:
         if self.made:
             self._look()
+            if isinstance(tensors, torch.Tensor):
+                self._strangers(tensors)
         for watched in self.watched:
             watched.loss.before_backward()
 
@@ -231,6 +239,19 @@ class Attachment:
             else:
                 for optimizer in own:
                     monitor.add(optimizer)
+
+    def _strangers(self, loss: torch.Tensor) -> None:
+        """Of each model that this loss is of: what else it depends on that no optimizer trains."""
+        nodes = list(below(loss.grad_fn))
+        reached = {id(getattr(node, "variable", None)) for node in nodes}
+        optimizers = [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
+        held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}
+        mine = [(watched, model) for watched in self.watched if (model := watched.model()) is not None]
+        held |= {id(p) for _, model in mine for p in model.parameters()}
+        if found := strangers(nodes, held):
+            for watched, model in mine:
+                if any(id(p) in reached for p in model.parameters()):
+                    watched.strangers = told(found, "in no module of the model and in no optimizer")
 
     def _known(self, model: nn.Module) -> Watched | None:
         return next((watched for watched in self.watched if watched.model() is model), None)

@@ -40,15 +40,17 @@ class Watched:
     """Step of the record at which this process began to train it."""
     again: bool
     """Another optimizer has trained it before in this process: the record knows what was found then."""
+    strangers: str = ""
+    """What is said of parameters that its loss depends on and that nobody trains."""
     shown: tuple[float, int] | None = None
     """When a line of it was first shown, and the step."""
     told: int = 0
     """Findings that were said as they came."""
 
-    def report(self, deep: bool) -> None:
+    def report(self, deep: bool, brief: bool = False) -> None:
         """Say what was found, how many steps were seen, and where they are kept.
 
-        deep: it was asked to look from inside.
+        deep: it was asked to look from inside. brief: nothing but the findings.
         """
         record, monitor = self.record, self.monitor()
         if monitor is not None:
@@ -70,15 +72,22 @@ class Watched:
                 steps, diagnosis = run.last + 1, verdict(run)
         else:
             return
+        if self.strangers:
+            said = filter(None, (diagnosis.unexamined.get("parameters"), self.strangers))
+            diagnosis = replace(diagnosis, unexamined=diagnosis.unexamined | {"parameters": "; ".join(said)})
         if not steps:
             why = "" if monitor is None else diagnosis.unexamined.get("training", "")
             say(f"{self.name} was found, but {why or 'no step of its optimizer was seen'}")
             return
-        print(diagnosis, file=sys.stderr)
+        if brief:
+            diagnosis = replace(diagnosis, flow=replace(diagnosis.flow, notes=()), healthy={}, unexamined={})
+        if diagnosis.findings or not brief:
+            print(diagnosis, file=sys.stderr)
         kept = f"recorded: isograd report {record.path}" if record.recording else "watched, and not recorded"
         if record.recording and record.missed:
             kept = f"watched, the last {record.missed} of them not recorded: isograd report {record.path}"
-        say(f"{steps} steps of {self.name} {kept}")
+        nothing = ", nothing found," if brief and not diagnosis.findings else ""
+        say(f"{steps} steps of {self.name}{nothing} {kept}")
 
     def line(self, reading: Reading) -> str:
         """Where the training is: `step 300  loss 1.2  gradient norm 0.4  12 steps/s`."""

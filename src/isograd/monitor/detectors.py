@@ -90,7 +90,7 @@ class Detectors:
             more = f" and {len(never) - 3} more" if len(never) > 3 else ""
             unexamined["gradients"] = (
                 f"{len(never)} of {len(self.history.sites)} parameters have got none in {self.history.count} steps, "
-                f"because they are frozen, not used, or cut off from the loss: {', '.join(never[:3])}{more}"
+                f"because they are in no watched optimizer, frozen, not used, or cut off from the loss: {', '.join(never[:3])}{more}"
             )
         return healthy, unexamined
 

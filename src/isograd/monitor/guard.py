@@ -43,7 +43,7 @@ class Event:
     """What a guard has done."""
 
     step: int
-    """Number of the call of `Guard.step`, from 1."""
+    """Number of the call of `Guard.step`, from 0, as that of a reading."""
     what: str
     """'left out', 'went back', 'gave back' (the rate), 'went on' (with data that are others) or 'gave up'."""
     why: str
@@ -259,7 +259,7 @@ class Guard(Closing):
         self._curve, self._gone, self._broken = Curve(), False, 0
         self._note("went on", f"{why}, as for {LONG} steps, at weights whose loss was well")
         warn(
-            f"isograd.Guard has left out {LONG} steps in a row, the newest is {self.steps}: {why} at weights whose loss was "
+            f"isograd.Guard has left out {LONG} steps in a row, the newest is {self.steps - 1}: {why} at weights whose loss was "
             "well, so the data or the objective is another. It goes on with it. Where the loss rises on purpose, give the "
             "guard one that does not, or none: guard.step(None)",
         )
@@ -271,7 +271,7 @@ class Guard(Closing):
         self._curve, self._gone = Curve(), False
         self._note("went back", f"to step {snapshot.step}: {LONG} steps in a row were left out")
         warn(
-            f"isograd.Guard has left out {LONG} steps in a row, the newest is {self.steps}: {why}. It went back to step "
+            f"isograd.Guard has left out {LONG} steps in a row, the newest is {self.steps - 1}: {why}. It went back to step "
             f"{snapshot.step}, and goes on. isograd.find_nonfinite(model, loss) names what is not finite",
         )
 
@@ -281,7 +281,7 @@ class Guard(Closing):
             if self.events[-1].what != "gave up":
                 self._note("gave up", f"{why}; a lower rate is no help")
                 warn(
-                    f"isograd.Guard went back {MOST} times and gives up at step {self.steps}: {why}. A lower learning rate is "
+                    f"isograd.Guard went back {MOST} times and gives up at step {self.steps - 1}: {why}. A lower learning rate is "
                     "no help: isograd.check(model, loss) looks for the cause",
                 )
             return False
@@ -326,7 +326,7 @@ class Guard(Closing):
         self._kept_at = self.steps
 
     def _note(self, what: str, why: str) -> None:
-        self.events = [*self.events[-999:], Event(self.steps, what, why, self.factor)]
+        self.events = [*self.events[-999:], Event(self.steps - 1, what, why, self.factor)]
 
     def state_dict(self) -> dict[str, Any]:
         """What a training that is resumed needs to know, as plain values; the snapshots are not in it."""

@@ -35,8 +35,13 @@ FAST = -1.0
 """log10 update over weight: a tenth a step doubles weights within ten, and is the cause of their growth."""
 JOINED = 0.25
 """Share of the parameters that have been trained for less than a window: another training than the one before."""
+SLOW = -3.7
+"""log10 update over weight: 2e-4, where healthy trainings from scratch reach 1e-3 and more."""
 LEAPS = 3
 """Steps of a fifth of the weights at the start of a training: one of them a bold recipe may have."""
+
+
+FASTER_STEPS = "raise the learning rate: sweep it upwards by factors of 3 until the loss no longer falls"
 
 
 @dataclass(frozen=True)
@@ -83,14 +88,14 @@ def origin(history: History) -> Cause:
     if (
         not updates and steps and grown / steps >= math.log10(1 + 10**FAST)
     ):  # it has moved by as much at least
-        words = f"{name} has grown {10**grown:.3g} times within {steps} steps: they are too large, and so is the learning rate"
+        words = f"{name} has grown {10**grown:.3g} times within {steps} steps: these are too large, and so is the learning rate"
         return Cause(words, "learning-rate", ("lower-learning-rate", "warm-up", "clip-gradients"))
     if grown >= WEIGHT_GROWTH and max(updates, default=-math.inf) < FAST:
         words = f"{name} has grown {10**grown:.3g} times within {steps} steps"
         return Cause(words, "weight-growth", ("lower-learning-rate", "reduce weight growth: weight decay"))
     faster = len(updates) > 1 and updates[-1] - updates[0] >= FASTER and not _steady(history)
     if faster or max(updates, default=-math.inf) >= LARGE:
-        words = f"the steps are too large for the curvature, {10 ** max(updates):.2g} of the weights: the learning rate"
+        words = f"the steps are too large for the curvature, {10 ** max(updates):.2g} times the norm of the weights: the learning rate"
         return Cause(words, "learning-rate", ("lower-learning-rate", "warm-up", "clip-gradients"))
     thrown = replaced(history)
     if thrown is not None:
@@ -182,6 +187,17 @@ def shrunk(history: History) -> Cause | None:
     return Cause(words, "weight-decay", ("lower the weight decay",))
 
 
+def slow(history: History) -> Cause | None:
+    """Has no step been as large as those of a training that gets on?"""
+    if not -math.inf < history.pace <= SLOW:
+        return None
+    words = (
+        f"no step changed the typical weight matrix by more than {10**history.pace:.1g} of itself, where trainings from scratch reach "
+        "1e-3: the learning rate is too low, or next to no gradient arrives"
+    )
+    return Cause(words, "small-steps", (FASTER_STEPS,))
+
+
 def replaced(history: History) -> Cause | None:
     """Did the first steps replace the weights? What follows starts from wherever that led to."""
     if history.leaps < LEAPS:
@@ -195,10 +211,11 @@ def replaced(history: History) -> Cause | None:
 
 def raised(history: History) -> Cause | None:
     """Has a learning rate risen beyond all that it had been, within the window?"""
-    before, now = _raised(history)
-    if not now > before:
+    before, high, now = _raised(history)
+    if not high > before:
         return None
-    words = f"the learning rate has gone from {before:.2g} to {now:.2g}"
+    back = f", and is {now:.2g} now" if high >= RISING * now else ""
+    words = f"the learning rate has gone from {before:.2g} to {high:.2g}{back}"
     return Cause(words, "learning-rate", ("lower-learning-rate", "warm-up", "clip-gradients"))
 
 
@@ -216,15 +233,18 @@ def _joined(history: History) -> Cause | None:
     return Cause(words, "unfrozen", ("lower-learning-rate", "warm-up", "clip-gradients"))
 
 
-def _raised(history: History) -> tuple[float, float]:
-    """A learning rate before and after it rose beyond all that it had been; nan: none did."""
+def _raised(history: History) -> tuple[float, float, float]:
+    """A learning rate before and after it rose beyond all that it had been, and what it is now; nan: none did.
+
+    One step is enough to throw a training, which is told when the rate is back.
+    """
     rates = history.rates
     if len(rates) > 1:
-        then = rates[-WINDOW // 2 :][0]
-        for before, since, *now in zip(history.highest or rates[0], then, *rates[-2:], strict=True):
-            if before > 0 and max(now) >= max(RAISED * before, RISING * since):
-                return before, max(now)
-    return math.nan, math.nan
+        then, *since = rates[-WINDOW // 2 :]
+        for before, was, *rose in zip(history.highest or rates[0], then, *since, strict=True):
+            if before > 0 and max(rose) >= max(RAISED * before, RISING * was):
+                return before, max(rose), rose[-1]
+    return math.nan, math.nan, math.nan
 
 
 def _along(values: Sequence[float]) -> float:

@@ -48,7 +48,9 @@ def unexamined(
     strays = [clean(n, model) for n, p in model.named_parameters() if p.requires_grad and id(p) not in held]
     if strays:
         more = f" and {len(strays) - 3} more" if len(strays) > 3 else ""
-        said["parameters"] = f"in no watched optimizer: {', '.join(strays[:3])}{more}"
+        said["parameters"] = (
+            f"{len(strays)} that can be trained are in no watched optimizer, which leaves them as they are: {', '.join(strays[:3])}{more}"
+        )
     sampled = sorted(
         {type(tap.optimizer).__name__ for tap in taps if tap.optimizer is not None and not tap.exact}
     )

@@ -51,6 +51,24 @@ OTHER = (
     ("look at what was found of the other network, and at its loss",),
 )
 """Cause, slug and what helps, where another network that is watched broke first."""
+DATA = "check the data of this step for values that are not finite"
+SUDDEN = {
+    True: (
+        "the loss itself is not finite. Look at the batch, and in model and loss at the log of 0, a division by 0, an exp that "
+        "overflows, a mean over nothing",
+        (DATA, "safe-loss", FIND),
+    ),
+    False: (
+        "the loss is finite, and something on the way back is not. Look at operations whose derivative is infinite, as that of a "
+        "root, a norm or a power at 0, also where a mask or torch.where takes their result out; in half precision it may overflow",
+        ("safe-derivative", FIND),
+    ),
+    None: (
+        "look at the batch, and at operations whose derivative is infinite",
+        ("safe-derivative", DATA, FIND),
+    ),
+}
+"""By whether the loss was not finite, None where it is not known: words, and what helps."""
 EXPLODED = 1.0
 """Decades by which gradient or loss had risen before, and above all that they had been: then it exploded. Near its end
 a training that is well has losses ten times as large as others."""
@@ -75,30 +93,37 @@ class NonFinite(Detector):
             return None
         self.steps += 1
         sick = [name for name, count in zip(reading.sites, counts.tolist(), strict=True) if count]
+        verb = "is"
         what = f"the gradient of {len(sick)} of {len(reading.sites)} parameters" if sick else "the loss"
         # On a GPU elements are not counted: a norm may be infinite because its squares overflow.
         if sick and not (reading.columns.get("nonfinite", counts) > 0).any():
             what = f"the gradient norm of {len(sick)} of {len(reading.sites)} parameters"
         if sick and not math.isfinite(loss):
-            what = f"the loss and {what}"
+            what, verb = f"the loss and {what}", "are"
         words, slug, remedies = (
             OTHER
             if ELSEWHERE in reading.notes
-            else self._cause(history, alone=not sick and "grad_norm" in reading.columns)
+            else self._cause(
+                history,
+                alone=not sick and "grad_norm" in reading.columns,
+                forward=not math.isfinite(loss) if "loss" in reading.scalars else None,
+            )
         )
         return Finding(
             CODE,
             NAME,
             Severity.ERROR,
-            f"{what} is not finite" + (f" ({int(counts.sum())} elements)" if sick else ""),
+            f"{what} {verb} not finite" + (f" ({int(counts.sum())} elements)" if sick else ""),
             cause=words,
             sites=tuple(sick[:3]),
             evidence={"elements": int(counts.sum()), "parameters": len(sick), "loss": loss, "cause": slug},
             remedies=remedies,
         )
 
-    def _cause(self, history: History, *, alone: bool) -> tuple[str, str, tuple[str, ...]]:
-        """`alone`: the loss is not finite, its gradient is."""
+    def _cause(
+        self, history: History, *, alone: bool, forward: bool | None
+    ) -> tuple[str, str, tuple[str, ...]]:
+        """`alone`: the loss is not finite, its gradient is. `forward`: the loss is not finite; None: not known."""
         losses = [math.log10(loss) if loss > 0 else -math.inf for loss in history.losses]
         large = math.isfinite(history.typical_update) and history.typical_update > 0
         if _risen(history.norms) or _risen(losses) or large:
@@ -125,12 +150,8 @@ class NonFinite(Detector):
                 "from-the-start",
                 ("critical-initialisation", "standardise-input", FIND),
             )
-        return (
-            "it came at once, from a training that was well: look at the batch, and at operations whose derivative is "
-            "infinite",
-            "sudden",
-            ("safe-derivative", "check the data of this step for values that are not finite", FIND),
-        )
+        words, remedies = SUDDEN[forward]
+        return f"it came at once, from a training that was well: {words}", "sudden", remedies
 
     def examine(self, history: History) -> Finding | None:
         self.held = 0  # a finite reading

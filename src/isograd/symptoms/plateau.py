@@ -9,13 +9,14 @@ Why it happens
     learning rate that is far too high or too low. What was told beside this says which.
 
 Evidence
-    The medians of the two halves of the last 256 losses differ by less than 3 standard errors, 200 steps were taken
+    The medians of the two halves of the last 256 losses differ by less than 3 standard errors, or the later is higher by
+    less than a hundredth of the first loss, 200 steps were taken
     at full pace, by their size or their learning rate (those of annealing do not count), and of the way from the start to
     zero, less than a tenth was gained, or more than half of what had been gained is lost again. A loss that is level more than
     a tenth above its start is no plateau: what throws a training there is told as a spike or as diverging, and where
     nothing was, the targets have moved, as the returns of a policy that gets better. Losses whose noise is as
     large as their level, or that change sign, are left alone: there a plateau cannot be told from noise. Where the first
-    steps replaced the weights, or these have shrunk to a third since, that is the cause.
+    steps replaced the weights, or these have shrunk to a third since, or hardly moved at all, that is the cause.
 
 What helps
     `isograd check` on the model; the learning rate; the targets.
@@ -31,7 +32,7 @@ from statistics import median
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import Detector, History
-from isograd.monitor.origin import replaced, shrunk
+from isograd.monitor.origin import Cause, replaced, shrunk, slow
 from isograd.monitor.seen import spread
 
 CODE = "TR701"
@@ -47,8 +48,19 @@ GAINED = 0.1
 """Share of the first loss that must be gained: a classifier that learned no more than the class frequencies."""
 LOST = 0.5
 """Share of what was gained that may be lost again."""
+LEVEL = 0.01
+"""Share of the first loss by which the later half may lie above the earlier, however little noise there is: with it, a loss
+that creeps up over hundreds of steps stays within GAINED of its start."""
 NOISE = 0.25
 """Spread over level, from which on the level says nothing."""
+
+LOST_AGAIN = Cause("what had been learned was lost, and is not learned again", "unclear", ())
+UNLEARNED = Cause(
+    "the weights move, and nothing is learned: what the loss asks for does not follow from the inputs, as where labels are mixed "
+    "up, or what tells the inputs apart is lost on its way",
+    "unclear",
+    ("train on one batch alone: where that is learned by heart, look at the labels",),
+)
 
 
 class Plateau(Detector):
@@ -57,8 +69,12 @@ class Plateau(Detector):
     def __init__(self) -> None:
         super().__init__()
         self.share = math.nan
+        self.falls = False
 
-    unexamined = f"needs a loss (monitor.log(loss=…)) that is positive and no mere noise, over {STEPS} steps"
+    unexamined = (
+        f"needs a loss (monitor.log(loss=…)) that is positive and no mere noise, over {STEPS} steps, and over as many at full "
+        "pace where it does not fall"
+    )
     of_level = True
 
     def examine(self, history: History) -> Finding | None:
@@ -73,27 +89,25 @@ class Plateau(Detector):
             self.share = share
         if noise > NOISE * now:
             return None
-        flat = abs(now - before) <= ERRORS * 1.25 * noise / math.sqrt(half)  # the error of a median
+        error = ERRORS * 1.25 * noise / math.sqrt(half)  # the error of a median
+        self.falls = before - now > error
+        flat = not self.falls and now - before <= max(error, LEVEL * first)
         stuck = self.share < GAINED
         fallen_back = now - history.best > LOST * (first - history.best) and first > history.best
         paced = history.moving if math.isfinite(history.pace) else history.count
         near = -share <= GAINED
         if paced < STEPS or not flat or not near or not (stuck or fallen_back):
             return None
-        cause = replaced(history) or shrunk(history)
         lost = first - history.best > GAINED * first
-        unknown = (
-            "what had been learned was lost, and is not learned again"
-            if lost
-            else "nothing is learned at this pace"
-        )
-        where = f"back at {now:.3g} after {history.best:.3g}" if fallen_back else f"still at {now:.3g}"
+        unknown = LOST_AGAIN if lost else UNLEARNED
+        cause = replaced(history) or shrunk(history) or slow(history) or unknown
+        where = f"back at {now:.3g} after {history.best:.3g}" if lost else f"still at {now:.3g}"
         return Finding(
             CODE,
             NAME,
             Severity.WARNING,
             f"the loss is {where} and no longer changes; it started from {first:.3g}",
-            cause=unknown if cause is None else cause.words,
+            cause=cause.words,
             evidence={
                 "loss": now,
                 "first": first,
@@ -102,12 +116,14 @@ class Plateau(Detector):
                 "threshold": GAINED,
             },
             remedies=(
-                *(() if cause is None else cause.remedies),
+                *cause.remedies,
                 "find where the gradient is lost: isograd check on the model",
             ),
         )
 
     def outcome(self, history: History) -> str | None:
-        if math.isnan(self.share):
+        if math.isnan(self.share) or (self.share < GAINED and not self.falls):
             return None
+        if self.share < GAINED:
+            return f"the loss still falls, and {self.share:.0%} of the first is gained"
         return f"{self.share:.0%} of the first loss is gained (a plateau is below {GAINED:.0%})"

@@ -60,7 +60,7 @@ class TooLarge(Detector):
             CODE,
             NAME,
             Severity.ERROR,
-            f"a step changes the typical weight matrix by {10**largest:.2g} of itself, and the loss rises",
+            f"a step changes the typical weight matrix by {10**largest:.2g} times its norm, and the loss rises",
             cause=cause.words,
             sites=tuple(history.names[:3]),
             evidence={"update_ratio": 10**largest, "threshold": 10**LEAP, "cause": cause.slug},

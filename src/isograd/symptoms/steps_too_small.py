@@ -30,18 +30,18 @@ from statistics import median
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import RECENT, WINDOW, Detector, History
-from isograd.monitor.origin import Cause
+from isograd.monitor.origin import FASTER_STEPS, SLOW, Cause
 from isograd.monitor.seen import spread
 
 CODE = "UP507"
 NAME = "steps-too-small"
 
-SMALL = -3.7
-"""log10 of the relative update: 2e-4, where healthy trainings from scratch reach 1e-3 and more."""
 NONE = -5.5
 """log10: 3e-6, at which nothing moves, whatever the loss does."""
 EVEN = 0.4
 """The loss falls in the last quarter by this share of what it fell in the second: it does not bend yet."""
+GAINED = 0.1
+"""Share of the first loss: where it is gained, the steps were large enough for it."""
 STEPS = 200
 NEVER = 32
 """Readings from the first on without any gradient, or at a learning rate of zero: a schedule may start with one step
@@ -68,19 +68,19 @@ class TooSmall(Detector):
         self.pace = -math.inf
         self.warming = 0.0
 
-    unexamined = f"needs update norms and {STEPS} steps"
+    unexamined = f"needs update norms and {STEPS} steps, and where these are small a loss that falls by more than its noise"
 
     def examine(self, history: History) -> Finding | None:
         cause = _still(history)
         if self.holds(cause is not None, NEVER) and cause is not None and self.held == history.count:
             return self._never(history, cause)
-        if len(history.typical_updates) < RECENT or self.pace > SMALL:
+        if len(history.typical_updates) < RECENT or self.pace > SLOW:
             return None
         typical = median(history.typical_updates)
         if history.count % WINDOW == 0:
             self.warming = typical - self.pace
         self.pace = max(self.pace, typical)
-        if history.count < STEPS or self.pace > SMALL or self.warming > 0.02:
+        if history.count < STEPS or self.pace > SLOW or self.warming > 0.02:
             return None
         if self.pace > NONE and not self._steady(history.losses):
             return None
@@ -92,10 +92,8 @@ class TooSmall(Detector):
             "and the loss has not bent yet",
             cause="the learning rate is too low",
             sites=tuple(history.names[:1]),
-            evidence={"update_ratio": 10**self.pace, "threshold": 10**SMALL, "steps": history.count},
-            remedies=(
-                "raise the learning rate: sweep it upwards by factors of 3 until the loss no longer falls",
-            ),
+            evidence={"update_ratio": 10**self.pace, "threshold": 10**SLOW, "steps": history.count},
+            remedies=(FASTER_STEPS,),
         )
 
     def _never(self, history: History, cause: Cause) -> Finding:
@@ -123,7 +121,9 @@ class TooSmall(Detector):
     def outcome(self, history: History) -> str | None:
         if not math.isfinite(self.pace) or history.count < STEPS:
             return None
-        return f"the typical weight matrix moved by up to {10**self.pace:.1g} of itself a step (a warning below {10**SMALL:.0e})"
+        if self.pace <= SLOW and not history.first_loss - history.best > GAINED * abs(history.first_loss):
+            return None
+        return f"the typical weight matrix moved by up to {10**self.pace:.1g} of itself a step (a warning below {10**SLOW:.0e})"
 
 
 def _still(history: History) -> Cause | None:
