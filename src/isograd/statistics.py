@@ -207,8 +207,9 @@ class Parameter:
         one direction stands out: all outputs are nearly the same sum of the inputs.
         """
         scatter = self.weight_norm**2 / max(math.prod(self.shape), 1) - self.weight_mean**2
-        if not self.fan_in or not scatter > 0:
-            return math.nan if not self.fan_in or math.isnan(scatter) else math.inf
+        if not self.fan_in or not scatter > 0 or self.weight_mean == 0:
+            constant = self.fan_in and scatter <= 0 and self.weight_mean != 0
+            return math.inf if constant else 0.0 * self.weight_mean
         wide, tall = math.sqrt(self.fan_in), math.sqrt(math.prod(self.shape) / self.fan_in)
         return abs(self.weight_mean) * wide * tall / (math.sqrt(scatter) * (wide + tall))
 
