@@ -1,4 +1,4 @@
-"""VG110 hidden-initialisation: every gain looks right, and the weights are far too large before their normalisations, or of one sign.
+"""VG110 hidden-initialisation: every gain looks right, and the weights are not: too large for their normalisations, or around a mean.
 
 What it means
     A normalisation right behind a layer divides the scale of its weights out again, so that signal and gradient look
