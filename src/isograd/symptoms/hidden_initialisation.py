@@ -81,8 +81,10 @@ def examine(flow: Flow) -> Iterator[Outcome]:
             CODE,
             NAME,
             Severity.ERROR if severe else Severity.WARNING,
-            f"the mean of {len(mean)} weights outweighs their scatter {outweighs:.2g} times in the median: all units of a "
-            "layer carry nearly the same",
+            f"the mean of {len(mean)} weights outweighs their scatter {outweighs:.2g} times in the median: all units of a layer "
+            "carry nearly the same"
+            if outweighs < math.inf
+            else f"all elements of each of {len(mean)} weights are equal: all units of a layer are one, and stay so",
             cause="the initialisation: the weights are drawn around a mean that is not zero",
             sites=tuple(sorted(mean, key=lambda name: -mean[name])[:WORST]),
             evidence={
@@ -94,12 +96,10 @@ def examine(flow: Flow) -> Iterator[Outcome]:
             remedies=("critical-initialisation",),
         )
     if not found:
-        said = (
-            f"the weights before {len(size)} normalisations have a median sigma_w of {median(size):.2g}"
-            if size
-            else ""
+        told = (
+            f"sigma_w is {median(size):.2g} in the median before {len(size)} normalisations" if size else ""
         )
-        yield Healthy(said or "normalisations follow less than half of the weights, and those have no mean")
+        yield Healthy(told or "normalisations follow less than half of the weights, and those have no mean")
 
 
 def _means(flow: Flow, multiply: dict[str, Parameter], behind: dict[str, Normalisation]) -> dict[str, float]:
