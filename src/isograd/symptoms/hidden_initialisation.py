@@ -46,6 +46,8 @@ LOUD = 3.0
 """sigma_w. Batch-normalised CNNs, plain, residual and depthwise separable, lose 1 to 53% of their lead in 150 steps of Adam or SGD
 at 1.7, 10 to 86% at 5.8 and 44 to 93% at 17; layer-normalised MLPs 1 to 15% at 5.8 and 8 to 34% at 17. A warning: a rate
 that is as many times higher makes up for it (a VGG of N(0, 1) reaches 0.92 with the best of SGD, its twin 0.95)."""
+EQUAL = 1000.0
+"""The same of what scatters by its rounding alone."""
 WORST = 3
 """Weights that are named."""
 COHERENT = (1.5, 2.0)
@@ -83,8 +85,8 @@ def examine(flow: Flow) -> Iterator[Outcome]:
             Severity.ERROR if severe else Severity.WARNING,
             f"the mean of {len(mean)} weights outweighs their scatter {outweighs:.2g} times in the median: all units of a layer "
             "carry nearly the same"
-            if outweighs < math.inf
-            else f"all elements of each of {len(mean)} weights are equal: all units of a layer are one, and stay so",
+            if outweighs < EQUAL
+            else f"all elements of each of {len(mean)} weights are equal: all units of a layer are one, and stay one",
             cause="the initialisation: the weights are drawn around a mean that is not zero",
             sites=tuple(sorted(mean, key=lambda name: -mean[name])[:WORST]),
             evidence={
