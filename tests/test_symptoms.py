@@ -1090,11 +1090,8 @@ def test_gains_that_are_meant_to_be_near_zero_are_no_finding() -> None:
         (above_zero, nn.BatchNorm1d, {"coherence"}),
         (above_zero, nn.RMSNorm, {"coherence"}),
         (above_zero, lambda width: nn.Identity(), {"coherence"}),
-        (
-            partial(nn.init.constant_, val=0.05),
-            nn.BatchNorm1d,
-            {"coherence"},
-        ),  # all units are one, and stay so
+        # All units are one, and stay one.
+        (partial(nn.init.constant_, val=0.05), nn.BatchNorm1d, {"coherence"}),
         (above_zero, nn.LayerNorm, set[str]()),  # which takes the mean over the units away
         (nn.init.kaiming_normal_, nn.BatchNorm1d, set[str]()),
         (nn.init.orthogonal_, nn.RMSNorm, set[str]()),

@@ -126,11 +126,7 @@ def layers(flow: Flow, model: nn.Module) -> list[Layer]:
     """Linear layers and convolutions on the backbone in forward order, the head last. Each module once."""
     modules = dict(model.named_modules())
     fan_in = {p.name: p.fan_in for p in flow.parameters}
-    weighted = [
-        i
-        for i, flag in enumerate(flow.column("weighted").tolist())
-        if flag == 1 and flow.sites[i].kind in ("linear", "convolution")
-    ]
+    weighted = [i for i in flow.weighted if flow.sites[i].kind in ("linear", "convolution")]
     found: dict[str, Layer] = {}
     for number, i in enumerate(weighted):
         site = flow.sites[i]

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 FACTORS = {"mul", "rmul", "imul", "div", "truediv", "itruediv", "neg"}
 """Elementwise operations that multiply."""
 ADDED = {"add", "iadd"}
+"""Those that add."""
 SAME = 1e-3
 """Decades between what a multiplication does to the signal and to the gradient: none where it is by one number."""
 
@@ -141,13 +142,18 @@ class Flow:
         return max((i for i, site in enumerate(before, 1) if site.operation.strip("_") in ADDED), default=0)
 
     @property
+    def weighted(self) -> list[int]:
+        """The sites that multiply by weights, in forward order."""
+        return [i for i, flag in enumerate(self.column("weighted").tolist()) if flag == 1]
+
+    @property
     def hidden(self) -> slice:
         """The sites between the input layer and the head.
 
         A layer that changes the width rescales the gradient once, whatever the depth; verdicts about
         depth leave out an input layer and a head that do so, a dropout before that head, and all that comes after.
         """
-        weighted = [i for i, flag in enumerate(self.column("weighted").tolist()) if flag == 1]
+        weighted = self.weighted
         if not weighted:
             return slice(1, len(self.sites))
         first, last = weighted[0], weighted[-1]

@@ -194,10 +194,14 @@ class Parameter:
     """Mean of the elements of what a layer multiplies by; NaN: none does."""
 
     @property
+    def rms(self) -> float:
+        """Root mean square of the elements."""
+        return self.weight_norm / math.sqrt(max(math.prod(self.shape), 1))
+
+    @property
     def sigma_w(self) -> float:
         """Root mean square of the elements times sqrt(fan_in): theory's sigma_w."""
-        size = math.prod(self.shape)
-        return self.weight_norm * math.sqrt(self.fan_in / size) if size else math.nan
+        return self.rms * math.sqrt(self.fan_in)
 
     @property
     def coherence(self) -> float:
@@ -206,12 +210,14 @@ class Parameter:
         mean sqrt(fan_in fan_out) over std (sqrt(fan_in) + sqrt(fan_out)), the edge of Marchenko and Pastur (1967). Above 1
         one direction stands out: all outputs are nearly the same sum of the inputs.
         """
-        scatter = self.weight_norm**2 / max(math.prod(self.shape), 1) - self.weight_mean**2
-        if not self.fan_in or not scatter > 0 or self.weight_mean == 0:
-            constant = self.fan_in and scatter <= 0 and self.weight_mean != 0
-            return math.inf if constant else 0.0 * self.weight_mean
+        mean = abs(self.weight_mean)
+        variance = self.rms**2 - mean**2
+        if not mean > 0 or math.isnan(variance):
+            return mean
+        if variance <= 0:
+            return math.inf
         wide, tall = math.sqrt(self.fan_in), math.sqrt(math.prod(self.shape) / self.fan_in)
-        return abs(self.weight_mean) * wide * tall / (math.sqrt(scatter) * (wide + tall))
+        return mean * wide * tall / (math.sqrt(variance) * (wide + tall))
 
     @property
     def ratio_log10(self) -> float:

@@ -9,19 +9,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node
 
 
-def below(root: Node | None) -> Iterator[Node]:
-    """All nodes that a backward from here comes to."""
-    waiting, known = [root], {root}
-    while waiting:
-        node = waiting.pop()
-        if node is None:
-            continue
-        yield node
-        following = {child for child, _ in node.next_functions} - known
-        known |= following
-        waiting += following
-
-
 def strangers(nodes: Iterable[Node], known: set[int]) -> list[Tensor]:
     """The parameters among these nodes of a graph that are not known by their id; tensors that were made by hand are none."""
     variables: Iterator[Any] = (

@@ -20,9 +20,11 @@ from typing import Any, NoReturn
 import msgspec
 import torch
 from torch import nn
+from torch.autograd.graph import Node
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from isograd.graph.strangers import below, strangers, told
+from isograd.graph.backbone import Graph
+from isograd.graph.strangers import strangers, told
 from isograd.integrations.loss import AccumulatedLoss
 from isograd.integrations.owners import called, names_in_use, owners
 from isograd.integrations.watched import Watched, say
@@ -197,8 +199,8 @@ class Attachment:
     def _before_backward(self, tensors: Any) -> None:
         if self.made:
             self._look()
-            if isinstance(tensors, torch.Tensor):
-                self._strangers(tensors)
+            if isinstance(tensors, torch.Tensor) and tensors.grad_fn is not None:
+                self._strangers(tensors.grad_fn)
         for watched in self.watched:
             watched.loss.before_backward()
 
@@ -240,9 +242,9 @@ class Attachment:
                 for optimizer in own:
                     monitor.add(optimizer)
 
-    def _strangers(self, loss: torch.Tensor) -> None:
+    def _strangers(self, loss: Node) -> None:
         """Of each model that this loss is of: what else it depends on that no optimizer trains."""
-        nodes = list(below(loss.grad_fn))
+        nodes = Graph(loss).order
         reached = {id(getattr(node, "variable", None)) for node in nodes}
         optimizers = [o for o in gc.get_objects() if issubclass(type(o), torch.optim.Optimizer)]
         held = {id(p) for o in optimizers for group in o.param_groups for p in group["params"]}

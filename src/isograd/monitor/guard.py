@@ -259,7 +259,7 @@ class Guard(Closing):
         self._curve, self._gone, self._broken = Curve(), False, 0
         self._note("went on", f"{why}, as for {LONG} steps, at weights whose loss was well")
         warn(
-            f"isograd.Guard has left out {LONG} steps in a row, the newest is {self.steps - 1}: {why} at weights whose loss was "
+            f"isograd.Guard has left out {LONG} steps in a row, the newest is {self._number}: {why} at weights whose loss was "
             "well, so the data or the objective is another. It goes on with it. Where the loss rises on purpose, give the "
             "guard one that does not, or none: guard.step(None)",
         )
@@ -271,7 +271,7 @@ class Guard(Closing):
         self._curve, self._gone = Curve(), False
         self._note("went back", f"to step {snapshot.step}: {LONG} steps in a row were left out")
         warn(
-            f"isograd.Guard has left out {LONG} steps in a row, the newest is {self.steps - 1}: {why}. It went back to step "
+            f"isograd.Guard has left out {LONG} steps in a row, the newest is {self._number}: {why}. It went back to step "
             f"{snapshot.step}, and goes on. isograd.find_nonfinite(model, loss) names what is not finite",
         )
 
@@ -281,7 +281,7 @@ class Guard(Closing):
             if self.events[-1].what != "gave up":
                 self._note("gave up", f"{why}; a lower rate is no help")
                 warn(
-                    f"isograd.Guard went back {MOST} times and gives up at step {self.steps - 1}: {why}. A lower learning rate is "
+                    f"isograd.Guard went back {MOST} times and gives up at step {self._number}: {why}. A lower learning rate is "
                     "no help: isograd.check(model, loss) looks for the cause",
                 )
             return False
@@ -325,8 +325,13 @@ class Guard(Closing):
         self._snapshots.append(Snapshot(self.steps, self.monitor, self._curve.losses, self._curve.norms))
         self._kept_at = self.steps
 
+    @property
+    def _number(self) -> int:
+        """Of this call, from 0."""
+        return self.steps - 1
+
     def _note(self, what: str, why: str) -> None:
-        self.events = [*self.events[-999:], Event(self.steps - 1, what, why, self.factor)]
+        self.events = [*self.events[-999:], Event(self._number, what, why, self.factor)]
 
     def state_dict(self) -> dict[str, Any]:
         """What a training that is resumed needs to know, as plain values; the snapshots are not in it."""

@@ -247,9 +247,8 @@ class Monitor(Closing):
         """A step has ended: for optimizers that are none of torch's, while the gradients are there."""
         for tap in self._taps:
             if tap.optimizer is None:
-                self.guarded(
-                    tap.take
-                )  # what was read at the end of the backward knows nothing of what came after
+                # What was read at the end of the backward knows nothing of what came after.
+                self.guarded(tap.take)
                 self.guarded(tap.finish)
 
     def latest(self) -> Reading:

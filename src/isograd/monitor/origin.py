@@ -39,8 +39,6 @@ SLOW = -3.7
 """log10 update over weight: 2e-4, where healthy trainings from scratch reach 1e-3 and more."""
 LEAPS = 3
 """Steps of a fifth of the weights at the start of a training: one of them a bold recipe may have."""
-
-
 FASTER_STEPS = "raise the learning rate: sweep it upwards by factors of 3 until the loss no longer falls"
 
 

@@ -78,7 +78,7 @@ def _gates_alone(patient: Patient) -> Iterator[Edit]:
 
     Inputs are drawn where they are zero, and of a stack through which the signal fades where they are small.
     """
-    fades = any(finding.code == "VG101" for finding in patient.diagnosis.findings)
+    fades = "VG101" in patient.told
     for path, module in patient.model.named_modules():
         if not isinstance(module, nn.RNNBase | nn.RNNCellBase):
             continue

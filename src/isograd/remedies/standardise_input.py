@@ -32,7 +32,7 @@ from isograd.flow import Flow
 from isograd.graph.preserve import preserved
 from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.statistics import InputStatistics
-from isograd.symptoms.unnormalised_input import ALIKE
+from isograd.symptoms.unnormalised_input import alike
 
 SLUG = "standardise-input"
 TREATS = ("unnormalised-input", "VG101", "EG201", "EG202", "EG205")
@@ -91,7 +91,7 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
 
 
 def _off(seen: InputStatistics) -> bool:
-    return not NEAR[0] < seen.rms < NEAR[1] or 0 < seen.varying < ALIKE * seen.rms
+    return not NEAR[0] < seen.rms < NEAR[1] or alike(seen)
 
 
 def _reader(flow: Flow, model: nn.Module, off: Collection[str]) -> str | None:

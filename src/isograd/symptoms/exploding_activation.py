@@ -68,10 +68,8 @@ def examine(flow: Flow) -> Iterator[Outcome]:
     if grown < ERROR or (
         typical < grown / 4 and float(steps.max()) < AT_ONCE and _by_function(flow, part) < ERROR
     ):
-        if (drowning := _drowning(flow)) is not None:
-            yield drowning
-            return
-        yield Healthy(f"activations change by {grown:+.1f} decades (an error from {ERROR:+.1f})")
+        said = f"activations change by {grown:+.1f} decades (an error from {ERROR:+.1f})"
+        yield _drowning(flow) or Healthy(said)
         return
     first, last = flow.sites[part][0], flow.sites[part][-1]
     rms = flow.column("activation_rms")[part]

@@ -96,7 +96,7 @@ def _of_classes(call: LossCall) -> bool:
 
 def _far(flow: Flow, call: LossCall) -> Finding:
     site, growth = loudest(flow)
-    first = next((i for i, flag in enumerate(flow.column("weighted").tolist()) if flag == 1), 0)
+    first = next(iter(flow.weighted), 0)
     given = site is not None and site.depth < first and site.kind in ("input", "elementwise")
     said = (
         f"{call.function} starts at {call.excess:.2g} times that of equal probabilities"

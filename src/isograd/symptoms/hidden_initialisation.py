@@ -62,46 +62,59 @@ def examine(flow: Flow) -> Iterator[Outcome]:
     behind = {name: n for n in flow.normalisations if not n.fixed for name in n.weights if name in multiply}
     if 2 * len(behind) <= len(multiply):
         behind.clear()
-    size = [multiply[name].sigma_w for name in behind]
-    mean = _means(flow, multiply, behind)
-    found = False
-    if len(size) > 1 and (middle := median(size)) > LOUD:
-        found = True
-        yield Finding(
-            CODE,
-            NAME,
-            Severity.WARNING,
-            f"{len(size)} weights that a normalisation follows are far too large: sigma_w {middle:.2g} in the median",
-            cause="the initialisation, which the normalisations hide: a step hardly turns the weights",
-            sites=tuple(sorted(behind, key=lambda name: -multiply[name].sigma_w)[:WORST]),
-            evidence={"sigma_w": middle, "threshold": LOUD, "weights": len(size), "cause": "initialisation"},
-            remedies=("rescale-weights", "critical-initialisation"),
+    size = {name: multiply[name].sigma_w for name in behind}
+    loud, alike = _loud(size), _alike(_means(flow, multiply, behind))
+    yield from (finding for finding in (loud, alike) if finding is not None)
+    if loud is None and alike is None:
+        middle = (
+            f"sigma_w is {median(size.values()):.2g} in the median before {len(size)} normalisations"
+            if size
+            else ""
         )
-    if len(mean) > 1 and (outweighs := median(mean.values())) > COHERENT[0]:
-        found, severe = True, outweighs > COHERENT[1]
-        yield Finding(
-            CODE,
-            NAME,
-            Severity.ERROR if severe else Severity.WARNING,
-            f"the mean of {len(mean)} weights outweighs their scatter {outweighs:.2g} times in the median: all units of a layer "
-            "carry nearly the same"
-            if outweighs < EQUAL
-            else f"all elements of each of {len(mean)} weights are equal: all units of a layer are one, and stay one",
-            cause="the initialisation: the weights are drawn around a mean that is not zero",
-            sites=tuple(sorted(mean, key=lambda name: -mean[name])[:WORST]),
-            evidence={
-                "coherence": outweighs,
-                "threshold": COHERENT[severe],
-                "weights": len(mean),
-                "cause": "initialisation",
-            },
-            remedies=("critical-initialisation",),
-        )
-    if not found:
-        told = (
-            f"sigma_w is {median(size):.2g} in the median before {len(size)} normalisations" if size else ""
-        )
-        yield Healthy(told or "normalisations follow less than half of the weights, and those have no mean")
+        yield Healthy(middle or "normalisations follow less than half of the weights, and those have no mean")
+
+
+def _loud(size: dict[str, float]) -> Finding | None:
+    if len(size) < 2 or not (middle := median(size.values())) > LOUD:
+        return None
+    return Finding(
+        CODE,
+        NAME,
+        Severity.WARNING,
+        f"{len(size)} weights that a normalisation follows are far too large: sigma_w {middle:.2g} in the median",
+        cause="the initialisation, which the normalisations hide: a step hardly turns the weights",
+        sites=_largest(size),
+        evidence={"sigma_w": middle, "threshold": LOUD, "weights": len(size), "cause": "initialisation"},
+        remedies=("rescale-weights", "critical-initialisation"),
+    )
+
+
+def _alike(mean: dict[str, float]) -> Finding | None:
+    if len(mean) < 2 or not (middle := median(mean.values())) > COHERENT[0]:
+        return None
+    severe = middle > COHERENT[1]
+    return Finding(
+        CODE,
+        NAME,
+        Severity.ERROR if severe else Severity.WARNING,
+        f"the mean of {len(mean)} weights outweighs their scatter {middle:.2g} times in the median: all units of a layer "
+        "carry nearly the same"
+        if middle < EQUAL
+        else f"all elements of each of {len(mean)} weights are equal: all units of a layer are one, and stay one",
+        cause="the initialisation: the weights are drawn around a mean that is not zero",
+        sites=_largest(mean),
+        evidence={
+            "coherence": middle,
+            "threshold": COHERENT[severe],
+            "weights": len(mean),
+            "cause": "initialisation",
+        },
+        remedies=("critical-initialisation",),
+    )
+
+
+def _largest(seen: dict[str, float]) -> tuple[str, ...]:
+    return tuple(sorted(seen, key=lambda name: -seen[name])[:WORST])
 
 
 def _means(flow: Flow, multiply: dict[str, Parameter], behind: dict[str, Normalisation]) -> dict[str, float]:

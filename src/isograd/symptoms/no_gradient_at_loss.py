@@ -237,7 +237,7 @@ def _at_output(flow: Flow) -> Outcome:
     inside = [i for i, site in enumerate(flow.sites) if site.kind != "loss"]
     if not inside:
         return Unexamined("no backbone between the loss and an input")
-    layers = [i for i, flag in enumerate(flow.column("weighted").tolist()) if flag == 1]
+    layers = flow.weighted
     head = layers[-1] if layers else inside[-1]
     top = inside[-1]
     log = float(flow.column("grad_norm_log10")[top])

@@ -91,7 +91,7 @@ def _shrunk(flow: Flow) -> Finding | None:
 
 def behind_the_head(flow: Flow) -> list[Site]:
     """The constants between the last layer with weights and the loss."""
-    layers = [i for i, flag in enumerate(flow.column("weighted").tolist()) if flag == 1]
+    layers = flow.weighted
     after = flow.sites[layers[-1] + 1 :] if layers else ()
     inside = takewhile(lambda site: site.operation not in LOSSES | NORMALISED_LOG, after)
     return [site for site in inside if site.depth in flow.factors]

@@ -120,12 +120,12 @@ def _saturated(flow: Flow) -> float:
 
 def _arriving(flow: Flow) -> tuple[float, bool]:
     """Root mean square of what arithmetic makes of the input, and whether it shifts it; NaN: a layer reads it as it is."""
-    before = [i for i, flag in enumerate(flow.column("weighted").tolist()) if flag == 1][:1] or [0]
-    between = flow.sites[1 : before[0]]
+    first = next(iter(flow.weighted), 0)
+    between = flow.sites[1:first]
     computed = [site for site in between if site.kind == "elementwise"]
     if not computed or any(site.kind not in ("elementwise", "reshape") for site in between):
         return math.nan, False
-    known = flow.column("activation_rms")[1 : before[0]]
+    known = flow.column("activation_rms")[1:first]
     known = known[~known.isnan()]
     if not len(known):  # nothing of it was finite
         return math.nan, False
@@ -134,7 +134,7 @@ def _arriving(flow: Flow) -> tuple[float, bool]:
 
 def _fan_in(flow: Flow) -> float:
     """Of the first layer; NaN: there is none."""
-    first = next((i for i, flag in enumerate(flow.column("weighted").tolist()) if flag == 1), -1)
+    first = next(iter(flow.weighted), -1)
     return max((p.fan_in for p in flow.parameters if p.depth == first and p.fan_in), default=math.nan)
 
 
@@ -143,12 +143,14 @@ def _batched(flow: Flow) -> bool:
     return any("batch_norm" in n.site.operation and not n.fixed for n in flow.normalisations)
 
 
-def _alike(seen: InputStatistics, reads: float) -> bool:
-    """`reads`: square root of the first layer's fan-in; 0: another one reads it; NaN: samples are told apart behind it.
+def alike(seen: InputStatistics) -> bool:
+    """Do its samples hardly differ? What is the same to the last digit is no data: a grid, the graph that all samples share."""
+    return 0 < seen.varying < ALIKE * seen.rms
 
-    What is the same to the last digit is no data: a grid, the graph that all samples share; nor is a mask, which is read elsewhere.
-    """
-    return 0 < seen.varying < ALIKE * seen.rms and (reads > 0 or (reads == 0 and seen.rms > WARNING))
+
+def _alike(seen: InputStatistics, reads: float) -> bool:
+    """`reads`: square root of the first layer's fan-in; 0: another one reads it, as a mask; NaN: samples are told apart behind it."""
+    return alike(seen) and (reads > 0 or (reads == 0 and seen.rms > WARNING))
 
 
 def _normalised(flow: Flow) -> bool:
@@ -163,18 +165,18 @@ def _normalised(flow: Flow) -> bool:
 
 def _one(name: str, seen: InputStatistics, saturated: float, reads: float) -> Outcome:
     said = f"input {name} has mean {seen.mean:.3g}, root mean square {seen.rms:.3g} and largest {seen.largest:.3g}"
-    alike = _alike(seen, reads)
+    same = _alike(seen, reads)
     tiny = 0 < seen.rms * reads < TINY
-    if seen.rms < WARNING and not tiny and not alike:
+    if seen.rms < WARNING and not tiny and not same:
         return Healthy(said)
-    if alike:
+    if same:
         said += f"; only {seen.varying / seen.rms:.1g} of it differs between samples"
     if saturated > SATURATED:
         said += f"; {saturated:.0%} of the first activation is saturated"
     return Finding(
         CODE,
         NAME,
-        Severity.ERROR if alike or tiny or saturated > SATURATED else Severity.WARNING,
+        Severity.ERROR if same or tiny or saturated > SATURATED else Severity.WARNING,
         said,
         cause="the data are not standardised",
         sites=(name,),

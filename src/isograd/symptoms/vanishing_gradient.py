@@ -301,7 +301,7 @@ def _fading(flow: Flow) -> float:
 
 def _differing(flow: Flow) -> Tensor:
     """Share of the signal that differs between the samples at each site before the head where that is known."""
-    layers = [i for i, flag in enumerate(flow.column("weighted").tolist()) if flag == 1]
+    layers = flow.weighted
     before = flow.column("varying")[: layers[-1] if layers else 0]
     return before[before.isfinite()]
 
@@ -331,7 +331,7 @@ def _starved(flow: Flow) -> bool:
     if flow.lost == -math.inf:
         return True
     reaching = flow.column("decades").nan_to_num(0.0, neginf=-math.inf).flip(0).cumsum(0).flip(0).tolist()
-    layers = [i for i, flag in enumerate(flow.column("weighted").tolist()) if flag == 1]
+    layers = flow.weighted
     reached: list[float] = []
     for i in layers:
         above = reaching[i + 1] if i + 1 < len(reaching) else 0.0

@@ -101,8 +101,8 @@ class Operations:
                 return None
             taps = known
         outputs = weight.shape[0] if site.kind == "convolution" else math.prod(weight.shape) // weight.fan_in
-        bias = math.sqrt(sum((_deviation(p)) ** 2 for p in biases))
-        return [Linear(weight.fan_in, outputs, _deviation(weight) * math.sqrt(taps), bias)]
+        bias = math.sqrt(sum(p.rms**2 for p in biases))
+        return [Linear(weight.fan_in, outputs, weight.rms * math.sqrt(taps), bias)]
 
     def _known(self, site: Site) -> list[Parameter]:
         return [self.parameters[name] for name in site.parameters if name in self.parameters]
@@ -194,7 +194,7 @@ class Operations:
         weights = [p for p in self._known(site) if len(p.shape) == 2]
         if len(weights) != 2:
             return None
-        values, out = (Linear(p.shape[1], p.shape[1], _deviation(p)) for p in weights)
+        values, out = (Linear(p.shape[1], p.shape[1], p.rms) for p in weights)
         averaged = _averaging(propagate([values, out], signal).signal, after)
         sharp = propagate([values], signal).signal.q > SHARPEST
         return None if averaged is None or sharp else [values, averaged, out]
@@ -206,10 +206,6 @@ def _averaging(values: Signal, after: float) -> Averaging | None:
     With queries and keys drawn like the values, the logits scatter as much as these have variance.
     """
     return Averaging(min(after**2 / values.q, 1.0)) if 0 < values.q <= SHARPEST else None
-
-
-def _deviation(parameter: Parameter) -> float:
-    return parameter.weight_norm / math.sqrt(max(math.prod(parameter.shape), 1))
 
 
 def _taps(site: Site, weight: Parameter, shape: tuple[int, ...]) -> float | None:
