@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -25,6 +26,46 @@ def test_a_loss_that_is_no_tensor_is_told_what_to_return() -> None:
         measure(nn.Linear(4, 4), lambda m: m(torch.randn(2, 4)).sum().item())  # pyright: ignore
 
 
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (lambda loss: {"aux": 3, "loss": loss}, r"returned dict.*here \['loss'\]"),
+        (lambda loss: (torch.zeros(()), loss), r"returned tuple.*here \[1\]"),
+        (lambda _: None, r"returned nothing.*as its last line does"),
+        (lambda loss: loss.item(), r"returned float.*without \.item\(\)"),
+        (lambda _: object(), r"returned object.*for example `lambda"),
+    ],
+)
+def test_what_came_in_place_of_the_loss_tells_where_it_is(wrong: Callable[[Tensor], Any], told: str) -> None:
+    with pytest.raises(TypeError, match=told):
+        measure(nn.Linear(4, 4), lambda m: wrong(m(torch.randn(2, 4)).sum()))
+
+
+def test_a_loss_of_integers_or_complex_numbers_is_named() -> None:
+    with pytest.raises(ValueError, match=r"torch\.int64.*no derivative"):
+        measure(nn.Linear(4, 4), lambda m: m(torch.randn(2, 4)).argmax())
+    with pytest.raises(ValueError, match=r"complex.*\.real or its \.abs"):
+        measure(nn.Linear(4, 4), lambda m: (m(torch.randn(2, 4)) * 1j).sum())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_a_model_of_torchscript_is_told_what_to_measure() -> None:
+    model = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
+    with pytest.raises(TypeError, match=r"torch\.jit.*the nn\.Module that it was made from"):
+        measure(model, lambda m: m(torch.randn(2, 4)).sum())
+
+
+def test_a_graph_gone_through_twice_is_no_matter_of_an_operation_in_place() -> None:
+    def loss(model: nn.Module) -> Tensor:
+        value = model(torch.randn(2, 4)).sum()
+        value.backward()
+        return value
+
+    (found,) = check(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1)), loss).errors
+    assert found.code == "NF404"
+    assert found.remedies[0].startswith("leave .backward() out of loss(model)")
+
+
 def test_a_loss_with_more_than_one_element_is_told_to_reduce() -> None:
     with pytest.raises(ValueError, match=r"shape \(2, 4\).*reduce it.*\.mean\(\)"):
         measure(nn.Linear(4, 4), lambda m: m(torch.randn(2, 4)))
@@ -43,10 +84,16 @@ def _without_grad(m: nn.Module) -> Tensor:
         return m(torch.randn(2, 4)).sum()
 
 
-@pytest.mark.parametrize("loss", [_detached, _without_grad, lambda _: torch.zeros(())])
+def _inferred(m: nn.Module) -> Tensor:
+    with torch.inference_mode():
+        return m(torch.randn(2, 4)).sum()
+
+
+@pytest.mark.parametrize("loss", [_detached, _without_grad, _inferred, lambda _: torch.zeros(())])
 def test_a_loss_without_a_gradient_is_named(loss: Loss) -> None:
     with pytest.raises(
-        ValueError, match=r"does not depend on the model's parameters: .*no_grad, or detached"
+        ValueError,
+        match=r"does not depend on the model's parameters: .*no_grad or inference_mode, or detached",
     ):
         measure(nn.Linear(4, 4), loss)
 

@@ -169,6 +169,21 @@ def test_cheaper_ways_are_said_to_be_not_enough() -> None:
     assert "- (1), (3) … (59) (30): Sigmoid()" in said
 
 
+class Signed(nn.Sequential):
+    """Nothing comes back through its second part."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self[1](self[0](x).sign())
+
+
+def test_where_no_gradient_arrives_no_decades_are_made_up() -> None:
+    torch.manual_seed(0)
+    said = str(repair(*classified(Signed(nn.Linear(64, 64), mlp(nn.ReLU, 2)))))
+    assert "no gradient before" in said
+    assert "no gradient arrives" in said
+    assert "400" not in said
+
+
 class Unique(nn.Sequential):
     """Refuses to be copied, at length."""
 

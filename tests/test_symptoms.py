@@ -965,6 +965,29 @@ def test_what_the_model_itself_makes_of_its_input_counts(
     assert [f.code for f in found.findings if f.code == "UP504"] == codes
 
 
+def test_a_normalisation_of_single_values_is_named_and_no_infinity_is_made_up() -> None:
+    """LayerNorm over an axis of length 1: of each value its own mean is taken off."""
+    layers = [*mlp(nn.ReLU, 3, HE)][:-1]
+    model = nn.Sequential(*layers, nn.Unflatten(1, (-1, 1)), nn.LayerNorm(1), nn.Flatten(), nn.Linear(64, 10))
+    told = check(*classified(model))
+    (found,), said = told.errors, str(told)
+    assert found.code == "VG101"
+    assert found.sites[0].startswith(f"{len(layers) + 1} · normalisation")
+    assert "normalises each value by itself" in found.cause
+    assert "no gradient from the output to the input" in said
+    assert "gives back nothing" in said
+    assert "400" not in said
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_of_an_input_that_is_not_finite_no_scale_is_told(value: float) -> None:
+    x, y = torch.randn(32, 64), torch.randint(10, (32,))
+    x[3, 5] = value
+    found = diagnosed((mlp(nn.ReLU, 3, HE), lambda m: functional.cross_entropy(m(x), y)))
+    assert [f.code for f in found.findings] == ["NF401"]
+    assert "not finite" in found.unexamined["UP504"]
+
+
 def test_a_raw_input_is_an_error_where_it_saturates_the_first_activation() -> None:
     x, y = 1e3 * torch.randn(32, 64), torch.randint(10, (32,))
     for activation, severity in ((nn.ReLU, Severity.WARNING), (nn.Tanh, Severity.ERROR)):

@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from isograd.diagnosis import Diagnosis, Effect, Finding
+from isograd.diagnosis import FAR, Diagnosis, Effect, Finding
 from isograd.flow import Flow
 from isograd.graph.preserve import copied
 from isograd.graph.traced import Loss
@@ -25,8 +25,6 @@ from isograd.measure import measure
 from isograd.remedies.exchange_activation import named, own_functions
 from isograd.symptoms.vanishing_gradient import FORGOTTEN, damped, spared, stuck
 
-FAR = 400.0
-"""Decades that stand for a gradient that is exactly zero or not finite: beyond any that is measured."""
 PAIR = ("activation", "initialisation")
 """Causes that act together: the gain of a layer is that of its weights times that of its activation."""
 CURED = 1.5
@@ -126,7 +124,11 @@ def _shared(effects: list[Effect], together: float) -> list[Effect]:
     weights = pair["initialisation"]
     if len(pair) < 2 or weights.decades_after < CURED or not together < weights.decades_after:
         return effects
-    note = f"what remains of {weights.decades_before - together:.1f} decades that both give back together"
+    note = (
+        f"what remains of {weights.decades_before - together:.1f} decades that both give back together"
+        if weights.decades_before < FAR
+        else f"with the weights at its gain, {together:.1f}"
+    )
     rest = replace(pair["activation"], given_back=weights.decades_after - together, note=note)
     return [rest if e.cause == "activation" else e for e in effects]
 
@@ -171,7 +173,7 @@ def _told(finding: Finding, effects: tuple[Effect, ...], before: float) -> Findi
 
 def _cost(effect: Effect, before: float) -> str:
     if before >= FAR:
-        return f"let nothing finite through: changed, {effect.decades_after:.1f} decades remain"
+        return f"let nothing through: changed, {effect.decades_after:.1f} decades remain"
     if effect.given_back >= 0.95 * before:
         return f"cost the {before:.1f} decades"
     return f"cost {effect.given_back:.1f} of the {before:.1f} decades"

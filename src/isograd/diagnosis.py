@@ -27,6 +27,10 @@ class Severity(IntEnum):
     ERROR = 2
 
 
+FAR = 400.0
+"""Decades that stand for a gradient that is exactly zero or not finite: beyond any that is measured."""
+
+
 @dataclass(frozen=True, slots=True)
 class Effect:
     """What one intervention gave back, measured on a copy with one forward and one backward."""

@@ -16,7 +16,8 @@ from torch import nn
 from isograd.candidates import candidates, changes, changing, for_training, on_top
 from isograd.causes import distance
 from isograd.check import along_time
-from isograd.diagnosis import Diagnosis, Severity, diagnose
+from isograd.diagnosis import FAR, Diagnosis, Severity, diagnose
+from isograd.flow import Flow
 from isograd.graph.traced import Loss
 from isograd.judge import Judge
 from isograd.measure import measure
@@ -347,7 +348,7 @@ class Search:
 
     def _seen(self, after: Diagnosis) -> str:
         """Why a candidate was not enough, or that it was."""
-        remains = f"{distance(after.flow):.1f} decades remain"
+        remains = _remains(after.flow)
         if after.errors:
             return f"{', '.join(f'{f.code} {f.name}' for f in after.errors)}: {remains}"
         return f"healthy, with a warning: {remains}" if self._warned(after) else "healthy"
@@ -369,6 +370,16 @@ class Search:
 
 class _Spent(Exception):
     """The budget of a search is used up."""
+
+
+def _remains(flow: Flow) -> str:
+    """How far a flow is from a healthy one, in words."""
+    if flow.failure is not None:
+        return "its backward raises"
+    if flow.nonfinite is not None:
+        return "a value is not finite"
+    remain = distance(flow)
+    return f"{remain:.1f} decades remain" if remain < FAR else "no gradient arrives"
 
 
 def _first_line(error: Exception) -> str:

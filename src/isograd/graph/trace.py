@@ -139,6 +139,8 @@ class Trace(TorchFunctionMode):
         def open_input(path: Any, value: Any) -> Any:
             if not isinstance(value, Tensor) or value.layout != torch.strided or not value.numel():
                 return value
+            if torch.is_inference_mode_enabled():  # no gradient comes back, and the loss is told so
+                return value
             self.given.add(value.data_ptr())
             if value.numel() < 2:  # a temperature, a time
                 return value

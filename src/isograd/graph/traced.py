@@ -81,6 +81,11 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:
     """The user's own module below `torch.compile` and data-parallel wrappers, and what was taken off."""
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise TypeError(f"expected an nn.Module to measure, got {type(model).__name__}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            f"the model is a {type(model).__name__} of torch.jit, whose operations are not seen from Python: measure the "
+            "nn.Module that it was made from"
+        )
     notes: list[str] = []
     while True:
         if isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
@@ -104,17 +109,43 @@ def independent(model: nn.Module, why: str) -> str:
 
 def _validate(value: Any, model: nn.Module) -> None:
     if not isinstance(value, Tensor):
+        given = "nothing" if value is None else f"{type(value).__name__}, not a tensor"
         raise TypeError(
-            f"the loss returned {type(value).__name__}, not a tensor: let loss(model) return the scalar itself, "
-            "for example `lambda m: m(**batch).loss`"
+            f"the loss returned {given}: let loss(model) return the scalar itself, {_scalar_of(value)}"
         )
     if value.numel() != 1:
         raise ValueError(
             f"the loss has shape {tuple(value.shape)}, and a gradient starts at one number: "
             "reduce it, for example with .mean()"
         )
+    if value.is_complex():
+        raise ValueError("the loss is complex, and no gradient starts there: take its .real or its .abs()")
     if value.grad_fn is None:
-        raise ValueError(independent(model, "it was computed under no_grad, or detached"))
+        why = "it was computed under no_grad or inference_mode, or detached"
+        if not value.is_floating_point():
+            why = f"it is of {value.dtype}, as what an argmax or a comparison makes, which has no derivative"
+        raise ValueError(independent(model, why))
+
+
+def _scalar_of(value: Any) -> str:
+    """How to get at the tensor, by what came in its place."""
+    if value is None:
+        return "as its last line does"
+    if isinstance(value, int | float):
+        return "without .item()"
+    found = {name: v for name, v in value.items() if _one(v)} if isinstance(value, dict) else {}
+    if found:
+        return f"here [{next((name for name in found if name == 'loss'), next(iter(found)))!r}]"
+    if (
+        isinstance(value, tuple | list)
+        and (first := next((i for i, v in enumerate(value) if _one(v)), None)) is not None
+    ):
+        return f"here [{first}]"
+    return "for example `lambda m: m(**batch).loss`"
+
+
+def _one(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.numel() == 1 and value.grad_fn is not None
 
 
 @contextmanager

@@ -21,7 +21,7 @@ def signal(value: float) -> str:
     """Three significant digits: `0.0512`, `1.4e+30`; '' where nothing was measured."""
     if math.isnan(value):
         return ""
-    return "∞" if math.isinf(value) else minus(f"{value:.3g}")
+    return minus(f"{value:.3g}".replace("inf", "∞"))
 
 
 def ratio(value: float) -> str:

@@ -173,21 +173,22 @@ def _left(found: Repair) -> list[Finding]:
     return [finding for finding in found.after.findings if finding.severity is worst]
 
 
-def _measured(flow: Flow) -> str:
+def _measured(flow: Flow, unit: str = "") -> str:
     """Decades lost on the way, along the depth or, where that is no chain, along time."""
     lost = flow.lost
     if math.isnan(lost) and flow.horizon is not None:
         lost = flow.horizon.decades
-    return numbers.decades(lost)
+    if flow.failure is not None or math.isnan(lost):
+        return "unmeasured" if flow.nonfinite is None else "not finite"
+    return f"{numbers.decades(lost)}{unit}" if lost > -math.inf else "no gradient"
 
 
 def _effect(found: Repair) -> str:
-    before, after = _measured(found.before.flow), _measured(found.after.flow)
-    parts = [f"{before or 'unmeasured'} decades before"]
+    parts = [f"{_measured(found.before.flow, ' decades')} before"]
     if found.prescription is not None:
         expected = numbers.decades(found.prescription.decades)
         parts += [f"{expected} expected"] if expected else []
-        parts.append(f"{after or 'unmeasured'} measured after")
+        parts.append(f"{_measured(found.after.flow)} measured after")
     if not math.isnan(found.score_before):
         parts.append(f"score {found.score_before:.4g} before")
         parts += [f"{found.score_after:.4g} after"] if not math.isnan(found.score_after) else []

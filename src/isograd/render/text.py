@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from isograd.diagnosis import Diagnosis, Effect, Finding, Severity
+from isograd.diagnosis import FAR, Diagnosis, Effect, Finding, Severity
 from isograd.flow import Flow
 from isograd.pages import pages
 from isograd.render import numbers
@@ -62,7 +62,8 @@ def _verdict(diagnosis: Diagnosis, width: int) -> Text:
 def _summary(flow: Flow) -> str:
     if math.isnan(flow.decades):
         return ""
-    said = f"{numbers.decades(flow.decades)} decades from the output to the input"
+    lost = "no gradient" if flow.decades == -math.inf else f"{numbers.decades(flow.decades)} decades"
+    said = f"{lost} from the output to the input"
     if flow.layers and math.isfinite(flow.sigma):
         layers = "1 layer" if flow.layers == 1 else f"{flow.layers} layers"
         said += f", {layers}, sigma {numbers.signal(flow.sigma)} per layer"
@@ -112,6 +113,12 @@ def _where(sites: tuple[str, ...]) -> str:
 def _effect(effect: Effect) -> str:
     if math.isnan(effect.given_back):
         said = f"{effect.intervention}: not tested"
+    elif effect.decades_after >= FAR:
+        said = f"{effect.intervention}: gives back nothing"
+    elif effect.decades_before >= FAR:
+        said = (
+            f"{effect.intervention}: lets it through, {numbers.decades(effect.decades_after)} decades remain"
+        )
     else:
         before, after = numbers.decades(effect.decades_before), numbers.decades(effect.decades_after)
         back = numbers.decades(effect.given_back)

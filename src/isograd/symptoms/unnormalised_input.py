@@ -165,6 +165,8 @@ def _normalised(flow: Flow) -> bool:
 
 def _one(name: str, seen: InputStatistics, saturated: float, reads: float) -> Outcome:
     said = f"input {name} has mean {seen.mean:.3g}, root mean square {seen.rms:.3g} and largest {seen.largest:.3g}"
+    if not math.isfinite(seen.rms):
+        return Unexamined(f"input {name} holds values that are not finite")
     same = _alike(seen, reads)
     tiny = 0 < seen.rms * reads < TINY
     if seen.rms < WARNING and not tiny and not same:

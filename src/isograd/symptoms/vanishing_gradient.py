@@ -126,7 +126,11 @@ def _along(flow: Flow) -> Iterator[Outcome]:
         )
         return
     where = f"{flow.sites[0].name} … {flow.sites[-1].name}"
-    said = f"{lost:+.1f} decades over {flow.lost_over} layers, sigma {_sigma(flow):.3g} per layer"
+    said = (
+        f"{lost:+.1f} decades over {flow.lost_over} layers, sigma {_sigma(flow):.3g} per layer"
+        if lost > -math.inf
+        else f"nothing comes back over {flow.lost_over} layer{'' if flow.lost_over == 1 else 's'}"
+    )
     fading = flow.layers >= SEVERAL and _fading(flow) < ALIKE
     if lost > -min(limit, max(WARNING, LUCK * flow.spread)) and not fading:
         yield Healthy(f"{said} (an error from {-limit:.1f})")
@@ -136,6 +140,7 @@ def _along(flow: Flow) -> Iterator[Outcome]:
     alike = not starved and (fading or kept < ALIKE)
     worst = sorted(range(len(flow.sites)), key=lambda i: _or_zero(float(flow.column("decades")[i])))[:3]
     step = next((flow.sites[i] for i in worst if flow.sites[i].operation in STEPS), None)
+    lone = _lone(flow) if lost == -math.inf else None
     yield Finding(
         CODE,
         NAME,
@@ -146,8 +151,12 @@ def _along(flow: Flow) -> Iterator[Outcome]:
         if step and lost == -math.inf
         else FORGOTTEN
         if fading and lost > -WARNING
+        else f"{lone.name} normalises each value by itself: less its own mean, nothing is left of it"
+        if lone
         else "",
-        sites=tuple(flow.sites[i].place for i in worst if _or_zero(float(flow.column("decades")[i])) < 0),
+        sites=(lone.place,)
+        if lone
+        else tuple(flow.sites[i].place for i in worst if _or_zero(float(flow.column("decades")[i])) < 0),
         evidence={
             "decades": lost,
             "decades_end_to_end": flow.decades,
@@ -162,6 +171,8 @@ def _along(flow: Flow) -> Iterator[Outcome]:
         },
         remedies=("straight-through",)
         if step and lost == -math.inf
+        else (f"{lone.source or lone.name}: normalise over an axis of several values, such as the features",)
+        if lone
         else (
             *dict.fromkeys(leave_out(site) for site in costly(flow)),
             "critical-initialisation",
@@ -169,6 +180,14 @@ def _along(flow: Flow) -> Iterator[Outcome]:
             "insert-normalisation",
             "insert-residual",
         ),
+    )
+
+
+def _lone(flow: Flow) -> Site | None:
+    """The normalisation that is given one value at a time, whose variance is exactly zero, and passes nothing back."""
+    decades = flow.column("decades").tolist()
+    return next(
+        (n.site for n in flow.normalisations if n.variance == 0 and decades[n.site.depth] == -math.inf), None
     )
 
 
@@ -343,7 +362,7 @@ def _starved(flow: Flow) -> bool:
 
 def _received(lost: float) -> str:
     if lost == -math.inf:
-        return "the first layers receive exactly nothing of it"
+        return "the gradient of the first layers is exactly zero"
     share = f"{10**lost:.0e}" if lost > -300 else f"10^{lost:.0f}"
     return f"the first layers receive {share} of the gradient at the head"
 
