@@ -1425,6 +1425,37 @@ def test_a_graph_network_without_skips_around_its_averages(skip: bool, codes: li
     )
 
 
+class Encoder(nn.Module):
+    """Pooled over its tokens: attention and a layer in turn, with skips around them or without."""
+
+    def __init__(self, blocks: int, skip: bool) -> None:
+        super().__init__()
+        self.entrance, self.head, self.skip = nn.Linear(12, 24), nn.Linear(24, 4), skip
+        self.norms = nn.ModuleList(nn.LayerNorm(24) for _ in range(blocks))
+        self.attentions = nn.ModuleList(nn.MultiheadAttention(24, 2, batch_first=True) for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.entrance(x)
+        for norm, attention in zip(self.norms, self.attentions, strict=True):
+            y = norm(x)
+            y = attention(y, y, y, need_weights=False)[0]
+            x = x + y if self.skip else y
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "skip", "severities"),
+    [(2, False, []), (4, False, [Severity.WARNING]), (6, False, [Severity.ERROR]), (6, True, [])],
+)
+def test_pooled_attentions_without_skips_are_told_from_where_tokens_have_become_one(
+    blocks: int, skip: bool, severities: list[Severity]
+) -> None:
+    torch.manual_seed(0)
+    model, x, y = Encoder(blocks, skip), torch.randn(16, 10, 12), torch.randint(4, (16,))
+    found = check(model, lambda m: functional.cross_entropy(m(x), y)).findings
+    assert [(f.code, f.severity) for f in found] == [("VG105", severity) for severity in severities]
+
+
 class Kernel(nn.Module):
     """Linear attention: the feature map of queries and keys is a ReLU, shifted."""
 
