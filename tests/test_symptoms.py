@@ -11,7 +11,7 @@ from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -1423,6 +1423,42 @@ def test_a_graph_network_without_skips_around_its_averages(skip: bool, codes: li
     assert (
         any("a skip around what averages" in word for rx in found.by_hand for word in rx.advice) is not skip
     )
+
+
+class Listed(nn.Module):
+    """The sum of layers that a container holds."""
+
+    def __init__(self, layers: Any) -> None:
+        super().__init__()
+        self.layers, self.head = layers, nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        layers = self.layers.values() if isinstance(self.layers, dict) else self.layers
+        return self.head(sum(torch.relu(layer(x)) for layer in layers))
+
+
+@pytest.mark.parametrize(
+    ("container", "names"),
+    [
+        (lambda layers: layers, ["layers[0].weight", "layers[0].bias"]),
+        (lambda layers: dict(zip("abc", layers, strict=True)), ["layers['a'].weight", "layers['a'].bias"]),
+        (nn.ModuleList, []),
+        (lambda layers: layers[:1], []),  # how another network is kept from being registered
+    ],
+)
+def test_layers_in_a_plain_list_or_dict_are_told(container: Callable[[Any], Any], names: list[str]) -> None:
+    model = Listed(container([nn.Linear(12, 16) for _ in range(3)]))
+    x, y = torch.randn(16, 12), torch.randint(4, (16,))
+
+    def loss(m: nn.Module) -> Tensor:
+        return functional.cross_entropy(m(x), y)
+
+    found = check(model, loss)
+    assert [name for f in found.findings for name in f.sites[:2]] == names
+    assert [(f.code, f.severity) for f in found.findings] == [("UP501", Severity.WARNING)] * bool(names)
+    if isinstance(model.layers, list):
+        known = [*model.parameters(), *nn.ModuleList(model.layers).parameters()]
+        assert not check(model, loss, optimizer=SGD(known, lr=0.1)).findings
 
 
 class Encoder(nn.Module):

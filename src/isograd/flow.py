@@ -88,6 +88,8 @@ class Flow:
     """Statistics of the float inputs, by name."""
     cuts: tuple[str, ...] = ()
     """Where the gradient of parameters that it does not reach was cut off: `detach at net.py:17`, in the order of the forward."""
+    unregistered: tuple[str, ...] = ()
+    """Parameters of no module and no optimizer that plain lists and dicts of the model hold: `encoders[0].weight`."""
     nonfinite: NonFinite | None = None
     failure: Failure | None = None
     notes: tuple[str, ...] = ()

@@ -13,7 +13,7 @@ from isograd.graph.assembly import Assembly
 from isograd.graph.backbone import Backbone, backbone
 from isograd.graph.backward import Backward
 from isograd.graph.preserve import drawn, preserved
-from isograd.graph.strangers import strangers, told
+from isograd.graph.strangers import held, strangers, told
 from isograd.graph.traced import Loss, Traced, independent, traced
 from isograd.statistics import Failure
 
@@ -71,6 +71,10 @@ def _once(model: nn.Module, loss: Loss, optimizer: torch.optim.Optimizer | None)
         groups = [] if optimizer is None else optimizer.param_groups
         known = {*map(id, run.model.parameters()), *(id(p) for group in groups for p in group["params"])}
         if found := strangers(run.graph.order, known):
+            lost = held(run.model, found)
+            flow = replace(flow, unregistered=tuple(lost.values()))
+            found = [p for p in found if id(p) not in lost]
+        if found:
             nobody = "no parameters of the model" + (" nor of the optimizer" if groups else "")
             flow = replace(flow, unexamined=flow.unexamined | {"parameters": told(found, nobody)})
         return flow, drew

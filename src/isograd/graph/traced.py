@@ -101,7 +101,9 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, list[str]]:
 def independent(model: nn.Module, why: str) -> str:
     """Why no gradient of the loss reaches the model, and what to do."""
     if not any(True for _ in model.parameters()):
-        why = "the model has none"
+        why = (
+            "the model has none; layers in a plain list or dict are none of it, nn.ModuleList registers them"
+        )
     elif not any(p.requires_grad for p in model.parameters()):
         why = "all of them are frozen; give at least one back with requires_grad_(True)"
     return f"the loss does not depend on the model's parameters: {why}"

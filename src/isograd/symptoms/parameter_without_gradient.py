@@ -1,13 +1,15 @@
 """UP501 parameter-without-gradient: parameters that the loss cannot change.
 
 What it means
-    A parameter that requires a gradient gets none, or exactly zero. It stays as it was initialised.
+    A parameter that requires a gradient gets none, or exactly zero; or no optimizer knows of it. It stays as it was
+    initialised.
 
 Why it happens
     It is not used in this forward pass, its part was detached or run under `no_grad`, an expert of a
     mixture got no token, or everything above it is dead. Or all that the loss knows of it was rounded, or reduced to
     a sign: a step function has no derivative but zero. Otherwise exactly zero is by design behind a branch whose
-    last layer starts at zero (ReZero, Fixup, LayerScale 0): there it is only noted.
+    last layer starts at zero (ReZero, Fixup, LayerScale 0): there it is only noted. Layers in a plain list or dict are
+    no parameters of the model, and `model.parameters()` leaves them out.
 
 Evidence
     `None` (the loss does not depend on it) told from exact zeros, from a rescaled backward that does not
@@ -16,7 +18,8 @@ Evidence
     step function alone; otherwise a part was left out on purpose.
 
 What helps
-    Use the module, remove it, or freeze it with `requires_grad_(False)`. A step is trained by the gradient of what it
+    Use the module, remove it, or freeze it with `requires_grad_(False)`. `nn.ModuleList`, `nn.ModuleDict` and
+    `nn.ParameterList` in the place of lists and dicts. A step is trained by the gradient of what it
     steps through: x + (x.round() - x).detach().
 
 References
@@ -48,7 +51,9 @@ def examine(flow: Flow) -> Iterator[Outcome]:
     detached = [p for p in unused if p.state == "detached"]
     stepped = [p for p in trainable if p.state == "stepped"]
     zero = [p for p in trainable if p.grad_norm_log10 == -math.inf and p not in stepped]
-    if not unused and not zero and not stepped:
+    if flow.unregistered:
+        yield _unregistered(flow.unregistered)
+    elif not unused and not zero and not stepped:
         yield Healthy(f"all {len(trainable)} trainable parameters receive a gradient")
         return
     if unused:
@@ -90,6 +95,21 @@ def examine(flow: Flow) -> Iterator[Outcome]:
             sites=tuple(p.name for p in zero[:5]),
             evidence={"zero": len(zero), "trainable": len(trainable)},
         )
+
+
+def _unregistered(names: tuple[str, ...]) -> Finding:
+    lists = dict.fromkeys(name.partition("[")[0] for name in names)
+    return Finding(
+        CODE,
+        NAME,
+        Severity.WARNING,
+        f"{len(names)} parameters that the loss depends on are not among model.parameters(): no optimizer made of those trains "
+        "them, and neither model.to() nor state_dict() knows them",
+        cause=f"{', '.join(lists)}: a plain list, tuple or dict, whose layers are not registered",
+        sites=names[:5],
+        evidence={"unregistered": len(names)},
+        remedies=("nn.ModuleList, nn.ModuleDict or nn.ParameterList in its place",),
+    )
 
 
 def _why(flow: Flow, unused: list[Parameter]) -> str:
