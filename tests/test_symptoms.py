@@ -1425,6 +1425,44 @@ def test_a_graph_network_without_skips_around_its_averages(skip: bool, codes: li
     )
 
 
+class Positions(nn.Module):
+    """x + attention, written out, with a table of positions that is added to its logits."""
+
+    def __init__(self, factor: float, table: float) -> None:
+        super().__init__()
+        self.query, self.key, self.values = (nn.Linear(16, 16) for _ in range(3))
+        self.table, self.factor = nn.Parameter(table * torch.randn(24, 24)), factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = functional.layer_norm(x, (16,))
+        logits = self.factor * (self.query(y) @ self.key(y).mT) + self.table
+        return x + torch.softmax(logits, -1) @ self.values(y)
+
+
+@pytest.mark.parametrize(
+    ("factor", "table", "cause", "remedy"),
+    [
+        (0.25, 0.02, None, None),
+        (16.0, 0.02, "factor", "leave-out-factor"),
+        (0.25, 30.0, "embedding", "scale-embeddings"),
+    ],
+)
+def test_what_made_the_logits_of_attention_too_large_is_read_and_mended(
+    factor: float, table: float, cause: str | None, remedy: str | None
+) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 24, 16), torch.randint(11, (4 * 24,))
+    model = nn.Sequential(
+        nn.Linear(16, 16), Positions(factor, table), Positions(factor, table), nn.Linear(16, 11)
+    )
+    found = repair(model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), y))
+    assert [(f.code, f.evidence["cause"]) for f in found.before.errors] == (
+        [] if cause is None else [("SA304", cause)]
+    )
+    assert found.cured
+    assert (found.prescription and found.prescription.remedy) == remedy
+
+
 class Listed(nn.Module):
     """The sum of layers that a container holds."""
 

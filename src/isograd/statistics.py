@@ -150,6 +150,19 @@ class Normalisation:
 
 
 @dataclass(frozen=True, slots=True)
+class Logits:
+    """What happens to the product of queries and keys before its softmax, where both are written out."""
+
+    times: float = 1.0
+    """The constants that it is multiplied by, in all."""
+    scaled: Site | None = None
+    """Where the last of them stands."""
+    louder: float = 0.0
+    """rms of what is added to it and has a gradient, as a table of relative positions has, over its own; 0: nothing is."""
+    added: Site | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Attention:
     """One attention at work."""
 
@@ -158,6 +171,8 @@ class Attention:
     """Mean of 1 - sum(p^2), the size of its softmax's derivative, over that of even attention."""
     through: float = 1.0
     """Mean |phi'|, over its largest, of the tanh or sigmoid that queries and keys are added in; 1: there is none."""
+    logits: Logits | None = None
+    """None: one call does it all, or another way than a product leads to them."""
 
 
 @dataclass(frozen=True, slots=True)

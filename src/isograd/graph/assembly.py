@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -12,17 +12,17 @@ from torch import Tensor
 from torch.autograd.graph import Node
 
 from isograd.flow import Flow
+from isograd.graph.attending import attentions, choices
 from isograd.graph.backbone import Backbone, Segment, step_site
 from isograd.graph.backward import Backward
 from isograd.graph.gates import abreast, gates
-from isograd.graph.operations import ACTIVATIONS, STEPS, operation_of
+from isograd.graph.operations import STEPS, operation_of
 from isograd.graph.origin import first_nonfinite
 from isograd.graph.readings import Readings, log10
 from isograd.graph.traced import Traced
 from isograd.optimizers import first_update
 from isograd.statistics import (
     Activation,
-    Attention,
     Failure,
     InputStatistics,
     LossCall,
@@ -82,8 +82,8 @@ class Assembly:
                 if a.node in self.run.graph.children
             ),
             normalisations=self._normalisations(),
-            attentions=self._attentions(),
-            choices=self._choices(),
+            attentions=attentions(self.run, self.read),
+            choices=choices(self.run, self.read),
             parameters=self._parameters(),
             modules=self._modules(),
             layers=_layers(self.main),
@@ -221,43 +221,6 @@ class Assembly:
             found.append(Normalisation(site, seen.epsilon, variance, output, given, seen.weights))
         return tuple(found)
 
-    def _attentions(self) -> tuple[Attention, ...]:
-        slopes = {
-            seen.node: values[0] / largest
-            for seen, values in zip(self.trace.activations, self.read.activations, strict=True)
-            if ACTIVATIONS[seen.function].bounded and (largest := ACTIVATIONS[seen.function].largest_slope)
-        }
-        return tuple(
-            Attention(step_site(self.trace.made[node]), spread, self._through(node, slopes))
-            for node, spread in self._spreads()
-            if self.trace.made[node].call.kind != "softmax" or node in self.trace.mixing
-        )
-
-    def _choices(self) -> tuple[Attention, ...]:
-        """Softmaxes that all of the signal passes through inside of the model."""
-        inside = {n: s.site for s in self.main.segments[self.main.exit + 1 :] for n in s.nodes}
-        return tuple(
-            Attention(inside[node], spread)
-            for node, spread in self._spreads()
-            if node in inside and node not in self.trace.mixing and inside[node].kind == "softmax"
-        )
-
-    def _spreads(self) -> Iterator[tuple[Node, float]]:
-        return zip((seen.node for seen in self.trace.attentions), self.read.spreads, strict=True)
-
-    def _through(self, node: Node, slopes: dict[Node, float]) -> float:
-        """What the derivative of bounded functions leaves between the sums of queries and keys and their softmax."""
-        stack, walked, left = [node], set[Node](), 1.0
-        while stack:
-            if (node := stack.pop()) in walked:
-                continue
-            walked.add(node)
-            if node in slopes:
-                left = min(left, slopes[node])
-            elif node not in self.trace.made or self.trace.made[node].call.kind in LEADING:
-                stack += self.run.graph.children[node]
-        return left
-
     def _parameter_scales(self) -> dict[str, float]:
         """log10 of true over rescaled gradient, by parameter name."""
         return {
@@ -377,10 +340,6 @@ def _answering(run: Traced) -> set[Node]:
             if sink in below:
                 found.update(run.graph.dominators([node for node in above if node in below]))
     return found
-
-
-LEADING = {"softmax", "reshape", "linear", "elementwise", "addition", "dropout"}
-"""Kinds by which additive attention comes from its tanh to its softmax; a product of two activations is another kind."""
 
 
 def _steps(run: Traced) -> set[Node]:

@@ -2,8 +2,8 @@
 
 What it does
     Lets the call at the user's line give the tensor itself in place of its product with a number: a temperature or
-    scale between head and loss, factors between the layers that add up to decades, one that mutes residual branches. The
-    line to edit is shown.
+    scale between head and loss, factors between the layers that add up to decades, one that mutes residual branches or that
+    makes the logits of attention too large. The line to edit is shown.
     Cosines, which no weights can make larger, are divided by what they are multiplied by: a temperature belongs there.
 
 When it helps
@@ -23,28 +23,42 @@ References
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from isograd.edit import Edit
 from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.remedies.exchange_activation import line_of
 from isograd.statistics import Site
-from isograd.symptoms import far_start, muted_branches, shrunk_output, vanishing_gradient
+from isograd.symptoms import far_start, muted_branches, saturated_attention, shrunk_output, vanishing_gradient
 
 SLUG = "leave-out-factor"
-TREATS = ("factor", shrunk_output.CODE, muted_branches.CODE, vanishing_gradient.CODE, far_start.CODE)
+TREATS = (
+    "factor",
+    shrunk_output.CODE,
+    muted_branches.CODE,
+    vanishing_gradient.CODE,
+    far_start.CODE,
+    saturated_attention.CODE,
+)
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
     """The constants that the findings are about, at their lines in the model."""
     costly = _costly(patient)
+    picked = saturated_attention.multiplied(patient.flow) if saturated_attention.CODE in patient.told else {}
+    if lines := _lines(picked):
+        times = max(picked.values())
+        yield _without(
+            lines,
+            f"logits of attention without their factor of {times:.3g}",
+            times,
+            tuple(dict.fromkeys(saturated_attention.divided(site) for site in picked)),
+        )
     if not costly:
-        yield not_applicable(SLUG, "the signal is multiplied by no constant that costs it")
+        if not lines:
+            yield not_applicable(SLUG, "the signal is multiplied by no constant that costs it")
         return
-    lines: dict[tuple[str, str], dict[str, None]] = {}
-    for site in costly:
-        if site.source:
-            lines.setdefault((site.module, site.operation), {})[line_of(site.source)] = None
+    lines = _lines(costly)
     by_hand = tuple(dict.fromkeys(shrunk_output.leave_out(site) for site in costly))
     if not lines:
         yield not_applicable(SLUG, "the lines that multiply are not known", *by_hand)
@@ -61,6 +75,15 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
     whole = min(costly.values()) if abreast else math.prod(costly.values())
     said = f"{len(costly)} constant factors left out, {whole:.2g} {'the smallest' if abreast else 'in all'}"
     yield _without(lines, said, whole, by_hand)
+
+
+def _lines(sites: Iterable[Site]) -> dict[tuple[str, str], dict[str, None]]:
+    """Where they are written, by module and operation."""
+    lines: dict[tuple[str, str], dict[str, None]] = {}
+    for site in sites:
+        if site.source:
+            lines.setdefault((site.module, site.operation), {})[line_of(site.source)] = None
+    return lines
 
 
 def _without(

@@ -92,6 +92,7 @@ def _vectors(patient: Patient, held: set[int]) -> Iterator[tuple[str, float, int
     free = {p.name for p in patient.flow.parameters if not p.fan_in and not p.bias and len(p.shape) > 1}
     for path, module in patient.model.named_modules():
         for name, parameter in module.named_parameters(path, recurse=False):
-            own = not type(module).__module__.startswith("torch.nn")
+            listed = isinstance(module, nn.ParameterList | nn.ParameterDict)
+            own = listed or not type(module).__module__.startswith("torch.nn")
             if own and name in free and id(parameter) not in held and parameter.requires_grad:
                 yield name, rms(parameter), parameter.shape[-1]

@@ -7,7 +7,8 @@ What it means
 
 Why it happens
     Queries and keys drawn too large: the logits grow with the square of their weights. Logits without the factor
-    1/sqrt(head dimension). Queries and keys that saturate the tanh they are added in. Weights that have grown in a long
+    1/sqrt(head dimension), or multiplied by what was to divide them. A table of relative positions that is drawn far
+    larger than what it is added to. Queries and keys that saturate the tanh they are added in. Weights that have grown in a long
     training.
 
 Evidence
@@ -17,7 +18,7 @@ Evidence
     whose mean slope is measured as well: below a tenth of its largest nothing comes back, however even the softmax is.
 
 What helps
-    Normalised queries and keys; smaller weights, or the factor that was forgotten.
+    Normalised queries and keys; smaller weights, or the factor that was forgotten; positions drawn near zero.
 
 References
     Zhai et al. 2023, Stabilizing Transformer Training by Preventing Attention Entropy Collapse; Henry et al. 2020,
@@ -28,10 +29,11 @@ References
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow
-from isograd.statistics import Attention
+from isograd.statistics import Attention, Site
 from isograd.symptoms import Healthy, Outcome
 
 CODE = "SA304"
@@ -45,6 +47,10 @@ that were trained until they knew their text by heart still had 0.45."""
 FLAT = 0.1
 """Mean slope of the tanh of additive attention, over its largest: at 0.15 it loses a twentieth of what it learns in 500 steps
 of Adam, at 0.09 a fifth, at 0.03 more than a half. As drawn by torch it stands at 0.8."""
+
+DROWNED = 3.0
+"""rms of what is added to the logits over that of queries times keys: Swin's tables start at a tenth of it, and one drawn
+from N(0, 30) at 90 times as much."""
 
 
 def examine(flow: Flow) -> Iterator[Outcome]:
@@ -69,17 +75,54 @@ def examine(flow: Flow) -> Iterator[Outcome]:
         Severity.ERROR,
         f"the median of {len(seen)} attentions leaves {middle:.1%} open of what even attention does; "
         f"{seen[0].site.name} {seen[0].spread:.1%}",
-        cause="queries and keys are too large for the softmax",
         sites=tuple(a.site.place for a in seen[:3]),
-        evidence={
-            "spread": middle,
-            "smallest": seen[0].spread,
-            "threshold": ERROR,
-            "attentions": len(seen),
-            "cause": "attention-logits",
-        },
-        remedies=("query-key-norm", "critical-initialisation"),
+        **_why(
+            seen[: half + 1],
+            {
+                "spread": middle,
+                "smallest": seen[0].spread,
+                "threshold": ERROR,
+                "attentions": len(seen),
+            },
+        ),
     )
+
+
+def multiplied(flow: Flow) -> dict[Site, float]:
+    """Where constants make the logits of attentions that have picked larger than queries times keys, and how many times."""
+    found = (a.logits for a in flow.attentions if 0 <= a.spread < ERROR)
+    return {logits.scaled: logits.times for logits in found if logits and logits.scaled and logits.times > 1}
+
+
+def divided(site: Site) -> str:
+    """What to write there."""
+    return f"{site.source or site.name}: multiply by 1/sqrt(head dimension)"
+
+
+def _why(shut: list[Attention], evidence: dict[str, float | int | str]) -> dict[str, Any]:
+    """What makes the logits of these too large, and what helps: what most of them have in common."""
+    made = [a.logits for a in shut if a.logits is not None]
+    scaled = [one.scaled for one in made if one.scaled is not None and one.times > 1]
+    added = [one.added for one in made if one.added is not None and one.louder > DROWNED]
+    if 2 * len(added) > len(shut):
+        louder, where = max(one.louder for one in made), added[0].source or added[0].name
+        return {
+            "cause": f"what is added to them at {where} is {louder:.2g} times as loud as queries times keys",
+            "evidence": {**evidence, "louder": louder, "louder_threshold": DROWNED, "cause": "embedding"},
+            "remedies": ("scale-embeddings",),
+        }
+    if 2 * len(scaled) > len(shut):
+        times, where = max(one.times for one in made), scaled[0].source or scaled[0].name
+        return {
+            "cause": f"queries times keys are multiplied by {times:.3g} at {where}, where 1/sqrt(head dimension) belongs",
+            "evidence": {**evidence, "times": times, "cause": "factor"},
+            "remedies": (divided(scaled[0]),),
+        }
+    return {
+        "cause": "queries and keys are too large for the softmax",
+        "evidence": {**evidence, "cause": "attention-logits"},
+        "remedies": ("query-key-norm", "critical-initialisation"),
+    }
 
 
 def _flat(seen: list[Attention], through: float) -> Finding:
