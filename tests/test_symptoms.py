@@ -1463,6 +1463,23 @@ def test_what_made_the_logits_of_attention_too_large_is_read_and_mended(
     assert (found.prescription and found.prescription.remedy) == remedy
 
 
+def test_gains_of_normalisations_that_saturate_attention_are_set_back() -> None:
+    """A post-norm encoder whose gains are 50: its logits are 2,500 times too large."""
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(16, 2, 32, 0.0, batch_first=True)
+    model = nn.Sequential(nn.Linear(12, 16), nn.TransformerEncoder(layer, 4), nn.Linear(16, 4))
+    for module in model.modules():
+        if isinstance(module, nn.LayerNorm):
+            nn.init.constant_(module.weight, 50.0)
+    x, y = torch.randn(8, 10, 12), torch.randint(4, (80,))
+    found = repair(model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), y))
+    told = {f.code: f.evidence.get("cause") for f in found.before.errors}
+    assert told["SA304"] == "norm-gain"
+    assert found.cured
+    assert found.prescription is not None
+    assert found.prescription.remedy == "reset-norm-gain"
+
+
 class Listed(nn.Module):
     """The sum of layers that a container holds."""
 

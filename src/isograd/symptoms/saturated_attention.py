@@ -28,7 +28,9 @@ References
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
+from statistics import median
 from typing import Any
 
 from isograd.diagnosis import Finding, Severity
@@ -51,6 +53,8 @@ of Adam, at 0.09 a fifth, at 0.03 more than a half. As drawn by torch it stands 
 DROWNED = 3.0
 """rms of what is added to the logits over that of queries times keys: Swin's tables start at a tenth of it, and one drawn
 from N(0, 30) at 90 times as much."""
+LOUD_NORM = 3.0
+"""What normalisations multiply by, in the median: they start at 1, and trained networks have between 0.3 and 3."""
 
 
 def examine(flow: Flow) -> Iterator[Outcome]:
@@ -77,6 +81,7 @@ def examine(flow: Flow) -> Iterator[Outcome]:
         f"{seen[0].site.name} {seen[0].spread:.1%}",
         sites=tuple(a.site.place for a in seen[:3]),
         **_why(
+            flow,
             seen[: half + 1],
             {
                 "spread": middle,
@@ -99,7 +104,7 @@ def divided(site: Site) -> str:
     return f"{site.source or site.name}: multiply by 1/sqrt(head dimension)"
 
 
-def _why(shut: list[Attention], evidence: dict[str, float | int | str]) -> dict[str, Any]:
+def _why(flow: Flow, shut: list[Attention], evidence: dict[str, float | int | str]) -> dict[str, Any]:
     """What makes the logits of these too large, and what helps: what most of them have in common."""
     made = [a.logits for a in shut if a.logits is not None]
     scaled = [one.scaled for one in made if one.scaled is not None and one.times > 1]
@@ -117,6 +122,18 @@ def _why(shut: list[Attention], evidence: dict[str, float | int | str]) -> dict[
             "cause": f"queries times keys are multiplied by {times:.3g} at {where}, where 1/sqrt(head dimension) belongs",
             "evidence": {**evidence, "times": times, "cause": "factor"},
             "remedies": (divided(scaled[0]),),
+        }
+    gains = [n.gain for n in flow.normalisations if not math.isnan(n.gain)]
+    if gains and median(gains) > LOUD_NORM:
+        return {
+            "cause": f"normalisations multiply by {median(gains):.2g} (median), and make queries and keys as many times too large",
+            "evidence": {
+                **evidence,
+                "gain": median(gains),
+                "gain_threshold": LOUD_NORM,
+                "cause": "norm-gain",
+            },
+            "remedies": ("reset-norm-gain",),
         }
     return {
         "cause": "queries and keys are too large for the softmax",
