@@ -39,6 +39,7 @@ from isograd.statistics import (
 )
 from isograd.symptoms import NAMES, Healthy, Unexamined
 from isograd.symptoms.damped_skips import DAMPED
+from isograd.symptoms.rank_collapse import WARNING, own
 from tests.models import (
     HE,
     Apply,
@@ -1461,6 +1462,22 @@ def test_what_made_the_logits_of_attention_too_large_is_read_and_mended(
     )
     assert found.cured
     assert (found.prescription and found.prescription.remedy) == remedy
+
+
+def test_neighbours_that_become_alike_beside_whole_skips_are_no_warning() -> None:
+    """Six averages over a graph, added to what they average: a node's own falls to a quarter, and it learns as well."""
+
+    class Neighbours(Graph):
+        def forward(self, x: Tensor) -> Tensor:
+            for layer in self.layers:
+                x = x + torch.relu(cast(Tensor, self.averages) @ layer(x))
+            return self.head(x)
+
+    torch.manual_seed(0)
+    model, x, y = Neighbours(True), torch.randn(8, 16, 24), torch.randint(4, (8 * 16,))
+    found = check(model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), y))
+    assert "VG105" not in {f.code for f in found.findings}
+    assert own(found.flow).ratio < WARNING  # pyright: ignore[reportOptionalMemberAccess]
 
 
 def test_gains_of_normalisations_that_saturate_attention_are_set_back() -> None:
