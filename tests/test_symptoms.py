@@ -1480,6 +1480,36 @@ def test_neighbours_that_become_alike_beside_whole_skips_are_no_warning() -> Non
     assert own(found.flow).ratio < WARNING  # pyright: ignore[reportOptionalMemberAccess]
 
 
+class Gated(nn.Module):
+    """A gated recurrence by hand, whose gates keep this much at the start; its last step answers."""
+
+    def __init__(self, bias: float) -> None:
+        super().__init__()
+        self.enter, self.recur = nn.Linear(8, 96), nn.Linear(48, 96, bias=False)
+        self.head = nn.Linear(48, 4)
+        nn.init.orthogonal_(self.recur.weight)
+        nn.init.constant_(self.enter.bias[:48], bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = x.new_zeros(len(x), 48)
+        for step in x.unbind(1):
+            gate, new = (self.enter(step) + self.recur(state)).chunk(2, -1)
+            kept = torch.sigmoid(gate)
+            state = kept * state + (1 - kept) * torch.tanh(new)
+        return self.head(state)
+
+
+@pytest.mark.parametrize(("bias", "severity"), [(3.0, None), (-1.0, Severity.ERROR)])
+def test_what_a_recurrence_of_one_matrix_loses_is_told_along_time(
+    bias: float, severity: Severity | None
+) -> None:
+    torch.manual_seed(0)
+    x, y = torch.randn(16, 48, 8), torch.randint(4, (16,))
+    found = check(Gated(bias), lambda m: functional.cross_entropy(m(x), y))
+    assert max((f.severity for f in found.findings), default=None) == severity
+    assert ("along the steps of a recurrence" in found.healthy.get("VG101", "")) is (severity is None)
+
+
 def test_gains_of_normalisations_that_saturate_attention_are_set_back() -> None:
     """A post-norm encoder whose gains are 50: its logits are 2,500 times too large."""
     torch.manual_seed(0)

@@ -30,6 +30,7 @@ References
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 
 from torch import Tensor
@@ -138,6 +139,11 @@ def _along(flow: Flow) -> Iterator[Outcome]:
     starved = _typical(flow) <= -limit and _starved(flow)
     kept = _told_apart(flow)
     alike = not starved and (fading or kept < ALIKE)
+    if not (starved or alike) and _recurs(flow):
+        yield Healthy(
+            f"{said}, along the steps of a recurrence, of which more than {LEFT:.0%} reaches the first"
+        )
+        return
     worst = sorted(range(len(flow.sites)), key=lambda i: _or_zero(float(flow.column("decades")[i])))[:3]
     step = next((flow.sites[i] for i in worst if flow.sites[i].operation in STEPS), None)
     lone = _lone(flow) if lost == -math.inf else None
@@ -181,6 +187,21 @@ def _along(flow: Flow) -> Iterator[Outcome]:
             "insert-residual",
         ),
     )
+
+
+def _recurs(flow: Flow) -> bool:
+    """Is it one matrix that most layers multiply by, step by step, and does time itself lose little?
+
+    A layer of its own that receives so little moves late; a shared one is moved by the later steps. Gated recurrences
+    by hand, 48 units and steps, cost 2.0 to 2.4 decades at gates that keep 0.88 to 0.98, and 3.5 at 0.73, where less than 1% reaches the first step.
+    """
+    if flow.horizon is None or flow.horizon.steps < math.inf:
+        return False
+    used: Counter[str] = Counter()
+    for i in flow.weighted:
+        inside = [flow.sites[i], *(step.site for step in flow.ledgers.get(i, ()))]
+        used.update({name for site in inside for name in site.parameters})
+    return max(used.values(), default=0) > len(flow.weighted) / 2
 
 
 def _lone(flow: Flow) -> Site | None:
