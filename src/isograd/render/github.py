@@ -7,6 +7,8 @@ from isograd.render.places import places
 from isograd.render.remedies import in_words
 
 LEVELS = {Severity.ERROR: "error", Severity.WARNING: "warning", Severity.INFO: "notice"}
+SHOWN = 3
+"""Places that are named: an annotation is read in the margin."""
 
 
 def github(diagnosis: Diagnosis) -> str:
@@ -18,7 +20,13 @@ def _annotation(diagnosis: Diagnosis, finding: Finding) -> str:
     properties = {"title": f"{finding.code} {finding.name}"}
     for place in places(diagnosis, finding)[:1]:
         properties = {"file": place.path, "line": str(place.line)} | properties
-    said = [finding.message, finding.cause, *(f"try: {in_words(remedy)}" for remedy in finding.remedies)]
+    where = ", ".join(finding.sites[:SHOWN]) + " …" * (len(finding.sites) > SHOWN)
+    said = [
+        finding.message,
+        where and f"at: {where}",
+        finding.cause,
+        *(f"try: {in_words(remedy)}" for remedy in finding.remedies),
+    ]
     message = _escaped("\n".join(part for part in said if part))
     named = ",".join(f"{name}={_property(value)}" for name, value in properties.items())
     return f"::{LEVELS[finding.severity]} {named}::{message}"
