@@ -229,6 +229,20 @@ CAUSES: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Tensor], 
 }
 
 
+@pytest.mark.parametrize(
+    ("loss", "words"),
+    [
+        (lambda m: (m(X) * 1e4).exp().mean(), "bound what goes into exp"),
+        (lambda m: torch.log(torch.relu(m(X))).mean(), "keep what goes into log above zero"),
+    ],
+)
+def test_it_is_said_what_to_write_at_the_line(loss: Callable[[nn.Module], Tensor], words: str) -> None:
+    (found,) = isograd.check(net(), loss).errors
+    assert found.code == "NF401"
+    assert any(words in remedy for remedy in found.remedies)
+    assert "loss-scale" not in found.remedies  # nothing is stored in half precision
+
+
 class Repairing(nn.Module):
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

@@ -29,13 +29,14 @@ from collections.abc import Iterator
 
 from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow
+from isograd.statistics import NonFinite
 from isograd.symptoms import Healthy, Outcome
 
 CODE = "NF401"
 NAME = "non-finite-forward"
 
 HELP = {
-    "numerics": ("safe-loss", "critical-initialisation", "loss-scale"),
+    "numerics": ("safe-loss", "critical-initialisation"),
     "growth": ("critical-initialisation", "scale-residual-branches", "insert-normalisation"),
     "precision": ("bfloat16", "loss-scale", "critical-initialisation"),
     "data": ("check the data of this batch for values that are not finite",),
@@ -44,6 +45,10 @@ HELP = {
     "empty": ("skip batches without a sample or a target",),
 }
 """What helps, by cause."""
+GROWING = {"exp", "expm1", "exp2", "pow", "cosh", "sinh"}
+"""Operations that make an Inf of what is large."""
+POSITIVE = {"log", "log2", "log10", "rsqrt", "reciprocal", "div", "truediv", "rtruediv"}
+"""Operations that make one of zero, or a NaN of what is negative."""
 
 
 def examine(flow: Flow) -> Iterator[Outcome]:
@@ -75,5 +80,23 @@ def examine(flow: Flow) -> Iterator[Outcome]:
             "loss": str(flow.loss),
             "cause": made.cause,
         },
-        remedies=HELP[made.cause],
+        remedies=(*_bounded(made), *HELP[made.cause], *_positive(made)),
     )
+
+
+def _bounded(made: NonFinite) -> Iterator[str]:
+    """What to write where a function grows beyond all numbers."""
+    if made.cause == "numerics" and made.site.operation in GROWING:
+        yield (
+            f"{made.site.source or made.site.name}: bound what goes into {made.site.operation}, by torch.tanh or clamp(max=…), "
+            "and draw the layer that makes it near zero"
+        )
+
+
+def _positive(made: NonFinite) -> Iterator[str]:
+    """What to write where it is given zero or less, and is no matter of a softmax before a logarithm."""
+    if made.cause == "numerics" and made.site.operation in POSITIVE:
+        yield (
+            f"{made.site.source or made.site.name}: keep what goes into {made.site.operation} above zero: "
+            "functional.softplus(x) + eps, x.clamp(min=eps)"
+        )
