@@ -2010,6 +2010,29 @@ def test_positions_that_drown_their_tokens_are_told_unless_few_steps_make_up_for
         assert {edit.place for edit in repaired.prescription.edits} == {"position"}
 
 
+class Parallel(nn.Module):
+    """Tokens, and one block whose last bias is as loud as positions that drown them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.up, self.down = nn.Embedding(16, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.norm, self.head = nn.LayerNorm(32), nn.Linear(32, 16)
+        with torch.no_grad():
+            self.token.weight.mul_(0.02)
+            self.down.bias.normal_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.token(x)
+        return self.head(self.norm(h + self.down(torch.tanh(self.up(h)))))
+
+
+def test_what_a_block_adds_at_its_end_is_no_position() -> None:
+    torch.manual_seed(0)
+    model, x = Parallel(), torch.randint(16, (16, 12))
+    found = diagnosed((model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), x.flatten())))
+    assert "UP504" not in {f.code for f in found.findings}
+
+
 class Discrete(nn.Module):
     """A bottleneck of eight choices of eight."""
 
