@@ -2019,7 +2019,7 @@ class Parallel(nn.Module):
         self.norm, self.head = nn.LayerNorm(32), nn.Linear(32, 16)
         with torch.no_grad():
             self.token.weight.mul_(0.02)
-            self.down.bias.normal_()
+            self.down.bias.normal_(std=2)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.token(x)
