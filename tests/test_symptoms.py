@@ -323,6 +323,19 @@ def scaled_output(times: float) -> Built:
 
 relu_recurrence = partial(nn.RNN, nonlinearity="relu")
 
+
+def scattered(scale: float) -> Built:
+    """Residual blocks whose biases are drawn N(0, scale^2)."""
+    blocks = (
+        nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)) for _ in range(4)
+    )
+    model = nn.Sequential(nn.Linear(64, 64), *map(Residual, blocks), nn.LayerNorm(64), nn.Linear(64, 10))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") and "0.bias" not in name:
+            nn.init.normal_(parameter, std=scale)
+    return classified(model)
+
+
 PAIRS: dict[str, Pair] = {
     "failed_backward": Pair(behind(Raising.apply), behind(torch.clone)),
     "nonfinite_forward": Pair(behind(lambda x: torch.log(x - x)), behind(lambda x: torch.log(x - x + 1) + x)),
@@ -335,6 +348,7 @@ PAIRS: dict[str, Pair] = {
     "rank_collapse": Pair(lambda: tokens(0.0), lambda: tokens(1.0)),
     "muted_normalisation": Pair(lambda: normalised(drawn_near_zero), normalised),
     "hidden_initialisation": Pair(lambda: normalised(weights=above_zero), normalised),
+    "loud_biases": Pair(lambda: scattered(10.0), lambda: scattered(1.0)),
     "damped_skips": Pair(lambda: skipping(0.3), lambda: skipping(1.0)),
     "muted_branches": Pair(lambda: added(1e-4), lambda: added(0.1)),
     "shrunk_output": Pair(lambda: scaled_output(0.003), lambda: scaled_output(1.0)),

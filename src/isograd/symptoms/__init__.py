@@ -40,6 +40,7 @@ NAMES = (
     "rank_collapse",
     "muted_normalisation",
     "hidden_initialisation",
+    "loud_biases",
     "damped_skips",
     "muted_branches",
     "shrunk_output",
