@@ -1125,6 +1125,59 @@ def test_weights_whose_size_or_mean_normalisations_hide(
         assert "VG110" in diagnosed((repaired.model, loss)).healthy
 
 
+@pytest.mark.parametrize(
+    ("norm", "scale", "severity"),
+    [
+        (nn.Identity, 10.0, "ERROR"),
+        (nn.Identity, 3.0, "WARNING"),
+        (nn.Identity, 0.1, ""),
+        (partial(nn.BatchNorm1d, 64), 10.0, ""),  # which takes it off again
+    ],
+)
+def test_biases_that_are_louder_than_what_the_weights_make_are_told_and_mended(
+    norm: Callable[[], nn.Module], scale: float, severity: str
+) -> None:
+    torch.manual_seed(0)
+    layers = [m for _ in range(3) for m in (nn.Linear(64, 64), norm(), nn.Tanh())]
+    model = nn.Sequential(*layers, nn.Linear(64, 10))
+    for layer in model[:-1]:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.bias, std=scale)
+    told = [f for f in diagnosed(classified(model)).findings if f.code == "VG111" and "bias" in f.evidence]
+    assert [f.severity.name for f in told] == [severity] * bool(severity)
+    if severity == "ERROR":
+        found = repair(*classified(model))
+        assert found.cured
+        assert found.prescription is not None
+        assert "zero-biases" in found.prescription.remedy
+
+
+class Last(nn.Module):
+    """The last step of a recurrence, read by a head."""
+
+    def __init__(self, cell: type[nn.RNNBase], bias: float) -> None:
+        super().__init__()
+        self.cell, self.head = cell(8, 32, 2, batch_first=True), nn.Linear(32, 10)
+        for name, parameter in self.cell.named_parameters():
+            if name.startswith("bias_ih"):
+                nn.init.constant_(parameter, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cell(x.unflatten(1, (8, 8)))[0][:, -1])
+
+
+@pytest.mark.parametrize("cell", [nn.RNN, nn.LSTM, nn.GRU])
+def test_a_recurrence_whose_biases_leave_nothing_of_the_samples_is_told_and_mended(
+    cell: type[nn.RNNBase],
+) -> None:
+    torch.manual_seed(0)
+    bias = -3.0 if cell is nn.GRU else 3.0
+    (healthy, other), (model, loss) = classified(Last(cell, 0.0)), classified(Last(cell, bias))
+    assert "VG111" in diagnosed((healthy, other)).healthy
+    assert "VG111" in {f.code for f in diagnosed((model, loss)).errors}
+    assert repair(model, loss).cured
+
+
 class Separable(nn.Sequential):
     """Depthwise convolutions, whose filters have one channel each, between those that mix channels."""
 
