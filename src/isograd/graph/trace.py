@@ -355,7 +355,8 @@ class Trace(TorchFunctionMode):
         if isinstance(given, Tensor) and isinstance(target, Tensor) and given.numel():
             values, shape = signal.asked(name, given.detach(), target.detach())
             kind = "values" if target.is_floating_point() else "classes"
-            self.losses.append(LossCall(name, out.grad_fn, given.grad_fn, shape, values, kind))
+            pairs = signal.pairs(name, given, target)
+            self.losses.append(LossCall(name, out.grad_fn, given.grad_fn, shape, values, kind, pairs))
 
 
 def _custom(call: Call, node: Any) -> Call:

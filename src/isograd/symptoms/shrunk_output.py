@@ -31,9 +31,10 @@ from itertools import takewhile
 from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow
 from isograd.graph.operations import LOSSES
+from isograd.losses import NORMALISED_LOG, OF_CLASSES, REGRESSIONS
 from isograd.statistics import Site
 from isograd.symptoms import Healthy, Outcome, Unexamined
-from isograd.symptoms.no_gradient_at_loss import NORMALISED_LOG, OF_CLASSES, REGRESSIONS, VIEWS
+from isograd.symptoms.no_gradient_at_loss import VIEWS
 
 CODE = "VG108"
 NAME = "shrunk-output"
