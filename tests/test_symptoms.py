@@ -348,6 +348,7 @@ PAIRS: dict[str, Pair] = {
     "rank_collapse": Pair(lambda: tokens(0.0), lambda: tokens(1.0)),
     "muted_normalisation": Pair(lambda: normalised(drawn_near_zero), normalised),
     "hidden_initialisation": Pair(lambda: normalised(weights=above_zero), normalised),
+    "mixed_samples": Pair(lambda: classified(Rows(nn.GRU, False)), lambda: classified(Rows(nn.GRU, True))),
     "loud_biases": Pair(lambda: scattered(10.0), lambda: scattered(1.0)),
     "damped_skips": Pair(lambda: skipping(0.3), lambda: skipping(1.0)),
     "muted_branches": Pair(lambda: added(1e-4), lambda: added(0.1)),
@@ -432,6 +433,10 @@ def test_a_symptom_is_found_where_it_is_and_not_in_its_healthy_twin(name: str) -
     assert well.verdict == "healthy"
 
 
+EXACT = ("no_gradient_at_loss", "mixed_samples")
+"""Symptoms that go by exact facts."""
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_finding_says_what_why_where_and_what_helps(name: str) -> None:
     pair, module = PAIRS[name], MODULES[name]
@@ -442,7 +447,7 @@ def test_a_finding_says_what_why_where_and_what_helps(name: str) -> None:
         assert finding.remedies
         assert finding.sites or name in ("nonfinite_forward", "failed_backward")
         told = [key for key in finding.evidence if "threshold" in key]
-        assert told or not thresholds(module) or name == "no_gradient_at_loss"  # which goes by exact facts
+        assert told or not thresholds(module) or name in EXACT
 
 
 def thresholds(module: ModuleType) -> set[str]:
@@ -1150,6 +1155,99 @@ def test_biases_that_are_louder_than_what_the_weights_make_are_told_and_mended(
         assert found.cured
         assert found.prescription is not None
         assert "zero-biases" in found.prescription.remedy
+
+
+class Rows(nn.Module):
+    """Eight rows of eight: (sample, step, feature), whatever the recurrence or the encoder was told."""
+
+    def __init__(self, kind: type[nn.Module], batch_first: bool) -> None:
+        super().__init__()
+        self.into, self.head = nn.Linear(8, 32), nn.Linear(32, 10)
+        if issubclass(kind, nn.RNNBase):
+            self.along: nn.Module = kind(32, 32, batch_first=batch_first)
+        else:
+            layer = nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=batch_first)
+            self.along = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.along(self.into(x.unflatten(1, (8, 8))))
+        return self.head(out[0][:, -1] if isinstance(out, tuple) else out.mean(1))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.TransformerEncoder])
+def test_samples_that_are_taken_for_steps_are_told_and_set_right(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, loss = classified(Rows(kind, False))
+    found = repair(model, loss)
+    assert found.before.verdict == "broken"
+    assert [f.code for f in found.before.errors] == ["RN604"]
+    assert (found.cured, found.prescription and found.prescription.remedy) == (True, "batch-first")
+    x = torch.randn(32, 64)
+    with torch.no_grad():  # and no sample of the copy depends on another
+        changed = torch.cat([torch.randn(31, 64), x[-1:]])
+        assert torch.allclose(found.model(x)[-1], found.model(changed)[-1], atol=1e-5)
+        assert not torch.allclose(model(x)[-1], model(changed)[-1], atol=1e-5)
+
+
+def test_steps_that_come_first_are_steps_where_the_model_means_it() -> None:
+    """Transposed on the way in, one answer a step, or as many samples as steps: nothing is told."""
+    torch.manual_seed(0)
+    along, head = nn.GRU(8, 32), nn.Linear(32, 10)
+    x, y = torch.randn(12, 6, 8), torch.randint(10, (12, 6))
+    each = nn.ModuleList([along, head])
+    losses: list[Callable[[nn.Module], Tensor]] = [
+        lambda m: functional.cross_entropy(head(along(x)[0]).flatten(0, 1), y.flatten()),
+        lambda m: functional.mse_loss(head(along(x)[0]), torch.zeros(12, 6, 10)),
+        lambda m: functional.mse_loss(m.get_submodule("1")(along(x)[0]).mean(-1), torch.zeros(12, 6)),
+        lambda m: functional.cross_entropy(head(along(x)[0][-1]), y[0]),
+        lambda m: functional.cross_entropy(head(along(x[:6])[0][:, -1]), y[0]),
+    ]
+    for loss in losses:
+        assert "RN604" in diagnosed((each, loss)).healthy
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [
+        (lambda o, y: functional.mse_loss(o, y), "compares each of 32 outputs with all targets"),
+        (lambda o, y: (o - y).square().mean(), "compares each of 32 outputs with all targets"),
+        (lambda o, y: functional.smooth_l1_loss(o.squeeze(1), y), ""),
+        (lambda o, y: functional.mse_loss(o, y[:, None]), ""),
+        # All quantiles with all: both have the axes of the other on purpose.
+        (lambda o, y: functional.huber_loss(o[:, :, None], y[:, None, None].expand(-1, 1, 5)), ""),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_outputs_that_are_each_compared_with_all_targets_are_told(
+    loss: Callable[[Tensor, Tensor], Tensor], told: str
+) -> None:
+    torch.manual_seed(0)
+    model, x, y = mlp(nn.ReLU, 2, HE, classes=1), torch.randn(32, 64), torch.randn(32)
+    found = [f for f in diagnosed((model, lambda m: loss(m(x), y))).errors if f.code == "VG102"]
+    assert [told in f.message for f in found] == [True] * bool(told)
+
+
+@pytest.mark.parametrize(
+    ("output", "loss", "told"),
+    [
+        (nn.LogSoftmax(0), functional.nll_loss, "sums to 1 over the 32 samples"),
+        (nn.LogSoftmax(-1), functional.nll_loss, ""),
+        (
+            nn.Softmax(-1),
+            lambda o, y: functional.kl_div(o, functional.one_hot(y, 10).float()),
+            "log-probabilities",
+        ),
+        (nn.LogSoftmax(-1), lambda o, y: functional.kl_div(o, functional.one_hot(y, 10).float()), ""),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:reduction")
+def test_a_softmax_along_the_wrong_axis_and_one_too_few_are_told(
+    output: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], told: str
+) -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(*mlp(nn.ReLU, 2, HE), output), torch.randn(32, 64), torch.randint(10, (32,))
+    found = [f for f in diagnosed((model, lambda m: loss(m(x), y))).errors if f.code == "VG102"]
+    assert [told in f.message for f in found] == [True] * bool(told)
 
 
 class Last(nn.Module):

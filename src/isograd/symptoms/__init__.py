@@ -54,6 +54,7 @@ NAMES = (
     "parameter_without_gradient",
     "first_update_too_large",
     "first_update_too_small",
+    "mixed_samples",
     "short_horizon",
     "exploding_recurrence",
     "closed_gates",
