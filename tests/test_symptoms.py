@@ -1250,6 +1250,43 @@ def test_a_softmax_along_the_wrong_axis_and_one_too_few_are_told(
     assert [told in f.message for f in found] == [True] * bool(told)
 
 
+class Pressed(nn.Module):
+    """Layers whose output is squeezed by a function that is given too much of it."""
+
+    def __init__(self, squeeze: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(nn.Linear(64, 64) for _ in range(4)), nn.Linear(64, 10)
+        self.squeeze = squeeze
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = self.squeeze(layer(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("squeeze", "title"),
+    [
+        (lambda x: x.clamp(-0.01, 0.01), "4 clamps left out"),
+        (lambda x: torch.tanh(20 * x), "4 constant factors left out, 1.6e+05 in all"),
+        (lambda x: functional.gelu(x).clamp(-5, 5), ""),
+        (lambda x: x.clamp(min=1e-3), ""),  # of one bound: a rectifier
+    ],
+)
+def test_clamps_and_factors_that_saturate_are_told_and_left_out(
+    squeeze: Callable[[Tensor], Tensor], title: str
+) -> None:
+    torch.manual_seed(0)
+    found = repair(*classified(Pressed(squeeze)))
+    told = [f for f in found.before.findings if f.code == "SA301"]
+    assert [f.severity.name for f in told] == ["ERROR"] * bool(title)
+    if title:
+        assert "test_symptoms.py" in told[0].remedies[0]
+        assert found.cured
+        assert found.prescription is not None
+        assert found.prescription.title == title
+
+
 class Last(nn.Module):
     """The last step of a recurrence, read by a head."""
 

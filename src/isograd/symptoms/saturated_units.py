@@ -6,8 +6,8 @@ What it means
     which they could open is as small as what they let through.
 
 Why it happens
-    Pre-activations that are too large: weights or biases drawn too large, inputs that are not normalised. Gates whose
-    biases start far below zero.
+    Pre-activations that are too large: weights or biases drawn too large, inputs that are not normalised, a constant that
+    multiplies them. Gates whose biases start far below zero. A clamp to a range that the signal leaves.
 
 Evidence
     The derivative of the activation itself, element by element; only activations that a whole segment or
@@ -21,6 +21,7 @@ Evidence
 
 What helps
     Smaller weights at the critical gain, standardised inputs, normalisation before the activation. Biases of gates at zero.
+    A wider clamp, or none.
 
 References
     Glorot and Bengio 2010; Rakitianskaia and Engelbrecht 2015, Measuring Saturation in Neural Networks.
@@ -34,10 +35,11 @@ from statistics import median
 from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow
 from isograd.graph.operations import ACTIVATIONS
-from isograd.statistics import Activation, Attention
+from isograd.statistics import Activation, Attention, Site
 from isograd.symptoms import Healthy, Outcome, Unexamined
 from isograd.symptoms.exploding_gradient import of_coordinates
 from isograd.symptoms.muted_branches import HEARD
+from isograd.symptoms.shrunk_output import CLIPS, leave_out
 
 CODE = "SA301"
 NAME = "saturated-units"
@@ -116,8 +118,23 @@ def _flat(seen: list[Activation], flow: Flow) -> Finding | None:
             "threshold": limit if hashed else WARNING,
             "cause": "initialisation",
         },
-        remedies=("rescale-weights", "critical-initialisation", "standardise-input", "insert-normalisation"),
+        remedies=(
+            *dict.fromkeys(leave_out(site) for site in pushing(flow)),
+            "rescale-weights",
+            "critical-initialisation",
+            "standardise-input",
+            "insert-normalisation",
+        ),
     )
+
+
+def pushing(flow: Flow) -> list[Site]:
+    """Where the signal is clamped to so little that most of it is beyond, or multiplied by a constant right before it saturates."""
+    sick = [a.site for a in flow.activations if a.carries and a.saturated >= WARNING]
+    found = [
+        site if site.operation in CLIPS else flow.sites[site.depth - 1] for site in sick if site.depth > 0
+    ]
+    return [site for site in found if site.operation in CLIPS or flow.factors.get(site.depth, 1.0) > 1]
 
 
 def _spared(flow: Flow) -> bool:

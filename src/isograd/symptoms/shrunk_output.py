@@ -180,5 +180,10 @@ def _unit(site: Site, rms: float) -> bool:
 
 
 def leave_out(site: Site) -> str:
-    """What to do about a constant that the user's code multiplies by."""
-    return f"{site.source or site.name}: leave the factor out, or bring it nearer to 1"
+    """What to do about a constant that the user's code multiplies by or clamps to."""
+    what = (
+        "widen the clamp, or leave it out"
+        if site.operation in CLIPS
+        else "leave the factor out, or bring it nearer to 1"
+    )
+    return f"{site.source or site.name}: {what}"
