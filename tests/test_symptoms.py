@@ -1287,6 +1287,39 @@ def test_clamps_and_factors_that_saturate_are_told_and_left_out(
         assert found.prescription.title == title
 
 
+class Times(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+@pytest.mark.parametrize(
+    ("between", "sick"),
+    [
+        ([nn.Softmax(-1)], True),
+        ([nn.Softmax(-1), nn.Dropout(0.1)], True),
+        ([nn.Softmax(-1), Times(64.0)], False),  # which gives it its size back
+        ([nn.Unflatten(1, (8, 8)), nn.Softmax(-1), nn.Flatten()], False),  # eight choices of eight
+        ([nn.Softmax(-1), nn.LayerNorm(64)], False),
+        ([nn.Sigmoid()], False),
+    ],
+)
+def test_a_softmax_where_an_activation_was_meant_is_told_and_exchanged(
+    between: list[nn.Module], sick: bool
+) -> None:
+    torch.manual_seed(0)
+    built = classified(nn.Sequential(nn.Linear(64, 64), *between, nn.Linear(64, 10)))
+    found = repair(*built)
+    assert [f.code for f in found.before.errors] == ["SA301"] * sick
+    if sick:
+        assert found.cured
+        assert found.prescription is not None
+        assert found.prescription.title == "ELU in place of softmax (1)"
+
+
 class Last(nn.Module):
     """The last step of a recurrence, read by a head."""
 
