@@ -383,6 +383,13 @@ def shape(layers: int, norm: str = "post", **changes: float) -> Shape:
     return Shape(layers, norm=norm, vocabulary=16, **changes)  # pyright: ignore[reportArgumentType]
 
 
+def of_others(model: nn.Module, loss: Loss, _: Configuration) -> float:
+    """Share of the gradient of the last sample's answer that reaches the inputs of others."""
+    x = SEQUENCE.clone().requires_grad_()
+    norms = torch.autograd.grad(model(x)[-1].sum(), x)[0].flatten(1).norm(dim=1)
+    return float(norms[:-1].norm() / norms.norm())
+
+
 def rnn() -> nn.RNNBase:
     return nn.RNN(8, 32, batch_first=True)
 
@@ -440,6 +447,8 @@ def cures() -> tuple[Cure, ...]:
         Cure("zero_biases", "4 ReLU layers, biases -10", lambda: shifted(-10.0), late, loss, 0.0, 1.0),
         Cure("leaky_activation", "4 ReLU layers, biases -10", lambda: shifted(-10.0), dead,
              "share of dead units", 0.0, 0.01),
+        Cure("batch_first", "GRU over the samples of the batch", sequence(lambda: nn.GRU(8, 32)), of_others,
+             "gradient of others", 0.0, 0.0),
         deep("batch_statistics", "10 batch norms in eval mode, running variances 100", lambda: outdated(10)),
         deep("reset_norm_gain", "12 post-norm blocks, gains 0.02", language(shape(12), gains(0.02))),
         deep("reset_norm_epsilon", "12 post-norm blocks, epsilon 1e4", language(shape(12, eps=1e4))),

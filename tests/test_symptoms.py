@@ -324,6 +324,19 @@ def scaled_output(times: float) -> Built:
 
 relu_recurrence = partial(nn.RNN, nonlinearity="relu")
 
+
+def scattered(scale: float) -> Built:
+    """Residual blocks whose biases are drawn N(0, scale^2)."""
+    blocks = (
+        nn.Sequential(nn.LayerNorm(64), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)) for _ in range(4)
+    )
+    model = nn.Sequential(nn.Linear(64, 64), *map(Residual, blocks), nn.LayerNorm(64), nn.Linear(64, 10))
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias") and "0.bias" not in name:
+            nn.init.normal_(parameter, std=scale)
+    return classified(model)
+
+
 PAIRS: dict[str, Pair] = {
     "failed_backward": Pair(behind(Raising.apply), behind(torch.clone)),
     "nonfinite_forward": Pair(behind(lambda x: torch.log(x - x)), behind(lambda x: torch.log(x - x + 1) + x)),
@@ -336,6 +349,8 @@ PAIRS: dict[str, Pair] = {
     "rank_collapse": Pair(lambda: tokens(0.0), lambda: tokens(1.0)),
     "muted_normalisation": Pair(lambda: normalised(drawn_near_zero), normalised),
     "hidden_initialisation": Pair(lambda: normalised(weights=above_zero), normalised),
+    "mixed_samples": Pair(lambda: classified(Rows(nn.GRU, False)), lambda: classified(Rows(nn.GRU, True))),
+    "loud_biases": Pair(lambda: scattered(10.0), lambda: scattered(1.0)),
     "damped_skips": Pair(lambda: skipping(0.3), lambda: skipping(1.0)),
     "muted_branches": Pair(lambda: added(1e-4), lambda: added(0.1)),
     "shrunk_output": Pair(lambda: scaled_output(0.003), lambda: scaled_output(1.0)),
@@ -419,6 +434,10 @@ def test_a_symptom_is_found_where_it_is_and_not_in_its_healthy_twin(name: str) -
     assert well.verdict == "healthy"
 
 
+EXACT = ("no_gradient_at_loss", "mixed_samples")
+"""Symptoms that go by exact facts."""
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_finding_says_what_why_where_and_what_helps(name: str) -> None:
     pair, module = PAIRS[name], MODULES[name]
@@ -429,7 +448,7 @@ def test_a_finding_says_what_why_where_and_what_helps(name: str) -> None:
         assert finding.remedies
         assert finding.sites or name in ("nonfinite_forward", "failed_backward")
         told = [key for key in finding.evidence if "threshold" in key]
-        assert told or not thresholds(module) or name == "no_gradient_at_loss"  # which goes by exact facts
+        assert told or not thresholds(module) or name in EXACT
 
 
 def thresholds(module: ModuleType) -> set[str]:
@@ -1133,6 +1152,222 @@ def test_weights_whose_size_or_mean_normalisations_hide(
         repaired = repair(model, loss)
         assert repaired.cured
         assert "VG110" in diagnosed((repaired.model, loss)).healthy
+
+
+@pytest.mark.parametrize(
+    ("norm", "scale", "severity"),
+    [
+        (nn.Identity, 10.0, "ERROR"),
+        (nn.Identity, 3.0, "WARNING"),
+        (nn.Identity, 0.1, ""),
+        (partial(nn.BatchNorm1d, 64), 10.0, ""),  # which takes it off again
+    ],
+)
+def test_biases_that_are_louder_than_what_the_weights_make_are_told_and_mended(
+    norm: Callable[[], nn.Module], scale: float, severity: str
+) -> None:
+    torch.manual_seed(0)
+    layers = [m for _ in range(3) for m in (nn.Linear(64, 64), norm(), nn.Tanh())]
+    model = nn.Sequential(*layers, nn.Linear(64, 10))
+    for layer in model[:-1]:
+        if isinstance(layer, nn.Linear):
+            nn.init.normal_(layer.bias, std=scale)
+    told = [f for f in diagnosed(classified(model)).findings if f.code == "VG111" and "bias" in f.evidence]
+    assert [f.severity.name for f in told] == [severity] * bool(severity)
+    if severity == "ERROR":
+        found = repair(*classified(model))
+        assert found.cured
+        assert found.prescription is not None
+        assert "zero-biases" in found.prescription.remedy
+
+
+class Rows(nn.Module):
+    """Eight rows of eight: (sample, step, feature), whatever the recurrence or the encoder was told."""
+
+    def __init__(self, kind: type[nn.Module], batch_first: bool) -> None:
+        super().__init__()
+        self.into, self.head = nn.Linear(8, 32), nn.Linear(32, 10)
+        if issubclass(kind, nn.RNNBase):
+            self.along: nn.Module = kind(32, 32, batch_first=batch_first)
+        else:
+            layer = nn.TransformerEncoderLayer(32, 4, 64, 0.0, batch_first=batch_first)
+            self.along = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.along(self.into(x.unflatten(1, (8, 8))))
+        return self.head(out[0][:, -1] if isinstance(out, tuple) else out.mean(1))
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.TransformerEncoder])
+def test_samples_that_are_taken_for_steps_are_told_and_set_right(kind: type[nn.Module]) -> None:
+    torch.manual_seed(0)
+    model, loss = classified(Rows(kind, False))
+    found = repair(model, loss)
+    assert found.before.verdict == "broken"
+    assert [f.code for f in found.before.errors] == ["RN604"]
+    assert (found.cured, found.prescription and found.prescription.remedy) == (True, "batch-first")
+    x = torch.randn(32, 64)
+    with torch.no_grad():  # and no sample of the copy depends on another
+        changed = torch.cat([torch.randn(31, 64), x[-1:]])
+        assert torch.allclose(found.model(x)[-1], found.model(changed)[-1], atol=1e-5)
+        assert not torch.allclose(model(x)[-1], model(changed)[-1], atol=1e-5)
+
+
+def test_steps_that_come_first_are_steps_where_the_model_means_it() -> None:
+    """Transposed on the way in, one answer a step, or as many samples as steps: nothing is told."""
+    torch.manual_seed(0)
+    along, head = nn.GRU(8, 32), nn.Linear(32, 10)
+    x, y = torch.randn(12, 6, 8), torch.randint(10, (12, 6))
+    each = nn.ModuleList([along, head])
+    losses: list[Callable[[nn.Module], Tensor]] = [
+        lambda m: functional.cross_entropy(head(along(x)[0]).flatten(0, 1), y.flatten()),
+        lambda m: functional.mse_loss(head(along(x)[0]), torch.zeros(12, 6, 10)),
+        lambda m: functional.mse_loss(m.get_submodule("1")(along(x)[0]).mean(-1), torch.zeros(12, 6)),
+        lambda m: functional.cross_entropy(head(along(x)[0][-1]), y[0]),
+        lambda m: functional.cross_entropy(head(along(x[:6])[0][:, -1]), y[0]),
+    ]
+    for loss in losses:
+        assert "RN604" in diagnosed((each, loss)).healthy
+
+
+@pytest.mark.parametrize(
+    ("loss", "told"),
+    [
+        (lambda o, y: functional.mse_loss(o, y), "compares each of 32 outputs with all targets"),
+        (lambda o, y: (o - y).square().mean(), "compares each of 32 outputs with all targets"),
+        (lambda o, y: functional.smooth_l1_loss(o.squeeze(1), y), ""),
+        (lambda o, y: functional.mse_loss(o, y[:, None]), ""),
+        # All quantiles with all: both have the axes of the other on purpose.
+        (lambda o, y: functional.huber_loss(o[:, :, None], y[:, None, None].expand(-1, 1, 5)), ""),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Using a target size")
+def test_outputs_that_are_each_compared_with_all_targets_are_told(
+    loss: Callable[[Tensor, Tensor], Tensor], told: str
+) -> None:
+    torch.manual_seed(0)
+    model, x, y = mlp(nn.ReLU, 2, HE, classes=1), torch.randn(32, 64), torch.randn(32)
+    found = [f for f in diagnosed((model, lambda m: loss(m(x), y))).errors if f.code == "VG102"]
+    assert [told in f.message for f in found] == [True] * bool(told)
+
+
+@pytest.mark.parametrize(
+    ("output", "loss", "told"),
+    [
+        (nn.LogSoftmax(0), functional.nll_loss, "sums to 1 over the 32 samples"),
+        (nn.LogSoftmax(-1), functional.nll_loss, ""),
+        (
+            nn.Softmax(-1),
+            lambda o, y: functional.kl_div(o, functional.one_hot(y, 10).float()),
+            "log-probabilities",
+        ),
+        (nn.LogSoftmax(-1), lambda o, y: functional.kl_div(o, functional.one_hot(y, 10).float()), ""),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:reduction")
+def test_a_softmax_along_the_wrong_axis_and_one_too_few_are_told(
+    output: nn.Module, loss: Callable[[Tensor, Tensor], Tensor], told: str
+) -> None:
+    torch.manual_seed(0)
+    model, x, y = nn.Sequential(*mlp(nn.ReLU, 2, HE), output), torch.randn(32, 64), torch.randint(10, (32,))
+    found = [f for f in diagnosed((model, lambda m: loss(m(x), y))).errors if f.code == "VG102"]
+    assert [told in f.message for f in found] == [True] * bool(told)
+
+
+class Pressed(nn.Module):
+    """Layers whose output is squeezed by a function that is given too much of it."""
+
+    def __init__(self, squeeze: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(nn.Linear(64, 64) for _ in range(4)), nn.Linear(64, 10)
+        self.squeeze = squeeze
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = self.squeeze(layer(x))
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("squeeze", "title"),
+    [
+        (lambda x: x.clamp(-0.01, 0.01), "4 clamps left out"),
+        (lambda x: torch.tanh(20 * x), "4 constant factors left out, 1.6e+05 in all"),
+        (lambda x: functional.gelu(x).clamp(-5, 5), ""),
+        (lambda x: x.clamp(min=1e-3), ""),  # of one bound: a rectifier
+    ],
+)
+def test_clamps_and_factors_that_saturate_are_told_and_left_out(
+    squeeze: Callable[[Tensor], Tensor], title: str
+) -> None:
+    torch.manual_seed(0)
+    found = repair(*classified(Pressed(squeeze)))
+    told = [f for f in found.before.findings if f.code == "SA301"]
+    assert [f.severity.name for f in told] == ["ERROR"] * bool(title)
+    if title:
+        assert "test_symptoms.py" in told[0].remedies[0]
+        assert found.cured
+        assert found.prescription is not None
+        assert found.prescription.title == title
+
+
+class Times(nn.Module):
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.factor * x
+
+
+@pytest.mark.parametrize(
+    ("between", "sick"),
+    [
+        ([nn.Softmax(-1)], True),
+        ([nn.Softmax(-1), nn.Dropout(0.1)], True),
+        ([nn.Softmax(-1), Times(64.0)], False),  # which gives it its size back
+        ([nn.Unflatten(1, (8, 8)), nn.Softmax(-1), nn.Flatten()], False),  # eight choices of eight
+        ([nn.Softmax(-1), nn.LayerNorm(64)], False),
+        ([nn.Sigmoid()], False),
+    ],
+)
+def test_a_softmax_where_an_activation_was_meant_is_told_and_exchanged(
+    between: list[nn.Module], sick: bool
+) -> None:
+    torch.manual_seed(0)
+    built = classified(nn.Sequential(nn.Linear(64, 64), *between, nn.Linear(64, 10)))
+    found = repair(*built)
+    assert [f.code for f in found.before.errors] == ["SA301"] * sick
+    if sick:
+        assert found.cured
+        assert found.prescription is not None
+        assert found.prescription.title == "ELU in place of softmax (1)"
+
+
+class Last(nn.Module):
+    """The last step of a recurrence, read by a head."""
+
+    def __init__(self, cell: type[nn.RNNBase], bias: float) -> None:
+        super().__init__()
+        self.cell, self.head = cell(8, 32, 2, batch_first=True), nn.Linear(32, 10)
+        for name, parameter in self.cell.named_parameters():
+            if name.startswith("bias_ih"):
+                nn.init.constant_(parameter, bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.cell(x.unflatten(1, (8, 8)))[0][:, -1])
+
+
+@pytest.mark.parametrize("cell", [nn.RNN, nn.LSTM, nn.GRU])
+def test_a_recurrence_whose_biases_leave_nothing_of_the_samples_is_told_and_mended(
+    cell: type[nn.RNNBase],
+) -> None:
+    torch.manual_seed(0)
+    bias = -3.0 if cell is nn.GRU else 3.0
+    (healthy, other), (model, loss) = classified(Last(cell, 0.0)), classified(Last(cell, bias))
+    assert "VG111" in diagnosed((healthy, other)).healthy
+    assert "VG111" in {f.code for f in diagnosed((model, loss)).errors}
+    assert repair(model, loss).cured
 
 
 class Separable(nn.Sequential):
@@ -2200,6 +2435,29 @@ def test_positions_that_drown_their_tokens_are_told_unless_few_steps_make_up_for
         assert repaired.cured
         assert repaired.prescription is not None
         assert {edit.place for edit in repaired.prescription.edits} == {"position"}
+
+
+class Parallel(nn.Module):
+    """Tokens, and one block whose last bias is as loud as positions that drown them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token, self.up, self.down = nn.Embedding(16, 32), nn.Linear(32, 32), nn.Linear(32, 32)
+        self.norm, self.head = nn.LayerNorm(32), nn.Linear(32, 16)
+        with torch.no_grad():
+            self.token.weight.mul_(0.02)
+            self.down.bias.normal_(std=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.token(x)
+        return self.head(self.norm(h + self.down(torch.tanh(self.up(h)))))
+
+
+def test_what_a_block_adds_at_its_end_is_no_position() -> None:
+    torch.manual_seed(0)
+    model, x = Parallel(), torch.randint(16, (16, 12))
+    found = diagnosed((model, lambda m: functional.cross_entropy(m(x).flatten(0, 1), x.flatten())))
+    assert "UP504" not in {f.code for f in found.findings}
 
 
 class Discrete(nn.Module):

@@ -40,7 +40,7 @@ TELLING = 0.2
 def explained(diagnosis: Diagnosis, model: nn.Module, loss: Loss) -> Diagnosis:
     """The same diagnosis with the causes of its errors about depth tested by intervention."""
     depth = [f for f in diagnosis.errors if f.code in ("VG101", "EG201", "EG202") and f.cause != FORGOTTEN]
-    if not depth or any(f.code == "VG102" for f in diagnosis.errors):
+    if not depth or any(f.code in ("VG102", "RN604") for f in diagnosis.errors):
         return diagnosis
     before = distance(diagnosis.flow)
     effects = list(_own(diagnosis.flow, before))

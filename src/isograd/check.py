@@ -14,6 +14,7 @@ from isograd.flow import Flow
 from isograd.graph.traced import Loss, unwrapped
 from isograd.measure import measure
 from isograd.recurrent.along import horizon_of_loss
+from isograd.symptoms.mixed_samples import mixing
 
 
 def check(
@@ -55,6 +56,8 @@ def along_time(flow: Flow, model: nn.Module, loss: Loss) -> Flow:
     """The flow with a horizon, where something recurs in the model and time can be told."""
     if not flow.loops or flow.failure is not None or flow.nonfinite is not None:
         return flow
+    if mixing(flow):
+        return replace(flow, unexamined=flow.unexamined | {"time": "it runs over the samples: see RN604"})
     try:
         found = horizon_of_loss(model, loss, probes=1)
     except (TypeError, ValueError, RuntimeError) as error:  # time is one part of the diagnosis, not all of it

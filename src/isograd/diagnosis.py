@@ -89,11 +89,11 @@ class Diagnosis:
     def verdict(self) -> str:
         """'broken', 'exploding', 'vanishing' or 'healthy'.
 
-        Broken comes first: where values are not finite, the backward fails or no gradient leaves the
-        loss, what happens along depth cannot be told.
+        Broken comes first: where values are not finite, the backward fails, no gradient leaves the loss or
+        samples are taken for steps, what happens along depth and time cannot be told.
         """
         codes = [finding.code for finding in self.errors]
-        if any(code.startswith("NF4") or code == "VG102" for code in codes):
+        if any(code.startswith("NF4") or code in ("VG102", "RN604") for code in codes):
             return "broken"
         if any(code.startswith(EXPLODING) for code in codes):
             return "exploding"

@@ -184,6 +184,22 @@ class Flow:
         ]
 
     @property
+    def simplices(self) -> list[Site]:
+        """Softmaxes over all features between two layers: what the next one reads are numbers around 1 / width.
+
+        Not where a normalisation or a factor gives them their size back, nor where they are groups of choices.
+        """
+        found: list[Site] = []
+        for site in (choice.site for choice in self.choices if choice.site in self.sites[self.hidden]):
+            behind = next((i for i in self.weighted if i > site.depth), -1)
+            fan_in = {p.fan_in for p in self.parameters if p.depth == behind and p.fan_in}
+            resized = any(later.kind == "normalisation" for later in self.sites[site.depth :])
+            resized = resized or any(later.kind == "elementwise" for later in self.sites[site.depth : behind])
+            if site.shape[-1] in fan_in and not resized and site.depth > self.weighted[0]:
+                found.append(site)
+        return found
+
+    @property
     def lost(self) -> float:
         """Decades that depth costs: negative where the gradient vanishes, -inf where it is exactly zero.
 

@@ -41,6 +41,15 @@ class Site:
         return [v for _, v in self.settings if isinstance(v, int | float) and not isinstance(v, bool)]
 
     @property
+    def over_samples(self) -> bool:
+        """Is it a softmax that sums to 1 along the first axis, which is not that of its classes as well?"""
+        given = dict(self.settings)
+        along = given.get("dim", given.get(1))
+        if "softmax" not in self.operation or not isinstance(along, int) or len(self.shape) < 2:
+            return False
+        return along % len(self.shape) == 0 and 1 < self.shape[0] != self.shape[-1]
+
+    @property
     def place(self) -> str:
         """Name, kind and source on one line."""
         return " · ".join(part for part in (self.name, self.source) if part)
@@ -266,6 +275,10 @@ class LossCall:
     excess: float = math.nan
     """How far beyond a constant answer it starts: of classes the loss over that of equal probabilities, of values how far
     the outputs scatter, in standard deviations of the targets; NaN: not known."""
+    pairs: bool = False
+    """Is each output compared with all targets, (N, 1) with (N,), their shapes being broadcast?"""
+    over_samples: bool = False
+    """Does the softmax that made its input sum to 1 over the rows, and not over the classes?"""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -293,25 +294,14 @@ class Assembly:
             node = next(
                 (child for child in self.run.graph.children.get(node, []) if child in self.trace.made), None
             )
-        source = self.trace.made[node].call.operation if node in self.trace.made else ""
-        site = step_site(self.trace.made[call.node])
-        low, high, error, spread, target_low, target_high, excess = values
-        rows, width = call.shape
-        return LossCall(
-            site,
-            call.function,
-            source,
-            width,
-            rows,
-            low,
-            high,
-            error,
-            spread,
-            target_low,
-            target_high,
-            call.target,
-            excess,
+        maker = step_site(self.trace.made[node]) if node in self.trace.made else None
+        source, over = (maker.operation, maker.over_samples) if maker is not None else ("", False)
+        site, (rows, width) = step_site(self.trace.made[call.node]), call.shape
+        low, high, error, spread, least, most, excess = values
+        seen = LossCall(
+            site, call.function, source, width, rows, low, high, error, spread, least, most, call.target
         )
+        return replace(seen, excess=excess, pairs=call.pairs, over_samples=over)
 
     def _unexamined(self) -> dict[str, str]:
         found: dict[str, str] = {}

@@ -104,3 +104,5 @@ class LossCall:
     """input min, max, largest |row sum - 1|, std; target min, max; excess: see `signal.excess`."""
     target: str
     """'classes', 'values' or ''."""
+    pairs: bool
+    """Is each output compared with all targets?"""

@@ -127,6 +127,12 @@ def kind_of_call(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> st
     return kind
 
 
+def clips(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Is it a hard tanh under another name: a clamp between two numbers? One bound alone keeps off a pole, or rectifies."""
+    bounds = [*args[1:], *kwargs.values()]
+    return name.rstrip("_") in ("clamp", "clip") and [type(b) in (int, float) for b in bounds] == [True, True]
+
+
 def summed_over(equation: str, operands: Sequence[Tensor]) -> list[int]:
     """Of each operand of an einsum, how many of its elements are summed into one of the result: a weight's fan-in."""
     given, arrow, result = equation.replace(" ", "").partition("->")

@@ -96,6 +96,14 @@ def asked(name: str, given: Tensor, target: Tensor) -> tuple[Tensor, tuple[int, 
     return torch.stack(values).double(), (given.numel() // max(rows.shape[1], 1), rows.shape[1])
 
 
+def pairs(name: str, given: Tensor, target: Tensor) -> bool:
+    """Does broadcasting compare each output with all targets? Not where both were given their axes on purpose."""
+    if name not in REGRESSIONS or given.ndim == target.ndim:
+        return False
+    elements = math.prod(torch.broadcast_shapes(given.shape, target.shape))
+    return elements > max(given.numel(), target.numel())
+
+
 def excess(name: str, rows: Tensor, target: Tensor) -> Tensor:
     """How far beyond a constant answer a loss starts; NaN: not known. rows: (row, class or output), float32.
 

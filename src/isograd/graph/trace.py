@@ -34,6 +34,7 @@ from isograd.graph.norm import norm
 from isograd.graph.operations import (
     ACTIVATIONS,
     LOSSES,
+    clips,
     kind_of_call,
     operation_of,
     parameter_of,
@@ -186,7 +187,8 @@ class Trace(TorchFunctionMode):
             return func(*args, **kwargs)
         if name == "hardtanh" and (kwargs.get("min_val", args[1] if len(args) > 1 else -1.0)) == 0:
             name = "relu6"  # which calls it, and is flat below zero by design
-        activation = ACTIVATIONS.get(name.rstrip("_")) if args and isinstance(args[0], Tensor) else None
+        function = "hardtanh" if clips(name, args, kwargs) else name.rstrip("_")
+        activation = ACTIVATIONS.get(function) if args and isinstance(args[0], Tensor) else None
         derivative = None
         if activation and args[0].requires_grad and args[0].is_floating_point():
             derivative = signal.derivative(func, args, kwargs)
@@ -207,7 +209,7 @@ class Trace(TorchFunctionMode):
             for tensor in tensors:
                 self._attribute(tensor, call)
             if derivative is not None and activation is not None:
-                self._activation(tensors[0], name, derivative, activation.largest_slope)
+                self._activation(tensors[0], function, derivative, activation.largest_slope)
             self._normalisation(func, args, kwargs, tensors[0])
             if (spread := signal.spread(func, args, kwargs)) is not None:
                 self.attentions.append(AttentionStatistics(cast(Node, tensors[0].grad_fn), spread))
@@ -357,7 +359,8 @@ class Trace(TorchFunctionMode):
         if isinstance(given, Tensor) and isinstance(target, Tensor) and given.numel():
             values, shape = signal.asked(name, given.detach(), target.detach())
             kind = "values" if target.is_floating_point() else "classes"
-            self.losses.append(LossCall(name, out.grad_fn, given.grad_fn, shape, values, kind))
+            pairs = signal.pairs(name, given, target)
+            self.losses.append(LossCall(name, out.grad_fn, given.grad_fn, shape, values, kind, pairs))
 
 
 def _custom(call: Call, node: Any) -> Call:

@@ -14,6 +14,7 @@ from isograd.prescription import Patient, Prescription
 
 NAMES = (
     "adam_epsilon",
+    "batch_first",
     "batch_statistics",
     "chrono_initialisation",
     "classic_initialisation",

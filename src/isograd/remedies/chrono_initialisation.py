@@ -28,7 +28,7 @@ from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.remedies.forget_bias import NONE, gated
 
 SLUG = "chrono-initialisation"
-TREATS = ("initialisation", "VG101", "RN601", "RN602", "RN603")
+TREATS = ("initialisation", "VG101", "RN601", "RN602", "RN603", "VG111")
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:

@@ -107,7 +107,9 @@ def differentiated(flow: Flow) -> bool:
 
 def functions(flow: Flow) -> list[str]:
     """Activation functions that the hidden signal cannot get round, once each, in the order of the forward."""
-    return list(dict.fromkeys(a.function for a in flow.hidden_activations))
+    return list(
+        dict.fromkeys([a.function for a in flow.hidden_activations] + ["softmax"] * bool(flow.simplices))
+    )
 
 
 def own_functions(flow: Flow) -> list[Site]:
@@ -217,8 +219,11 @@ def exchanges(
         and called[a.site.module, a.function] > patient.flow.calls * max(seen[a.site.module, a.function], 1)
     }
     gating = {(path, function) for path, function, _ in elsewhere}
-    for a in hidden:
-        path, function = a.site.module, a.function
+    for site, function in [
+        *((a.site, a.function) for a in hidden),
+        *((s, "softmax") for s in patient.flow.simplices),
+    ]:
+        path = site.module
         if function not in names:
             continue
         module = patient.model.get_submodule(path)
@@ -234,16 +239,16 @@ def exchanges(
         elif attribute and not arguments:
             place = f"{path}.{attribute}".lstrip(".")
             of = f"nn.functional.{target}"
-            edits[place] = Edit(place, "set", of, before=function, source=a.site.source)
+            edits[place] = Edit(place, "set", of, before=function, source=site.source)
             if hasattr(module, FUSED):
                 fused = f"{path}.{FUSED}".lstrip(".")
                 edits[fused] = Edit(fused, "set", arguments={"value": 0}, before=str(getattr(module, FUSED)))
-        elif not a.site.source:  # exchanged before, or called from generated code
+        elif not site.source:  # exchanged before, or called from generated code
             by_hand.append(f"{path or 'the model'}: the line that calls {function} is not known")
-        elif (path, function, a.site.source) in elsewhere:
-            by_hand.append(_by_hand(a.site.source, function, target, "a call here gates or is the output: "))
+        elif (path, function, site.source) in elsewhere:
+            by_hand.append(_by_hand(site.source, function, target, "a call here gates or is the output: "))
         else:
-            calls.setdefault((path, function), []).append(a.site.source)
+            calls.setdefault((path, function), []).append(site.source)
     for path, sites in _own_modules(patient).items():
         if {site.operation for site in sites} <= set(names):
             edits[path] = Edit(

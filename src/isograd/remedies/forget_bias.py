@@ -28,7 +28,7 @@ from isograd.edit import Edit
 from isograd.prescription import Patient, Prescription, Reach, not_applicable
 
 SLUG = "forget-bias"
-TREATS = ("initialisation", "VG101", "RN601", "RN602", "RN603")
+TREATS = ("initialisation", "VG101", "RN601", "RN602", "RN603", "VG111")
 NONE = "the model has no LSTM or GRU of torch's with trainable biases"
 CLOSED = -4.6
 """Bias at which a gate is 0.01 open."""

@@ -1,9 +1,10 @@
-"""leave-out-factor: a constant that the signal is multiplied by, and that costs it, is left out.
+"""leave-out-factor: a constant that the signal is multiplied by or clamped to, and that costs it, is left out.
 
 What it does
     Lets the call at the user's line give the tensor itself in place of its product with a number: a temperature or
-    scale between head and loss, factors between the layers that add up to decades, one that mutes residual branches or that
-    makes the logits of attention too large. The line to edit is shown.
+    scale between head and loss, factors between the layers that add up to decades, one that mutes residual branches, saturates the
+    function behind it or makes the logits of attention too large; and in place of a clamp that most of it lies beyond. The line
+    to edit is shown.
     Cosines, which no weights can make larger, are divided by what they are multiplied by: a temperature belongs there.
 
 When it helps
@@ -29,17 +30,20 @@ from isograd.edit import Edit
 from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.remedies.exchange_activation import line_of
 from isograd.statistics import Site
-from isograd.symptoms import far_start, muted_branches, saturated_attention, shrunk_output, vanishing_gradient
+from isograd.symptoms import (
+    far_start,
+    muted_branches,
+    saturated_attention,
+    saturated_units,
+    shrunk_output,
+    vanishing_gradient,
+)
 
 SLUG = "leave-out-factor"
 TREATS = (
-    "factor",
-    shrunk_output.CODE,
-    muted_branches.CODE,
-    vanishing_gradient.CODE,
-    far_start.CODE,
+    "factor", shrunk_output.CODE, muted_branches.CODE, vanishing_gradient.CODE, far_start.CODE, saturated_units.CODE,
     saturated_attention.CODE,
-)
+)  # fmt: skip
 
 
 def prescribe(patient: Patient) -> Iterator[Prescription]:
@@ -56,7 +60,9 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         )
     if not costly:
         if not lines:
-            yield not_applicable(SLUG, "the signal is multiplied by no constant that costs it")
+            yield not_applicable(
+                SLUG, "the signal is multiplied by no constant that costs it, and clamped to none"
+            )
         return
     lines = _lines(costly)
     by_hand = tuple(dict.fromkeys(shrunk_output.leave_out(site) for site in costly))
@@ -73,7 +79,12 @@ def prescribe(patient: Patient) -> Iterator[Prescription]:
         )
     abreast = muted_branches.CODE in patient.told
     whole = min(costly.values()) if abreast else math.prod(costly.values())
+    clamps = sum(site.operation in shrunk_output.CLIPS for site in costly)
     said = f"{len(costly)} constant factors left out, {whole:.2g} {'the smallest' if abreast else 'in all'}"
+    if clamps:
+        said = f"{clamps} clamps left out" + (
+            f", and {len(costly) - clamps} factors" if len(costly) > clamps else ""
+        )
     yield _without(lines, said, whole, by_hand)
 
 
@@ -110,7 +121,9 @@ def _without(
         ),
         reach=Reach.INITIALISATION,
         treats=TREATS,
-        expected=f"{-math.log10(times):+.1f} decades of signal and gradient",
+        expected=f"{-math.log10(times):+.1f} decades of signal and gradient"
+        if times != 1
+        else "what lay beyond the clamps receives a gradient",
         references=("Yang et al. 2022, arXiv:2203.03466",),
         advice=by_hand,
     )
@@ -127,6 +140,8 @@ def _costly(patient: Patient) -> dict[Site, float]:
     if far_start.CODE in codes:
         site, _ = far_start.loudest(flow)
         found += [site] if site is not None and site.depth in flow.factors else []
-    along = {site: flow.factors[site.depth] for site in found}
+    if saturated_units.CODE in codes:
+        found += saturated_units.pushing(flow)
+    along = {site: flow.factors.get(site.depth, 1.0) for site in found}
     muted = muted_branches.constants(flow) if muted_branches.CODE in codes else {}
     return along | {site: times for inside in muted.values() for site, times in inside}

@@ -27,9 +27,10 @@ from collections.abc import Iterator
 from isograd.edit import Edit
 from isograd.flow import Flow
 from isograd.graph.source import where_written
+from isograd.losses import oversteps
 from isograd.prescription import Patient, Prescription, Reach, not_applicable
 from isograd.statistics import Site
-from isograd.symptoms.no_gradient_at_loss import logarithm, oversteps, taken
+from isograd.symptoms.no_gradient_at_loss import logarithm, taken
 
 SLUG = "pass-logits"
 TREATS = ("head", "VG102")

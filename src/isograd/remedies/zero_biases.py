@@ -29,7 +29,7 @@ from isograd.layers import norms, rms
 from isograd.prescription import Patient, Prescription, Reach, not_applicable
 
 SLUG = "zero-biases"
-TREATS = ("dead-units", "closed-gates", "SA302", "RN601", "VG105")
+TREATS = ("dead-units", "closed-gates", "SA302", "RN601", "VG105", "VG111")
 LOUD = 1.0
 """rms of a bias that is as loud as the signal: where tokens are drowned, the others are left as they are."""
 

@@ -26,6 +26,7 @@ WORDS = {
     "recurrent-initialisation": "draw the recurrent matrix orthogonal, gate by gate: "
     "for gate in rnn.weight_hh_l0.data.chunk(4): nn.init.orthogonal_(gate)",
     "rescale-weights": "multiply the weights of the layer to the size of the others: std 1/sqrt(fan_in)",
+    "batch-first": "tell it that the samples come first: nn.LSTM(…, batch_first=True)",
     "reset-norm-epsilon": "set the normalisation's eps back to its default, 1e-5",
     "reset-norm-gain": "start the normalisation's weights at 1: nn.init.ones_(norm.weight)",
     "safe-derivative": "keep off the point where the derivative is infinite: sqrt(x + eps), x.clamp(min=eps)",

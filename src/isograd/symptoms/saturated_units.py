@@ -6,8 +6,8 @@ What it means
     which they could open is as small as what they let through.
 
 Why it happens
-    Pre-activations that are too large: weights or biases drawn too large, inputs that are not normalised. Gates whose
-    biases start far below zero.
+    Pre-activations that are too large: weights or biases drawn too large, inputs that are not normalised, a constant that
+    multiplies them. Gates whose biases start far below zero. A clamp to a range that the signal leaves.
 
 Evidence
     The derivative of the activation itself, element by element; only activations that a whole segment or
@@ -17,10 +17,12 @@ Evidence
     around them, also where most gates are switches, open for some and closed for others: what passes is chosen, and the
     choice cannot change. Of tanh(f) * sigmoid(g) the tanh is the signal and the sigmoid its gate. An error where the median of three activations and more is saturated by
     half, or by nine tenths where skips lead around them; of coordinates high frequencies have to be made first. Of a softmax
-    that all of the signal passes through, the mean of 1 - sum(p^2) over that of even weights: an error below 0.05.
+    that all of the signal passes through, the mean of 1 - sum(p^2) over that of even weights: an error below 0.05. And
+    a softmax over all units between two layers, where an activation was meant, which costs more than 0.8 decades.
 
 What helps
     Smaller weights at the critical gain, standardised inputs, normalisation before the activation. Biases of gates at zero.
+    A wider clamp, or none.
 
 References
     Glorot and Bengio 2010; Rakitianskaia and Engelbrecht 2015, Measuring Saturation in Neural Networks.
@@ -34,10 +36,11 @@ from statistics import median
 from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow
 from isograd.graph.operations import ACTIVATIONS
-from isograd.statistics import Activation, Attention
+from isograd.statistics import Activation, Attention, Site
 from isograd.symptoms import Healthy, Outcome, Unexamined
 from isograd.symptoms.exploding_gradient import of_coordinates
 from isograd.symptoms.muted_branches import HEARD
+from isograd.symptoms.shrunk_output import CLIPS, leave_out
 
 CODE = "SA301"
 NAME = "saturated-units"
@@ -58,6 +61,10 @@ SEVERAL = 3
 CHOSEN = 0.05
 """Openness of a softmax that the signal passes through. A bottleneck of 8 choices of 8 loses a sixth of its lead at 0.04 and a
 third at 0.01; with Gumbel noise, at temperatures of 0.1, 0.03 and 0.01, a sixth, two thirds and all of it."""
+
+SHARED = -0.8
+"""Decades that a softmax between two layers costs. One of 8, 64 and 256 units costs 0.9, 1.7 and 2.3, and two layers with it lose
+0.58 to 0.61 of their lead in 150 steps of Adam at 0.004, against ReLU, and 0.1 to 0.35 at 0.016; a sigmoid, at 0.64, a fourteenth."""
 
 SWITCHES = 0.6
 """Saturated share of the median gate. Highway networks of five blocks whose gates are drawn 10, 30 and 100 times too large, saturated
@@ -82,6 +89,8 @@ def examine(flow: Flow) -> Iterator[Outcome]:
         yield _closed(closed, len(gates), _heard(flow))
     elif (flat is None or flat.severity < Severity.ERROR) and (switches := _switching(gates, flow)):
         yield switches
+    if flattened := _flattened(flow):
+        yield flattened
     if picked := [a for a in flow.choices if 0 <= a.spread < CHOSEN]:
         yield _chosen(picked)
     if not seen:
@@ -116,8 +125,23 @@ def _flat(seen: list[Activation], flow: Flow) -> Finding | None:
             "threshold": limit if hashed else WARNING,
             "cause": "initialisation",
         },
-        remedies=("rescale-weights", "critical-initialisation", "standardise-input", "insert-normalisation"),
+        remedies=(
+            *dict.fromkeys(leave_out(site) for site in pushing(flow)),
+            "rescale-weights",
+            "critical-initialisation",
+            "standardise-input",
+            "insert-normalisation",
+        ),
     )
+
+
+def pushing(flow: Flow) -> list[Site]:
+    """Where the signal is clamped to so little that most of it is beyond, or multiplied by a constant right before it saturates."""
+    sick = [a.site for a in flow.activations if a.carries and a.saturated >= WARNING]
+    found = [
+        site if site.operation in CLIPS else flow.sites[site.depth - 1] for site in sick if site.depth > 0
+    ]
+    return [site for site in found if site.operation in CLIPS or flow.factors.get(site.depth, 1.0) > 1]
 
 
 def _spared(flow: Flow) -> bool:
@@ -139,6 +163,26 @@ def _chosen(picked: list[Attention]) -> Finding:
         remedies=(
             f"{worst.site.source or worst.site.name}: a temperature at which several weights count, 0.5 to 1 at the start",
         ),
+    )
+
+
+def _flattened(flow: Flow) -> Finding | None:
+    """A softmax where an activation was meant: all units share a sum of 1."""
+    decades = flow.column("decades")
+    costly = [site for site in flow.simplices if float(decades[site.depth]) < SHARED]
+    if not costly:
+        return None
+    site = costly[0]
+    return Finding(
+        CODE,
+        NAME,
+        Severity.ERROR,
+        f"{site.name} between two layers leaves its {site.shape[-1]} units a sum of 1: it alone costs "
+        f"{float(decades[site.depth]):+.1f} decades",
+        cause="a softmax where an activation was meant: every unit is about 1 / width, and so is its slope",
+        sites=tuple(site.place for site in costly[:3]),
+        evidence={"decades": float(decades[site.depth]), "threshold": SHARED, "cause": "activation"},
+        remedies=("exchange-activation",),
     )
 
 

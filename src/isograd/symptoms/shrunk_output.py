@@ -31,9 +31,10 @@ from itertools import takewhile
 from isograd.diagnosis import Finding, Severity
 from isograd.flow import Flow
 from isograd.graph.operations import LOSSES
+from isograd.losses import NORMALISED_LOG, OF_CLASSES, REGRESSIONS
 from isograd.statistics import Site
 from isograd.symptoms import Healthy, Outcome, Unexamined
-from isograd.symptoms.no_gradient_at_loss import NORMALISED_LOG, OF_CLASSES, REGRESSIONS, VIEWS
+from isograd.symptoms.no_gradient_at_loss import VIEWS
 
 CODE = "VG108"
 NAME = "shrunk-output"
@@ -179,5 +180,10 @@ def _unit(site: Site, rms: float) -> bool:
 
 
 def leave_out(site: Site) -> str:
-    """What to do about a constant that the user's code multiplies by."""
-    return f"{site.source or site.name}: leave the factor out, or bring it nearer to 1"
+    """What to do about a constant that the user's code multiplies by or clamps to."""
+    what = (
+        "widen the clamp, or leave it out"
+        if site.operation in CLIPS
+        else "leave the factor out, or bring it nearer to 1"
+    )
+    return f"{site.source or site.name}: {what}"

@@ -88,9 +88,7 @@ def _drowned(flow: Flow) -> Finding | None:
     for i, site in enumerate(flow.sites[1:], 1):
         if layers[i] > 1 or site.kind in ("normalisation", "loss"):
             return None
-        added = (
-            site.kind in ("elementwise", "addition", "residual add") and site.operation.strip("_") in ADDED
-        )
+        added = site.kind in ("elementwise", "addition") and site.operation.strip("_") in ADDED
         if added and rms[i] > LOUD and varying[i] < min(DROWNED, varying[i - 1] / 3):
             return Finding(
                 CODE,

@@ -137,7 +137,7 @@ def _along(flow: Flow) -> Iterator[Outcome]:
         yield Healthy(f"{said} (an error from {-limit:.1f})")
         return
     starved = _typical(flow) <= -limit and _starved(flow)
-    kept = _told_apart(flow)
+    kept = told_apart(flow)
     alike = not starved and (fading or kept < ALIKE)
     if not (starved or alike) and _recurs(flow):
         yield Healthy(
@@ -318,7 +318,7 @@ def spared(flow: Flow) -> bool:
     return all(flow.sites[i].operation == "grad" and rms[i] > 0 for i in lost)
 
 
-def _told_apart(flow: Flow) -> float:
+def told_apart(flow: Flow) -> float:
     """What is left at the input of the head of what differs between the samples, as a share of the signal; NaN: unknown.
 
     Source: Schoenholz et al. 2017, section 3: in the ordered phase the correlation of any two inputs goes to 1.
@@ -335,8 +335,8 @@ def _fading(flow: Flow) -> float:
     known = _differing(flow)
     first, second = known[: len(known) // 2], known[len(known) // 2 :]
     if not len(first) or not float(first.median()) > 0:
-        return _told_apart(flow)
-    return max(_told_apart(flow), float(second.median() / first.median()) ** 2)
+        return told_apart(flow)
+    return max(told_apart(flow), float(second.median() / first.median()) ** 2)
 
 
 def _differing(flow: Flow) -> Tensor:
