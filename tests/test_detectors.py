@@ -23,8 +23,8 @@ from gallery.watched import CLEAN, SICK, Watched, readings
 from isograd import diagnose, watch
 from isograd.cli import main
 from isograd.diagnosis import Finding, Severity
+from isograd.monitor.baseline import Baseline
 from isograd.monitor.detectors import Detectors
-from isograd.monitor.history import Baseline
 from isograd.monitor.reading import ADDED_UP, Reading
 from isograd.monitor.seen import seen
 from isograd.record import Run
@@ -311,6 +311,68 @@ def test_a_training_whose_loss_is_absurd_is_not_said_to_have_been_well() -> None
     *_, (_, found) = told([Step(2.7e36, 17.0), Step(1.1e36, 16.8), broken(2, "2.weight")])
     assert (found.code, found.evidence["cause"]) == ("NF405", "from-the-start")
     assert "10^36" in found.cause
+
+
+@pytest.mark.parametrize(
+    ("left", "update", "cause"), [(-3.0, -3.3, "clipping"), (-3.0, -1.0, "learning-rate")]
+)
+def test_clipping_that_leaves_next_to_nothing_is_the_cause_unless_the_step_does_not_follow_it(
+    left: float, update: float, cause: str
+) -> None:
+    """The steps of SGD are lr times the gradient as it was left; those of Adam are as long whatever was left of it."""
+    steps: list[Reading] = []
+    for i in range(300):
+        reading = made(i, Step(2.3 - 0.001 * i, weight=1.0, update=-5.0))
+        norm = reading.scalars["grad_norm"]
+        columns = reading.columns | {"weight_norm": reading.columns["weight_norm"] * 10 ** (update + 4.0)}
+        columns["update_norm"] = columns["weight_norm"] * 1e-5
+        length = float(columns["update_norm"].norm())
+        clipped = norm * 10**left
+        rate = length / clipped / 3 if cause == "clipping" else length / clipped / 1e4
+        steps.append(
+            replace(reading, columns=columns, scalars=reading.scalars | {"clipped_norm": clipped, "lr": rate})
+        )
+    found = {finding.code: finding for _, finding in told(steps)}["UP507"]
+    assert found.evidence["cause"] == cause
+
+
+@pytest.mark.parametrize("tail", [0.1, 0.8])
+def test_a_rate_that_died_is_the_cause_of_a_plateau_and_the_tail_of_a_schedule_is_none(tail: float) -> None:
+    """A schedule that is stepped once a batch, where it counts epochs, is over long before the training."""
+    count = 600
+    steps: list[Reading] = []
+    for i in range(count):
+        rate = 0.1 if i < (1 - tail) * count else 1e-9
+        step = made(i, Step(2.3 + 0.01 * math.sin(2.3 * i), update=math.log10(rate) - 1.5))
+        steps.append(replace(step, scalars=step.scalars | {"lr": rate}))
+    found = [finding for _, finding in told(steps) if finding.code == "TR701"]
+    assert ("schedule" in [finding.evidence["cause"] for finding in found]) == (tail > 0.5)
+
+
+def test_a_step_that_leaves_values_which_are_not_finite_is_the_cause() -> None:
+    """As Adam in float16, whose epsilon is zero there."""
+    well = [made(i, step) for i, step in enumerate(falling(40))]
+    weights = torch.where(torch.arange(len(SITES)) == 2, NAN, well[-1].columns["weight_norm"])
+    well[-1] = replace(well[-1], columns=well[-1].columns | {"weight_norm": weights})
+    ((_, found),) = told([*well, broken(40, *SITES, loss=NAN)])
+    assert found.evidence["cause"] == "step"
+    assert "1.weight" in found.cause
+    later = [made(40, falling(41)[-1]), broken(41, *SITES, loss=NAN)]
+    ((_, found),) = told([*well, *later])
+    assert found.evidence["cause"] == "sudden"
+
+
+def test_a_first_step_that_replaces_the_weights_is_no_training_that_was_well() -> None:
+    """As with gradients that still carry the factor of a loss scaler."""
+    *_, (_, found) = told([Step(2.3, update=0.0), broken(1, *SITES, loss=NAN)])
+    assert found.evidence["cause"] == "learning-rate"
+
+
+def test_a_gradient_that_grows_as_the_loss_falls_is_no_explosion() -> None:
+    steps = [Step(2.3 - 0.0005 * i, grad=-1.0) for i in range(40)]
+    steps += [Step(2.2 - 0.06 * i, grad=-1.0 + 0.1 * i) for i in range(20)]
+    *_, (_, found) = told([*steps, broken(60, *SITES, loss=NAN)])
+    assert found.evidence["cause"] == "sudden"
 
 
 def test_they_never_enter_a_baseline() -> None:

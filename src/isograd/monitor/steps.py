@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from isograd.monitor.cost import Schedule
 from isograd.monitor.deep import Deep
@@ -106,10 +109,9 @@ class Steps:
             step.notes.append(ELSEWHERE)
         step.suspicious |= any(note.startswith(GUARDED) for note in step.notes)
         for i, tap in enumerate(taps):
-            # an optimizer may have none, or None where it finds one by itself
-            rate = None if tap.optimizer is None else tap.optimizer.param_groups[0].get("lr")
+            rate = _rate(tap.optimizer)
             if rate is not None:
-                step.scalars[f"lr_{i}" if i else "lr"] = rate
+                step.scalars[f"lr_{i}" if i else "lr"] = _kept(rate)
         step.sites, step.shapes = self._names.sites, self._names.shapes
         step.flow, step.found = self._deep.taken(), self._replay.taken()
         step.due = self._schedule.due
@@ -134,6 +136,17 @@ class Steps:
             columns, values = self._shards.reduce(parameters, part.shares(parameters))
             packed.append(Packed(sites, columns, values, elements, part.scale))
         return packed
+
+
+def _rate(optimizer: Optimizer | None) -> float | Tensor | None:
+    """The largest learning rate of its groups. It may have none, or None where it finds one by itself."""
+    groups = () if optimizer is None else optimizer.param_groups
+    rates = [rate for group in groups if (rate := group.get("lr")) is not None]
+    if len(rates) > 1 and any(
+        isinstance(rate, Tensor) for rate in rates
+    ):  # not compared here: it would be waited for
+        return functools.reduce(torch.maximum, (torch.as_tensor(rate) for rate in rates))
+    return max(rates) if rates else None
 
 
 def _kept(value: float | Tensor) -> float | Tensor:

@@ -31,7 +31,7 @@ from statistics import median
 from torch import Tensor
 
 from isograd.diagnosis import Finding, Severity
-from isograd.monitor.history import Detector, History
+from isograd.monitor.history import LEAP, START, Detector, History
 from isograd.monitor.origin import origin
 from isograd.monitor.reading import Reading
 from isograd.record.row import ELSEWHERE
@@ -51,6 +51,9 @@ OTHER = (
     ("look at what was found of the other network, and at its loss",),
 )
 """Cause, slug and what helps, where another network that is watched broke first."""
+HALF = (
+    "keep the weights in float32, and compute in half precision under torch.autocast; or give Adam eps=1e-4"
+)
 DATA = "check the data of this step for values that are not finite"
 SUDDEN = {
     True: (
@@ -125,8 +128,14 @@ class NonFinite(Detector):
     ) -> tuple[str, str, tuple[str, ...]]:
         """`alone`: the loss is not finite, its gradient is. `forward`: the loss is not finite; None: not known."""
         losses = [math.log10(loss) if loss > 0 else -math.inf for loss in history.losses]
-        large = math.isfinite(history.typical_update) and history.typical_update > 0
-        if _risen(history.norms) or _risen(losses) or large:
+        if history.spoilt and history.spoilt[0] == history.step:
+            words = (
+                f"the step before has left values that are not finite in {history.spoilt[1]}, from a gradient that was finite: the "
+                "optimizer's own arithmetic, as in float16, where Adam's epsilon of 1e-8 is 0 and a square soon overflows"
+            )
+            return words, "step", (HALF,)
+        large = history.typical_update >= LEAP and history.step - history.measured[-1] < START
+        if _risen(losses) or (_risen(history.norms) and not _fallen(history.losses)) or large:
             cause = origin(history)
             return f"the training exploded before: {cause.words}", cause.slug, cause.remedies
         highest = max([*losses[-3:], *history.norms[-3:]], default=-math.inf)
@@ -159,6 +168,11 @@ class NonFinite(Detector):
 
     def outcome(self, history: History) -> str | None:
         return f"the gradients of {history.count} steps were finite" if history.count else None
+
+
+def _fallen(losses: list[float]) -> bool:
+    """Are the last three below what came before? As a loss leaves its start, its gradient grows."""
+    return len(losses) > BEFORE and median(losses[-3:]) < median(losses[:-BEFORE])
 
 
 def _risen(logs: list[float]) -> bool:
