@@ -209,7 +209,7 @@ def test_signals_pass_and_what_was_found_is_told(tmp_path: Path, number: signal.
     _, errors = process.communicate(timeout=60)
     if number == signal.SIGINT:
         assert "KeyboardInterrupt" in errors
-        assert process.returncode in (-signal.SIGINT, 1, 130)
+        assert process.returncode == -signal.SIGINT
     else:
         assert process.returncode == -number
         if hasattr(os, "pidfd_open"):
@@ -445,6 +445,14 @@ def test_a_script_without_an_optimizer_is_told_so(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (3, bytes(range(256)))
     assert b"nothing was recorded: no optimizer of torch took a step" in done.stderr
     assert b"monitor.step()" in done.stderr
+
+
+def test_a_script_that_ends_before_it_trains_is_not_told_what_a_loop_needs(tmp_path: Path) -> None:
+    """As argparse ends it: nobody is told of a SystemExit."""
+    beside, _ = watched([sys.executable, "-c", "import torch, sys; sys.exit(2)"], tmp_path)
+    assert beside.returncode == 2
+    assert "nothing was recorded: the script ended before it made an optimizer" in beside.stderr
+    assert "monitor.step()" not in beside.stderr
 
 
 def test_a_script_that_fails_before_its_first_step_is_not_told_what_a_loop_needs(tmp_path: Path) -> None:

@@ -28,6 +28,7 @@ from isograd.monitor.detectors import Detectors
 from isograd.monitor.reading import ADDED_UP, Reading
 from isograd.monitor.seen import seen
 from isograd.record import Run
+from isograd.record.row import PROCESSES
 from isograd.symptoms import STREAMED
 
 LAYERS = 6
@@ -289,6 +290,14 @@ def test_a_sudden_nan_is_said_to_come_on_the_way_forward_or_back(
     assert words in found.cause
     assert remedy in found.remedies
     assert (" are not finite" in found.message) is (loss == math.inf)
+
+
+def test_a_nan_of_another_process_is_not_said_to_have_come_on_the_way_back() -> None:
+    """Gradients are those of all processes, the loss is that of one."""
+    well = [made(i, step) for i, step in enumerate(falling(100))]
+    well[0] = replace(well[0], notes=(PROCESSES,))
+    ((_, found),) = told([*well, broken(100, "2.weight")])
+    assert "those of the other processes are not seen" in found.cause
 
 
 @pytest.mark.parametrize(("grows", "cause"), [(0, "sudden"), (12, "unclear")])

@@ -70,6 +70,8 @@ class Attachment:
         """Optimizers that were made and not yet looked at."""
         self.found = self.theirs = 0
         """Optimizers that are watched, and those that the script watches itself."""
+        self.tried = False
+        """An optimizer was made, or a backward begun."""
         self.inside = threading.local()
         self.broken = False
         self.closed = threading.Event()
@@ -88,6 +90,7 @@ class Attachment:
             make(optimizer, *args, **kwargs)
             if not torch.compiler.is_compiling():
                 self.made.add(optimizer)
+                self.tried = True
 
         @functools.wraps(scale)
         def scaled(scaler: Any, outputs: Any) -> Any:
@@ -102,6 +105,7 @@ class Attachment:
             if torch.compiler.is_compiling():
                 return accumulate(tensors, *args, **kwargs)
             # a backward inside a backward is reentrant checkpointing
+            self.tried = True
             outermost = not getattr(self.inside, "backward", False)
             if outermost:
                 self._safely(lambda: self._before_backward(tensors))
@@ -292,6 +296,11 @@ def after_import(module: str) -> None:
 def has_told() -> bool:
     """Something was found in this process, and said at its end."""
     return _attachment is not None and bool(_attachment.watched or _attachment.theirs)
+
+
+def has_tried() -> bool:
+    """An optimizer was made in this process, or a backward begun."""
+    return _attachment is not None and _attachment.tried
 
 
 _attachment: Attachment | None = None

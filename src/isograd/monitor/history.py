@@ -116,6 +116,8 @@ class History:
         """Smallest median of RECENT losses."""
         self.rivals = False
         """The loss runs through weights that another optimizer trains, or another loss through these."""
+        self.processes = False
+        """Several processes train together, and the loss is that of one."""
         self.uncleared = 0
         """Readings that began with the gradients of the step before."""
         self.pace = -math.inf

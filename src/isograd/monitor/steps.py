@@ -17,10 +17,10 @@ from isograd.monitor.names import Names
 from isograd.monitor.parts import Part
 from isograd.monitor.replay import Replay
 from isograd.monitor.rivals import broke
-from isograd.monitor.sharding import Shards
+from isograd.monitor.sharding import Shards, together
 from isograd.monitor.tap import Tap
 from isograd.monitor.updates import number
-from isograd.record.row import BEGINS, ELSEWHERE, GUARDED, PERHAPS, RIVALS
+from isograd.record.row import BEGINS, ELSEWHERE, GUARDED, PERHAPS, PROCESSES, RIVALS
 
 
 class Steps:
@@ -46,7 +46,8 @@ class Steps:
         """`first`: number of the first step; `known`: this very model has been trained into this record before."""
         self._host, self._names, self._shards = host, names, shards
         self._deep, self._replay, self._schedule = deep, replay, schedule
-        self._step, self._known = first, known
+        self._first = self._step = first
+        self._known = known
         self._behind = first > 0
         """The record has steps already: of this training, or of another."""
         self.begun = self._against = False
@@ -99,6 +100,8 @@ class Steps:
         begins = [tap.begins for tap in taps]
         if self._behind and False not in begins:
             step.notes.append(BEGINS if all(begins) and not self._known else PERHAPS)
+        if self._step == self._first and together():
+            step.notes.append(PROCESSES)
         self._behind = full = False
         for _, part in parts:
             full |= part.full

@@ -72,6 +72,15 @@ SUDDEN = {
     ),
 }
 """By whether the loss was not finite, None where it is not known: words, and what helps."""
+BESIDE = (
+    "the loss of process 0 is finite, those of the other processes are not seen. Look at their batches, and at operations whose "
+    "derivative is infinite",
+    (
+        DATA,
+        "safe-derivative",
+        "name the operation: the next time watch(…, replay=True), isograd watch --replay",
+    ),
+)
 EXPLODED = 1.0
 """Decades by which gradient or loss had risen before, and above all that they had been: then it exploded. Near its end
 a training that is well has losses ten times as large as others."""
@@ -159,7 +168,7 @@ class NonFinite(Detector):
                 "from-the-start",
                 ("critical-initialisation", "standardise-input", FIND),
             )
-        words, remedies = SUDDEN[forward]
+        words, remedies = BESIDE if history.processes and forward is False else SUDDEN[forward]
         return f"it came at once, from a training that was well: {words}", "sudden", remedies
 
     def examine(self, history: History) -> Finding | None:
