@@ -645,6 +645,43 @@ def test_nothing_is_well_whose_number_is_beyond_its_threshold() -> None:
     assert "the loss still falls" in healthy["TR701"]
 
 
+def test_units_that_are_off_by_turns_are_not_said_to_be_few() -> None:
+    """As under dropout of 95%; and those that have been off for a short time are not called well."""
+    turns = [replace(step, dead=0.97 if i % 2 else 0.93) for i, step in enumerate(falling(100))]
+    for course, said in ((turns, True), ([*falling(100), *[replace(LOW, dead=0.9)] * 5], False)):
+        detectors = Detectors()
+        assert not any(detectors.follow([made(i, step) for i, step in enumerate(course)]))
+        healthy, unexamined = detectors.outcomes()
+        assert ("by turns" in healthy.get("SA303", "")) == said
+        assert ("SA303" in unexamined) != said
+
+
+def test_the_cause_of_units_that_died_is_what_stood_when_they_did() -> None:
+    """The learning rate that has killed them is no news ten steps later."""
+    steps = falling(100) + [replace(LOW, loss=2.0)] * 28 + [replace(LOW, loss=2.0, zero=True)] * 20
+    rated = [made(i, step) for i, step in enumerate(steps)]
+    for i, one in enumerate(rated):
+        one.scalars["lr"] = 1e-3 if i < 100 else 1.0
+    found = next(f for _, f in told(rated) if f.code == "SA303")
+    assert "the learning rate has gone from 0.001 to 1" in str(found.cause)
+
+
+def test_steps_are_not_called_too_small_for_their_rate_where_the_layers_are_dead() -> None:
+    dead = [made(i, Step(2.3 - 1e-4 * i, zero=True, update=-5.0)) for i in range(300)]
+    found = {finding.code: finding.evidence.get("cause") for _, finding in told(dead)}
+    assert found["UP507"] == "zero-gradient"
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_layers_whose_rate_alone_is_zero_are_a_note(rate: float) -> None:
+    steps = [made(i, step) for i, step in enumerate(falling(250))]
+    for step in steps:
+        step.columns["update_norm"][:4] *= rate
+    assert [(f.code, f.severity, f.sites) for _, f in told(steps)] == [
+        ("UP505", Severity.INFO, ("0.weight", "1.weight"))
+    ] * (rate == 0)
+
+
 def test_matrices_drawn_as_zeros_have_lost_nothing() -> None:
     steps = [made(i, replace(s, update=-math.log10(i + 1))) for i, s in enumerate(LEAPS)]
     assert not Detectors().follow(steps)[-1]

@@ -903,3 +903,18 @@ def test_what_is_clipped_before_it_is_unscaled_has_the_norm_of_what_is_left() ->
             reading = monitor.latest()
     assert reading.scalars["clipped_norm"] == pytest.approx(1 / 1024, rel=1e-3)
     assert reading.scalars["grad_norm"] > 0.01
+
+
+def test_a_layer_that_was_exchanged_after_the_optimizer_was_made_is_told() -> None:
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters())
+    assert isinstance(model, nn.Sequential)
+    model[-1] = nn.Linear(model[-1].in_features, model[-1].out_features)
+    with isograd.watch(model, optimizer) as monitor:
+        for batch in batches(50):
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            optimizer.step()
+        (found,) = monitor.diagnosis().findings
+    assert (found.code, found.severity.name) == ("UP505", "WARNING")
+    assert "exchanged after the optimizer was made" in str(found.cause)

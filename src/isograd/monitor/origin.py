@@ -251,11 +251,21 @@ def clipped(history: History) -> Cause | None:
     )
 
 
+def held_up(history: History) -> Cause | None:
+    """What keeps the steps small, other than the learning rate: nothing arrives, or nothing is left of it."""
+    arrives = [grad for grad in history.grads[-1] if not math.isnan(grad)] if history.grads else []
+    silent = arrives.count(-math.inf)
+    if silent and 2 * silent >= len(arrives):
+        words = f"{silent} of {len(arrives)} weight matrices get a gradient of exactly zero: what they feed is dead"
+        return Cause(words, "zero-gradient", ("zero-biases", "leaky-activation"))
+    return clipped(history)
+
+
 def slow(history: History) -> Cause | None:
     """Has no step been as large as those of a training that gets on?"""
     if not -math.inf < history.pace <= SLOW:
         return None
-    if cause := clipped(history):
+    if cause := held_up(history):
         return cause
     words = (
         f"no step changed the typical weight matrix by more than {10**history.pace:.1g} of itself, where trainings from scratch reach "

@@ -128,7 +128,9 @@ class NonFinite(Detector):
             f"{what} {verb} not finite" + (f" ({int(counts.sum())} elements)" if sick else ""),
             cause=words,
             sites=tuple(sick[:3]),
-            evidence={"elements": int(counts.sum()), "parameters": len(sick), "loss": loss, "cause": slug},
+            evidence={"elements": int(counts.sum()), "parameters": len(sick)}
+            | ({} if math.isnan(loss) else {"loss": loss})
+            | {"cause": slug},
             remedies=remedies,
         )
 
