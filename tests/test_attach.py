@@ -505,6 +505,31 @@ def test_an_optimizer_that_is_made_anew_goes_on_with_the_training(tmp_path: Path
         assert any("begins at step 60" in n for n in diagnose(kept).flow.notes) == (factor > 1)
 
 
+MANY = """
+import torch
+
+torch.manual_seed(0)
+net = torch.nn.Linear(4, 2)
+for epoch in range(34):
+    optimizer = torch.optim.Adam(net.parameters(), lr=1e-3)
+    for step in range(int(__import__("sys").argv[1])):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(torch.eye(4)), torch.tensor([0, 1, 0, 1])).backward()
+        optimizer.step()
+"""
+
+
+@pytest.mark.parametrize("steps", [10, 1])
+def test_optimizers_that_take_over_a_model_are_watched_however_many_they_are(
+    tmp_path: Path, steps: int
+) -> None:
+    """Unless each of them takes few steps: to look for one costs as much as many."""
+    (tmp_path / "many.py").write_text(MANY)
+    beside, _ = watched([sys.executable, "many.py", str(steps)], tmp_path)
+    assert f"{340 if steps == 10 else 32} steps of net recorded" in beside.stderr
+    assert ("make it before the loop" in beside.stderr) == (steps == 1)
+
+
 WITHIN = """
 import torch
 

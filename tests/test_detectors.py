@@ -672,6 +672,24 @@ def test_steps_are_not_called_too_small_for_their_rate_where_the_layers_are_dead
     assert found["UP507"] == "zero-gradient"
 
 
+def test_a_plateau_of_layers_that_are_dead_says_so() -> None:
+    dead = [made(i, Step(2.3 + 0.01 * math.sin(2.3 * i), zero=True)) for i in range(300)]
+    found = {finding.code: finding.evidence.get("cause") for _, finding in told(dead)}
+    assert found["TR701"] == "zero-gradient"
+
+
+@pytest.mark.parametrize("rated", [True, False])
+def test_a_learning_rate_that_is_not_known_is_not_said_to_be_as_before(rated: bool) -> None:
+    steps = [
+        made(i, step) for i, step in enumerate([*falling(100), *[replace(LOW, loss=30.0, grad=1.0)] * 5])
+    ]
+    for step in steps:
+        del step.columns["update_norm"], step.columns["weight_norm"]
+        step.scalars.update({"lr": 0.1} if rated else {})
+    found = next(f for _, f in told(steps) if f.code == "TR703")
+    assert ("learning rate were as before" in str(found.cause)) == rated
+
+
 @pytest.mark.parametrize("rate", [0.0, 0.1])
 def test_layers_whose_rate_alone_is_zero_are_a_note(rate: float) -> None:
     steps = [made(i, step) for i, step in enumerate(falling(250))]

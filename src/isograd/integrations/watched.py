@@ -40,6 +40,8 @@ class Watched:
     """Step of the record at which this process began to train it."""
     again: bool
     """Another optimizer has trained it before in this process: the record knows what was found then."""
+    began: int = 0
+    """Step of the record at which its newest optimizer began."""
     strangers: str = ""
     """What is said of parameters that its loss depends on and that nobody trains."""
     shown: tuple[float, int] | None = None

@@ -116,7 +116,14 @@ def origin(history: History) -> Cause:
     thrown = replaced(history)
     if thrown is not None:
         return thrown
-    what = "inputs, weights and the size of the steps" if updates else "inputs and learning rate"
+    rated = bool(history.rates and history.rates[-1])
+    what = (
+        "inputs, weights and the size of the steps"
+        if updates
+        else "inputs and learning rate"
+        if rated
+        else "inputs"
+    )
     words = (
         f"not told by the run: {what} were as before; look at the batch, and at what the loss passes through that this "
         "optimizer does not train"
@@ -251,21 +258,23 @@ def clipped(history: History) -> Cause | None:
     )
 
 
-def held_up(history: History) -> Cause | None:
-    """What keeps the steps small, other than the learning rate: nothing arrives, or nothing is left of it."""
+def silenced(history: History) -> Cause | None:
+    """Do half of the matrices get a gradient of exactly zero?"""
     arrives = [grad for grad in history.grads[-1] if not math.isnan(grad)] if history.grads else []
     silent = arrives.count(-math.inf)
-    if silent and 2 * silent >= len(arrives):
-        words = f"{silent} of {len(arrives)} weight matrices get a gradient of exactly zero: what they feed is dead"
-        return Cause(words, "zero-gradient", ("zero-biases", "leaky-activation"))
-    return clipped(history)
+    if not silent or 2 * silent < len(arrives):
+        return None
+    words = (
+        f"{silent} of {len(arrives)} weight matrices get a gradient of exactly zero: what they feed is dead"
+    )
+    return Cause(words, "zero-gradient", ("zero-biases", "leaky-activation"))
 
 
 def slow(history: History) -> Cause | None:
     """Has no step been as large as those of a training that gets on?"""
     if not -math.inf < history.pace <= SLOW:
         return None
-    if cause := held_up(history):
+    if cause := silenced(history) or clipped(history):
         return cause
     words = (
         f"no step changed the typical weight matrix by more than {10**history.pace:.1g} of itself, where trainings from scratch reach "

@@ -33,7 +33,7 @@ from statistics import median
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import Detector, History
-from isograd.monitor.origin import Cause, faded, replaced, shrunk, slow, still
+from isograd.monitor.origin import Cause, faded, replaced, shrunk, silenced, slow, still
 from isograd.monitor.seen import spread
 
 CODE = "TR701"
@@ -102,7 +102,8 @@ class Plateau(Detector):
             return None
         lost = first - history.best > GAINED * first
         unknown = LOST_AGAIN if lost else UNLEARNED
-        cause = over or still(history) or replaced(history) or shrunk(history) or slow(history) or unknown
+        known = (why(history) for why in (still, replaced, shrunk, silenced, slow))
+        cause = over or next(filter(None, known), unknown)
         where = f"back at {now:.3g} after {history.best:.3g}" if lost else f"still at {now:.3g}"
         return Finding(
             CODE,

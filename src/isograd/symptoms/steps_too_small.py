@@ -32,7 +32,7 @@ from statistics import median
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import RECENT, WINDOW, Detector, History
-from isograd.monitor.origin import LOW, NO_RATE, SLOW, Cause, held_up, still
+from isograd.monitor.origin import LOW, NO_RATE, SLOW, Cause, clipped, silenced, still
 from isograd.monitor.seen import spread
 
 CODE = "UP507"
@@ -74,7 +74,7 @@ class TooSmall(Detector):
             return None
         if self.pace > NONE and not self._steady(history.losses):
             return None
-        cause = held_up(history) or LOW
+        cause = silenced(history) or clipped(history) or LOW
         return Finding(
             CODE,
             NAME,
