@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -603,6 +604,11 @@ def test_workers_of_a_loader_record_nothing(tmp_path: Path) -> None:
         (["--lr", "3", "train.py"], "isograd watch has no option --lr"),
         (["--run", "file/run", "--", "python", "x.py"], "file is a file"),
         (["--run", "sealed/run", "--", "python", "x.py"], "sealed may not be written"),
+        (
+            ["--run", "other", "--", "python", "x.py"],
+            "other/run.sqlite is a database, but no record of a run",
+        ),
+        (["--run", "spoilt", "--", "python", "x.py"], "file is not a database"),
         (["--", "no-such-program"], "there is no program 'no-such-program'"),
     ],
 )
@@ -610,7 +616,10 @@ def test_what_cannot_be_watched_says_why_and_what_to_type(
     words: list[str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    (tmp_path / "sealed").mkdir()
+    for name in ("sealed", "other", "spoilt"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "spoilt" / "run.sqlite").write_text("hello" * 1000)
+    sqlite3.connect(tmp_path / "other" / "run.sqlite").execute("CREATE TABLE info (key)").connection.close()
     access = os.access  # root may write anywhere
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path).name != "sealed" and access(path, mode))
     monkeypatch.chdir(tmp_path)

@@ -178,7 +178,9 @@ class NonFinite(Detector):
         return None
 
     def outcome(self, history: History) -> str | None:
-        return f"the gradients of {history.count} steps were finite" if history.count else None
+        if history.count < 2:
+            return "the gradients of the one step were finite" if history.count else None
+        return f"the gradients of {history.count} steps were finite"
 
 
 def _fallen(losses: list[float]) -> bool:
