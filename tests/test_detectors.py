@@ -23,11 +23,12 @@ from gallery.watched import CLEAN, SICK, Watched, readings
 from isograd import diagnose, watch
 from isograd.cli import main
 from isograd.diagnosis import Finding, Severity
+from isograd.monitor.baseline import Baseline
 from isograd.monitor.detectors import Detectors
-from isograd.monitor.history import Baseline
 from isograd.monitor.reading import ADDED_UP, Reading
 from isograd.monitor.seen import seen
 from isograd.record import Run
+from isograd.record.row import PROCESSES
 from isograd.symptoms import STREAMED
 
 LAYERS = 6
@@ -291,6 +292,14 @@ def test_a_sudden_nan_is_said_to_come_on_the_way_forward_or_back(
     assert (" are not finite" in found.message) is (loss == math.inf)
 
 
+def test_a_nan_of_another_process_is_not_said_to_have_come_on_the_way_back() -> None:
+    """Gradients are those of all processes, the loss is that of one."""
+    well = [made(i, step) for i, step in enumerate(falling(100))]
+    well[0] = replace(well[0], notes=(PROCESSES,))
+    ((_, found),) = told([*well, broken(100, "2.weight")])
+    assert "those of the other processes are not seen" in found.cause
+
+
 @pytest.mark.parametrize(("grows", "cause"), [(0, "sudden"), (12, "unclear")])
 def test_noise_near_the_end_of_a_training_is_no_explosion(grows: int, cause: str) -> None:
     """Losses and gradients of batches lie a factor of 30 apart, where most are fitted."""
@@ -311,6 +320,68 @@ def test_a_training_whose_loss_is_absurd_is_not_said_to_have_been_well() -> None
     *_, (_, found) = told([Step(2.7e36, 17.0), Step(1.1e36, 16.8), broken(2, "2.weight")])
     assert (found.code, found.evidence["cause"]) == ("NF405", "from-the-start")
     assert "10^36" in found.cause
+
+
+@pytest.mark.parametrize(
+    ("left", "update", "cause"), [(-3.0, -3.3, "clipping"), (-3.0, -1.0, "learning-rate")]
+)
+def test_clipping_that_leaves_next_to_nothing_is_the_cause_unless_the_step_does_not_follow_it(
+    left: float, update: float, cause: str
+) -> None:
+    """The steps of SGD are lr times the gradient as it was left; those of Adam are as long whatever was left of it."""
+    steps: list[Reading] = []
+    for i in range(300):
+        reading = made(i, Step(2.3 - 0.001 * i, weight=1.0, update=-5.0))
+        norm = reading.scalars["grad_norm"]
+        columns = reading.columns | {"weight_norm": reading.columns["weight_norm"] * 10 ** (update + 4.0)}
+        columns["update_norm"] = columns["weight_norm"] * 1e-5
+        length = float(columns["update_norm"].norm())
+        clipped = norm * 10**left
+        rate = length / clipped / 3 if cause == "clipping" else length / clipped / 1e4
+        steps.append(
+            replace(reading, columns=columns, scalars=reading.scalars | {"clipped_norm": clipped, "lr": rate})
+        )
+    found = {finding.code: finding for _, finding in told(steps)}["UP507"]
+    assert found.evidence["cause"] == cause
+
+
+@pytest.mark.parametrize("tail", [0.1, 0.8])
+def test_a_rate_that_died_is_the_cause_of_a_plateau_and_the_tail_of_a_schedule_is_none(tail: float) -> None:
+    """A schedule that is stepped once a batch, where it counts epochs, is over long before the training."""
+    count = 600
+    steps: list[Reading] = []
+    for i in range(count):
+        rate = 0.1 if i < (1 - tail) * count else 1e-9
+        step = made(i, Step(2.3 + 0.01 * math.sin(2.3 * i), update=math.log10(rate) - 1.5))
+        steps.append(replace(step, scalars=step.scalars | {"lr": rate}))
+    found = [finding for _, finding in told(steps) if finding.code == "TR701"]
+    assert ("schedule" in [finding.evidence["cause"] for finding in found]) == (tail > 0.5)
+
+
+def test_a_step_that_leaves_values_which_are_not_finite_is_the_cause() -> None:
+    """As Adam in float16, whose epsilon is zero there."""
+    well = [made(i, step) for i, step in enumerate(falling(40))]
+    weights = torch.where(torch.arange(len(SITES)) == 2, NAN, well[-1].columns["weight_norm"])
+    well[-1] = replace(well[-1], columns=well[-1].columns | {"weight_norm": weights})
+    ((_, found),) = told([*well, broken(40, *SITES, loss=NAN)])
+    assert found.evidence["cause"] == "step"
+    assert "1.weight" in found.cause
+    later = [made(40, falling(41)[-1]), broken(41, *SITES, loss=NAN)]
+    ((_, found),) = told([*well, *later])
+    assert found.evidence["cause"] == "sudden"
+
+
+def test_a_first_step_that_replaces_the_weights_is_no_training_that_was_well() -> None:
+    """As with gradients that still carry the factor of a loss scaler."""
+    *_, (_, found) = told([Step(2.3, update=0.0), broken(1, *SITES, loss=NAN)])
+    assert found.evidence["cause"] == "learning-rate"
+
+
+def test_a_gradient_that_grows_as_the_loss_falls_is_no_explosion() -> None:
+    steps = [Step(2.3 - 0.0005 * i, grad=-1.0) for i in range(40)]
+    steps += [Step(2.2 - 0.06 * i, grad=-1.0 + 0.1 * i) for i in range(20)]
+    *_, (_, found) = told([*steps, broken(60, *SITES, loss=NAN)])
+    assert found.evidence["cause"] == "sudden"
 
 
 def test_they_never_enter_a_baseline() -> None:
@@ -572,6 +643,61 @@ def test_nothing_is_well_whose_number_is_beyond_its_threshold() -> None:
         assert {"TR701", "UP507"} <= set(healthy if well else unexamined)
         assert not {"TR701", "UP507"} & set(unexamined if well else healthy)
     assert "the loss still falls" in healthy["TR701"]
+
+
+def test_units_that_are_off_by_turns_are_not_said_to_be_few() -> None:
+    """As under dropout of 95%; and those that have been off for a short time are not called well."""
+    turns = [replace(step, dead=0.97 if i % 2 else 0.93) for i, step in enumerate(falling(100))]
+    for course, said in ((turns, True), ([*falling(100), *[replace(LOW, dead=0.9)] * 5], False)):
+        detectors = Detectors()
+        assert not any(detectors.follow([made(i, step) for i, step in enumerate(course)]))
+        healthy, unexamined = detectors.outcomes()
+        assert ("by turns" in healthy.get("SA303", "")) == said
+        assert ("SA303" in unexamined) != said
+
+
+def test_the_cause_of_units_that_died_is_what_stood_when_they_did() -> None:
+    """The learning rate that has killed them is no news ten steps later."""
+    steps = falling(100) + [replace(LOW, loss=2.0)] * 28 + [replace(LOW, loss=2.0, zero=True)] * 20
+    rated = [made(i, step) for i, step in enumerate(steps)]
+    for i, one in enumerate(rated):
+        one.scalars["lr"] = 1e-3 if i < 100 else 1.0
+    found = next(f for _, f in told(rated) if f.code == "SA303")
+    assert "the learning rate has gone from 0.001 to 1" in str(found.cause)
+
+
+def test_steps_are_not_called_too_small_for_their_rate_where_the_layers_are_dead() -> None:
+    dead = [made(i, Step(2.3 - 1e-4 * i, zero=True, update=-5.0)) for i in range(300)]
+    found = {finding.code: finding.evidence.get("cause") for _, finding in told(dead)}
+    assert found["UP507"] == "zero-gradient"
+
+
+def test_a_plateau_of_layers_that_are_dead_says_so() -> None:
+    dead = [made(i, Step(2.3 + 0.01 * math.sin(2.3 * i), zero=True)) for i in range(300)]
+    found = {finding.code: finding.evidence.get("cause") for _, finding in told(dead)}
+    assert found["TR701"] == "zero-gradient"
+
+
+@pytest.mark.parametrize("rated", [True, False])
+def test_a_learning_rate_that_is_not_known_is_not_said_to_be_as_before(rated: bool) -> None:
+    steps = [
+        made(i, step) for i, step in enumerate([*falling(100), *[replace(LOW, loss=30.0, grad=1.0)] * 5])
+    ]
+    for step in steps:
+        del step.columns["update_norm"], step.columns["weight_norm"]
+        step.scalars.update({"lr": 0.1} if rated else {})
+    found = next(f for _, f in told(steps) if f.code == "TR703")
+    assert ("learning rate were as before" in str(found.cause)) == rated
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.1])
+def test_layers_whose_rate_alone_is_zero_are_a_note(rate: float) -> None:
+    steps = [made(i, step) for i, step in enumerate(falling(250))]
+    for step in steps:
+        step.columns["update_norm"][:4] *= rate
+    assert [(f.code, f.severity, f.sites) for _, f in told(steps)] == [
+        ("UP505", Severity.INFO, ("0.weight", "1.weight"))
+    ] * (rate == 0)
 
 
 def test_matrices_drawn_as_zeros_have_lost_nothing() -> None:

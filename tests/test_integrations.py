@@ -238,6 +238,7 @@ def test_keras(tmp_path: Path) -> None:
         kept = list(run.readings())
     assert [reading.scalars["grad_norm"] for reading in kept] == pytest.approx(expected, rel=1e-5)
     assert [reading.scalars["loss"] for reading in kept] == pytest.approx(losses, rel=1e-5)
+    assert all(reading.scalars["lr"] == pytest.approx(0.1) for reading in kept)
     assert [site.partition("/")[2] for site in kept[0].sites] == [
         "dense/kernel",
         "dense/bias",

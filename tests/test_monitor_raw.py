@@ -837,3 +837,84 @@ def test_gradients_that_add_up_are_told_in_a_loop_that_updates_by_hand(cleared: 
                 parameter.data.add_(parameter.grad, alpha=-0.1)
             monitor.step()
         assert [f.code for f in monitor.diagnosis().findings] == ["UP509"] * (not cleared)
+
+
+@pytest.mark.parametrize("away", [True, False])
+@pytest.mark.parametrize("rule", [torch.optim.SGD, torch.optim.Adam, torch.optim.RMSprop])
+def test_gradients_that_are_cleared_before_the_step_are_told(
+    rule: type[torch.optim.Optimizer], away: bool
+) -> None:
+    torch.manual_seed(0)
+    model = net()
+    optimizer = rule(model.parameters(), lr=0.1)  # pyright: ignore[reportCallIssue]
+    with warnings.catch_warnings(), isograd.watch(model, optimizer) as monitor:
+        warnings.simplefilter("error")
+        for batch in batches(40):
+            loss_of(model, batch).backward()
+            optimizer.zero_grad(set_to_none=away)
+            optimizer.step()
+        found = {finding.code: finding for finding in monitor.diagnosis().findings}
+    assert found["UP507"].evidence["cause"] == "cleared"
+
+
+@pytest.mark.parametrize("rule", [torch.optim.SGD, torch.optim.Adam])
+def test_a_gradient_that_is_taken_away_before_the_step_moves_nothing(
+    rule: type[torch.optim.Optimizer],
+) -> None:
+    model = net()
+    optimizer = rule(model.parameters(), lr=0.1)  # pyright: ignore[reportCallIssue]
+    first, *_ = model.parameters()
+    with isograd.watch(model, optimizer) as monitor:
+        for batch in batches(6):
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            first.grad = None
+            optimizer.step()
+            reading = monitor.latest()
+        updates = reading.columns["update_norm"]
+    assert updates[0] == 0
+    assert bool((updates[1:] > 0).all())
+
+
+def test_the_learning_rate_is_the_largest_of_the_groups() -> None:
+    model = net()
+    first, *others = model.parameters()
+    for lr in (0.0, torch.tensor(0.0)):
+        optimizer = torch.optim.SGD([{"params": [first], "lr": lr}, {"params": others}], lr=0.25)
+        with isograd.watch(model, optimizer) as monitor:
+            for batch in batches(2):
+                loss_of(model, batch).backward()
+                optimizer.step()
+            assert monitor.latest().scalars["lr"] == 0.25
+
+
+def test_what_is_clipped_before_it_is_unscaled_has_the_norm_of_what_is_left() -> None:
+    """`unscale_` is forgotten: a limit of 1 is then one of a thousandth."""
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    with isograd.watch(model, optimizer) as monitor:
+        for batch in batches(3):
+            optimizer.zero_grad()
+            scaler.scale(loss_of(model, batch)).backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            reading = monitor.latest()
+    assert reading.scalars["clipped_norm"] == pytest.approx(1 / 1024, rel=1e-3)
+    assert reading.scalars["grad_norm"] > 0.01
+
+
+def test_a_layer_that_was_exchanged_after_the_optimizer_was_made_is_told() -> None:
+    model = net()
+    optimizer = torch.optim.Adam(model.parameters())
+    assert isinstance(model, nn.Sequential)
+    model[-1] = nn.Linear(model[-1].in_features, model[-1].out_features)
+    with isograd.watch(model, optimizer) as monitor:
+        for batch in batches(50):
+            optimizer.zero_grad()
+            loss_of(model, batch).backward()
+            optimizer.step()
+        (found,) = monitor.diagnosis().findings
+    assert (found.code, found.severity.name) == ("UP505", "WARNING")
+    assert "exchanged after the optimizer was made" in str(found.cause)

@@ -554,8 +554,20 @@ def test_a_record_that_was_damaged_is_said(tmp_path: Path) -> None:
 
 def test_another_database_is_no_run(tmp_path: Path) -> None:
     sqlite3.connect(tmp_path / database.FILE).execute("CREATE TABLE info (key)").connection.close()
-    with pytest.raises(NotARun, match="is a database, but no record of a run"):
-        Run.open(tmp_path)
+    for ask in (Run.open, Run.create):
+        with pytest.raises(NotARun, match="is a database, but no record of a run"):
+            ask(tmp_path)
+    db = sqlite3.connect(tmp_path / database.FILE)
+    assert db.execute("SELECT name FROM sqlite_master").fetchall() == [("info",)]
+    db.close()
+
+
+def test_a_run_is_opened_by_its_file_too(tmp_path: Path) -> None:
+    """As a shell completes it."""
+    with Run.create(tmp_path / "run") as run:
+        run.append(reading(0))
+    with Run.open(tmp_path / "run" / database.FILE) as run:
+        assert (run.path, run.last) == (tmp_path / "run", 0)
 
 
 def test_a_long_name_is_told_by_its_end(tmp_path: Path) -> None:

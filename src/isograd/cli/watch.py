@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 import sys
 import time
 from datetime import datetime
@@ -14,6 +15,7 @@ import click
 
 from isograd.cli.errors import TargetError
 from isograd.cli.killed import tell_if_killed
+from isograd.record import NotARun, database
 
 SITE = Path(__file__).parents[1] / "integrations" / "site"
 RUNS = "isograd-runs"
@@ -127,6 +129,15 @@ def _writable(where: Path) -> None:
             why=f"{there} {why}",
             type_="isograd watch --run SOMEWHERE -- …, or from a folder that can be written",
         )
+    if (where / database.FILE).is_file():
+        try:
+            database.connect(where).close()
+        except (NotARun, sqlite3.Error) as error:
+            raise TargetError(
+                f"no record can be continued in {where}",
+                why=str(error),
+                type_="isograd watch --run ANOTHER -- …",
+            ) from None
 
 
 def _python(command: tuple[str, ...]) -> tuple[str, ...]:

@@ -38,6 +38,8 @@ LIVE = (2.0, 5.0, 10.0, 30.0)
 """Seconds between two live lines; the last one repeats."""
 MOST = 32
 """Optimizers that are watched: a search or a learner in a loop may make thousands."""
+LASTED = 10
+"""Steps of an optimizer that is followed by another over the same model: then to look for it has cost little."""
 FULL = 2
 """Trainings whose diagnosis is printed in full, such as a generator and its critic; of the many of a search, what was found."""
 UNSCALED = "_isograd_unscaled"
@@ -70,6 +72,8 @@ class Attachment:
         """Optimizers that were made and not yet looked at."""
         self.found = self.theirs = 0
         """Optimizers that are watched, and those that the script watches itself."""
+        self.tried = False
+        """An optimizer was made, or a backward begun."""
         self.inside = threading.local()
         self.broken = False
         self.closed = threading.Event()
@@ -88,6 +92,7 @@ class Attachment:
             make(optimizer, *args, **kwargs)
             if not torch.compiler.is_compiling():
                 self.made.add(optimizer)
+                self.tried = True
 
         @functools.wraps(scale)
         def scaled(scaler: Any, outputs: Any) -> Any:
@@ -102,6 +107,7 @@ class Attachment:
             if torch.compiler.is_compiling():
                 return accumulate(tensors, *args, **kwargs)
             # a backward inside a backward is reentrant checkpointing
+            self.tried = True
             outermost = not getattr(self.inside, "backward", False)
             if outermost:
                 self._safely(lambda: self._before_backward(tensors))
@@ -150,6 +156,8 @@ class Attachment:
             self.watched.remove(before)
         loss, record = AccumulatedLoss(monitor, model), monitor.run
         path, began = str(getattr(record, "path", path)), record.last + 1 if isinstance(record, Run) else 0
+        if before is not None and began - before.began >= LASTED:
+            self.found -= len(optimizers)  # of these there may be many: one for each epoch or task
         self.watched.append(
             Watched(
                 weakref.ref(monitor),
@@ -161,6 +169,7 @@ class Attachment:
                 os.getpid(),
                 began if before is None else before.since,
                 before is not None,
+                began,
             )
         )
         if number == 1 and not self.settings.quiet and monitor.run is not None:
@@ -226,7 +235,11 @@ class Attachment:
             return
         self.found += len(mine)
         if self.found > MOST:
-            say(f"the script has made more than {MOST} optimizers: the later ones are not watched")
+            anew = any(watched.again for watched in self.watched)
+            hint = (
+                ". One that is made anew every few steps forgets its momentum: make it before the loop" * anew
+            )
+            say(f"the script has made more than {MOST} optimizers: the later ones are not watched{hint}")
             return
         if self.watched:
             gc.collect()  # a watched optimizer and its monitor refer to each other
@@ -265,17 +278,19 @@ class Attachment:
             wait = next(waits, LIVE[-1])
             several = len(self.watched) > 1
             for watched in list(self.watched):
-                monitor = watched.monitor()
-                reading = None if monitor is None else monitor.newest()
-                name = f"{watched.name}  " if several else ""
-                if reading is not None:
-                    say(f"{name}{watched.line(reading)}")
-                found = [] if monitor is None else monitor.found()[watched.told :]
-                watched.told += len(found)
-                for step, finding in found:
-                    say(
-                        f"{name}step {step}  {finding.severity.name.lower()} {finding.code}: {finding.message}"
-                    )
+                _say_where(watched, f"{watched.name}  " if several else "")
+
+
+def _say_where(watched: Watched, name: str) -> None:
+    """Where a training is, and what is new; nothing of it is held on to until the next time."""
+    monitor = watched.monitor()
+    reading = None if monitor is None else monitor.newest()
+    if reading is not None:
+        say(f"{name}{watched.line(reading)}")
+    found = [] if monitor is None else monitor.found()[watched.told :]
+    watched.told += len(found)
+    for step, finding in found:
+        say(f"{name}step {step}  {finding.severity.name.lower()} {finding.code}: {finding.message}")
 
 
 def after_import(module: str) -> None:
@@ -292,6 +307,11 @@ def after_import(module: str) -> None:
 def has_told() -> bool:
     """Something was found in this process, and said at its end."""
     return _attachment is not None and bool(_attachment.watched or _attachment.theirs)
+
+
+def has_tried() -> bool:
+    """An optimizer was made in this process, or a backward begun."""
+    return _attachment is not None and _attachment.tried
 
 
 _attachment: Attachment | None = None

@@ -58,7 +58,16 @@ class IsogradCallback(keras.callbacks.Callback):
             self.monitor.log(loss=loss)
         elif logs and "loss" in logs:
             self.monitor.log(loss=logs["loss"])
+        rate = self._rate()
+        if rate is not None:
+            self.monitor.log(lr=rate)
         self.monitor.step()
+
+    def _rate(self) -> Any:
+        """The learning rate, as a tensor that is not waited for; None: the optimizer has none."""
+        model: Any = self.model
+        rate = getattr(model.optimizer, "learning_rate", None)
+        return getattr(rate, "value", rate)
 
     def _loss(self) -> Any:
         """The loss of the last batch, as a tensor; None: the model keeps no mean of it."""

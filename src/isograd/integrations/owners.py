@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from isograd.monitor.names import STRAY
+
 MANY = 10_000
 """Elements of a list or dict in which parameters are looked for: others hold data."""
 
@@ -80,7 +82,8 @@ def _joined(modules: list[Any], loose: list[Tensor], names: dict[int, str]) -> P
     modules = sorted(modules, key=lambda module: order.get(id(module), len(order)))
     called: dict[str, Any] = {}
     for one in (*modules, *loose):
-        name = names.get(id(one), type(one).__name__.lower())
+        stray = modules and isinstance(one, Tensor)
+        name = names.get(id(one), STRAY if stray else type(one).__name__.lower())
         called[name if name not in called else f"{name} {len(called)}"] = one
     return Parts(
         {name: one for name, one in called.items() if isinstance(one, nn.Module)},

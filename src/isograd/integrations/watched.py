@@ -40,6 +40,8 @@ class Watched:
     """Step of the record at which this process began to train it."""
     again: bool
     """Another optimizer has trained it before in this process: the record knows what was found then."""
+    began: int = 0
+    """Step of the record at which its newest optimizer began."""
     strangers: str = ""
     """What is said of parameters that its loss depends on and that nobody trains."""
     shown: tuple[float, int] | None = None
@@ -87,7 +89,7 @@ class Watched:
         if record.recording and record.missed:
             kept = f"watched, the last {record.missed} of them not recorded: isograd report {record.path}"
         nothing = ", nothing found," if brief and not diagnosis.findings else ""
-        say(f"{steps} steps of {self.name}{nothing} {kept}")
+        say(f"{steps} {'step' if steps == 1 else 'steps'} of {self.name}{nothing} {kept}")
 
     def line(self, reading: Reading) -> str:
         """Where the training is: `step 300  loss 1.2  gradient norm 0.4  12 steps/s`."""

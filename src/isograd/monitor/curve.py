@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import median
 
-from isograd.monitor.history import START, WINDOW, Baseline, push
+from isograd.monitor.baseline import Baseline
+from isograd.monitor.history import START, WINDOW, push
 from isograd.symptoms import diverging
 from isograd.symptoms.loss_spike import RECENT, jumped
 

@@ -14,7 +14,7 @@ from isograd.diagnosis import Finding
 from isograd.monitor.history import RECENT, Detector, History
 from isograd.monitor.reading import Reading
 from isograd.monitor.seen import Seen, alike, nonfinite, seen, spread
-from isograd.record.row import BEGINS, GUARDED, PERHAPS, RIVALS
+from isograd.record.row import BEGINS, GUARDED, PERHAPS, PROCESSES, RIVALS
 from isograd.symptoms import STREAMED
 from isograd.symptoms.loss_spike import DEVIATIONS
 from isograd.symptoms.nonfinite_step import NonFinite
@@ -53,6 +53,7 @@ class Detectors:
                     vars(self).update(vars(Detectors()))
                     self.since = reading.step
                 self.history.rivals |= RIVALS in reading.notes
+                self.history.processes |= PROCESSES in reading.notes
                 if any(note.startswith(GUARDED) for note in reading.notes):
                     self.history.restored()
                 found.append(self._finite(next(finite)) if count is None else self._broken(reading, count))

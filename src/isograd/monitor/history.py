@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from functools import cached_property
 from statistics import median
 from typing import Any
 
 from isograd.diagnosis import Finding
 from isograd.monitor import jumps
-from isograd.monitor.seen import Seen, finite, spread
+from isograd.monitor.baseline import WINDOW
+from isograd.monitor.seen import Seen, finite
 from isograd.record.row import RIVALS
 
-WINDOW = 64
-"""Readings that a baseline is taken from: its median and MAD hold against a third of outliers."""
 RECENT = 16
 """Readings whose median stands for now where a single batch must not decide."""
 START = 5
@@ -25,6 +23,8 @@ ZERO = -0.01
 """log10 update over weight, of the first step: all that a matrix has then is its update."""
 MOMENTUM = 1.0
 """Decades: of 0.9, it adds up to ten gradients."""
+FAINT = 1e-3
+"""Share of the highest learning rate: a thousand such steps are one."""
 WRITTEN = 0.3
 """Decades by which the norm of a weight changes between two readings: half or double, which healthy steps never do."""
 SURELY = 3.0
@@ -76,6 +76,8 @@ class History:
         """Update over weight of the median matrix, the last RECENT that were measured, and"""
         self.measured: list[int] = []
         """the steps they are of."""
+        self.passed: list[float] = []
+        """log10 of what the optimizer was left of the gradient norm, the last RECENT that were measured."""
         self.rates: list[list[float]] = []
         """The learning rates of the optimizers, the last WINDOW + 1; and"""
         self.highest: list[float] = []
@@ -102,6 +104,8 @@ class History:
         self.written: list[Any] = []
         """Count of readings, name, norm before and after, and the most by which the steps in between can have changed it, of
         the weight that last changed by more: something else than the optimizer wrote to it."""
+        self.spoilt: list[Any] = []
+        """The last step that has left values which are not finite in a weight, from a gradient that was, and its name."""
         self.between: list[float] = []
         """Gradient norm of the reading that the weights were last measured in, and the largest since."""
         self.first_losses: list[float] = []
@@ -112,6 +116,8 @@ class History:
         """Smallest median of RECENT losses."""
         self.rivals = False
         """The loss runs through weights that another optimizer trains, or another loss through these."""
+        self.processes = False
+        """Several processes train together, and the loss is that of one."""
         self.uncleared = 0
         """Readings that began with the gradients of the step before."""
         self.pace = -math.inf
@@ -120,6 +126,8 @@ class History:
         """Readings among the first WINDOW in which a step changed the typical matrix by LEAP; those drawn as zeros apart."""
         self.fastest = 0.0
         """Highest learning rate so far."""
+        self.faint = 0
+        """Readings in a row until now whose learning rate was below FAINT of the highest."""
         self.moving = 0
         """Readings at full pace, whose update or learning rate was at least a third of the largest so far: annealing does
         not count. Of an update that was not measured, the last one is taken."""
@@ -163,6 +171,10 @@ class History:
             push(self.late_updates, late(self.along(update)), RECENT)
             push(self.typical_updates, median(known), RECENT)
             push(self.measured, seen.step, RECENT)
+        if seen.spoilt:
+            self.spoilt = [seen.step, seen.spoilt]
+        if not math.isnan(seen.passed):
+            push(self.passed, seen.passed, RECENT)
         weights = seen.weight.tolist()
         if finite(weights):
             if self.weights:
@@ -187,6 +199,7 @@ class History:
             self.pace = max(self.pace, self.typical_update)
         rate = max(seen.rates, default=math.nan)
         self.fastest = max(self.fastest, rate)
+        self.faint = self.faint + 1 if rate <= FAINT * self.fastest else 0
         # By its steps, or by its learning rate: as weights grow and gradients fade, steps shrink that nobody has annealed.
         self.moving += self.typical_update >= self.pace - 0.5 or 3 * rate >= self.fastest > 0
 
@@ -292,37 +305,6 @@ def late(of: Sequence[float]) -> float:
     """Median over the second half of the matrices; nan: none is known."""
     known = [value for value in of if value == value]
     return median(known[len(known) // 2 :]) if known else math.nan
-
-
-class Baseline:
-    """Median and spread of what came before the last `recent` values, and the median of those."""
-
-    def __init__(self, values: Sequence[float], recent: int, window: int = WINDOW) -> None:
-        self._before = before = values[-window - recent : -recent]
-        self.enough = len(before) >= window // 2
-        self.level = median(before) if self.enough else math.nan
-        self.largest = max(before) if self.enough else math.nan
-        self.now = median(values[-recent:]) if self.enough else math.nan
-
-    @cached_property
-    def spread(self) -> float:
-        return spread(self._before) if self.enough else math.nan
-
-    @property
-    def noise(self) -> float:
-        """The spread; 0 as long as too little is known for one."""
-        return self.spread if self.enough else 0.0
-
-    @property
-    def rise(self) -> float:
-        return self.now - self.level
-
-    @property
-    def deviations(self) -> float:
-        """The rise in units of the spread."""
-        if self.spread > 0:
-            return self.rise / self.spread
-        return math.copysign(math.inf, self.rise) if self.rise else 0.0
 
 
 class Detector:

@@ -19,6 +19,8 @@ ADDED = {
 }
 """Parts of a name that torch.compile, Fabric, FSDP, checkpoint wrappers and Keras put in."""
 
+STRAY = "(not in the model)"
+"""Begins the name of a parameter that only an optimizer knows."""
 MANY = 32
 """Lists of parameters whose sites are remembered."""
 
@@ -55,7 +57,7 @@ class Names:
         known = {id(p) for p in named.values()}
         for p in strays:
             if id(p) not in known:
-                named[f"(not in the model) {len(named)}"] = p
+                named[f"{STRAY} {len(named)}"] = p
         self._held = list(named.values())  # no other tensor can come by the id of one that is held
         self._index = {id(p): i for i, p in enumerate(self._held)}
         self._found: dict[int, tuple[Sequence[Tensor], tuple[list[int], list[int]]]] = {}

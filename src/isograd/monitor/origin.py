@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from isograd.monitor.history import RECENT, START, WINDOW, History, early, late
+from isograd.monitor.history import MOMENTUM, RECENT, START, WINDOW, History, early, late
 from isograd.monitor.seen import finite, sibling
 
 INPUT = 1.0
@@ -57,6 +57,24 @@ UNCLEARED = Cause(
     ("call optimizer.zero_grad() once a step, before the backward or after the step",),
 )
 
+NO_GRADIENT = Cause(
+    "no parameter has got a gradient: the optimizer holds others than the loss is computed from, such as those of a model "
+    "that was copied or built again, or all are detached or frozen",
+    "no-gradient",
+    ("make the optimizer over the parameters of the very model that computes the loss",),
+)
+CLEARED = Cause(
+    "the gradients are cleared between the backward and the step: zero_grad() stands before optimizer.step()",
+    "cleared",
+    ("call optimizer.zero_grad() before the backward or after optimizer.step()",),
+)
+NO_RATE = Cause(
+    "each learning rate is zero",
+    "learning-rate",
+    ("set a learning rate above zero: look at the schedule, and at when its step() is called",),
+)
+LOW = Cause("the learning rate is too low", "learning-rate", (FASTER_STEPS,))
+
 
 def origin(history: History) -> Cause:
     """The most upstream thing that is out of order; it was read off the run, not tested by intervention."""
@@ -98,7 +116,14 @@ def origin(history: History) -> Cause:
     thrown = replaced(history)
     if thrown is not None:
         return thrown
-    what = "inputs, weights and the size of the steps" if updates else "inputs and learning rate"
+    rated = bool(history.rates and history.rates[-1])
+    what = (
+        "inputs, weights and the size of the steps"
+        if updates
+        else "inputs and learning rate"
+        if rated
+        else "inputs"
+    )
     words = (
         f"not told by the run: {what} were as before; look at the batch, and at what the loss passes through that this "
         "optimizer does not train"
@@ -185,10 +210,72 @@ def shrunk(history: History) -> Cause | None:
     return Cause(words, "weight-decay", ("lower the weight decay",))
 
 
+def still(history: History) -> Cause | None:
+    """Why nothing can move; None: something may."""
+    seen = history.now
+    assert seen is not None
+    if seen.missing == len(seen.sites):
+        return NO_GRADIENT
+    if history.passed and max(history.passed) == -math.inf:
+        return CLEARED
+    return NO_RATE if seen.rates and not any(seen.rates) else None
+
+
+def faded(history: History) -> Cause | None:
+    """Has the learning rate been next to nothing for as long as it had not been? The tail of a schedule never lasts so long."""
+    if 2 * history.faint < history.count or not history.faint:
+        return None
+    words = (
+        f"the learning rate has gone from {history.fastest:.2g} to {max(history.rates[-1]):.2g}, and for {history.faint} of "
+        f"{history.count} steps it was below a thousandth of what it had been: its schedule is over long before the training"
+    )
+    return Cause(
+        words,
+        "schedule",
+        ("look at the schedule: is its step() called once a batch, where it counts epochs?",),
+    )
+
+
+def clipped(history: History) -> Cause | None:
+    """Would the steps be large enough without what clipping takes? Those of an optimizer that divides by the gradient are as
+    large with it."""
+    if not history.passed or not history.length:
+        return None
+    left = median(history.passed)
+    _, length, norm, rate = history.length
+    if left == -math.inf or not history.pace - left > SLOW or not rate > 0:
+        return None
+    if length - math.log10(rate) > norm + left + MOMENTUM:
+        return None
+    words = f"clipping leaves {10**left:.1g} of the gradient: without it no step would be too small"
+    return Cause(
+        words,
+        "clipping",
+        (
+            "clip to a norm that most steps do not reach",
+            "with a GradScaler: call scaler.unscale_(optimizer) before clipping, or what is clipped is scaled",
+        ),
+    )
+
+
+def silenced(history: History) -> Cause | None:
+    """Do half of the matrices get a gradient of exactly zero?"""
+    arrives = [grad for grad in history.grads[-1] if not math.isnan(grad)] if history.grads else []
+    silent = arrives.count(-math.inf)
+    if not silent or 2 * silent < len(arrives):
+        return None
+    words = (
+        f"{silent} of {len(arrives)} weight matrices get a gradient of exactly zero: what they feed is dead"
+    )
+    return Cause(words, "zero-gradient", ("zero-biases", "leaky-activation"))
+
+
 def slow(history: History) -> Cause | None:
     """Has no step been as large as those of a training that gets on?"""
     if not -math.inf < history.pace <= SLOW:
         return None
+    if cause := silenced(history) or clipped(history):
+        return cause
     words = (
         f"no step changed the typical weight matrix by more than {10**history.pace:.1g} of itself, where trainings from scratch reach "
         "1e-3: the learning rate is too low, or next to no gradient arrives"

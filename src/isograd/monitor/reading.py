@@ -12,6 +12,11 @@ from isograd.flow import Flow
 ADDED_UP = "not cleared: the gradients of the step before were still there, and these were added to them"
 """Note of a step."""
 
+CLEARED = (
+    "cleared before the step: the gradients that the backward had left were gone when the optimizer stepped"
+)
+"""Note of a step."""
+
 
 @dataclass(frozen=True)
 class Reading:

@@ -59,6 +59,10 @@ class Seen:
     """Matrices among them that an optimizer holds for training: on a full reading their weight is known; (matrix,)."""
     chain: tuple[int, ...]
     """Places among the matrices of those that lie one behind the other."""
+    passed: float
+    """log10 of what the optimizer was left of the gradient norm, as by clipping; nan: not measured."""
+    spoilt: str
+    """A parameter that this step has left with values that are not finite; "": none."""
 
     @property
     def silent(self) -> bool:
@@ -87,6 +91,9 @@ def seen(readings: Sequence[Reading]) -> list[Seen]:
     lengths = stacked[2].square().masked_fill_(stacked[0].isnan(), 0.0).sum(1).tolist()
     absent = stacked[0].isnan()
     counts = absent.sum(1).tolist()
+    there = torch.tensor(["weight_norm" in reading.columns for reading in readings])
+    spoilt = stacked[0].isfinite() & ~stacked[1].isfinite() & there[:, None]  # (reading, site)
+    places = torch.where(spoilt.any(1), spoilt.int().argmax(1), -1).tolist()
     norms = stacked.log10_()
     grad, (by_matrix, weight, update) = norms[0], norms[:, :, plan.matrices]
     idle = by_matrix.isnan() & ~weight.isnan()
@@ -105,6 +112,7 @@ def seen(readings: Sequence[Reading]) -> list[Seen]:
         absent,
         counts,
         idle,
+        places,
         strict=True,
     )
     return [
@@ -127,8 +135,10 @@ def seen(readings: Sequence[Reading]) -> list[Seen]:
             ADDED_UP in reading.notes,
             waits,
             plan.chain,
+            _passed(reading),
+            reading.sites[bad] if bad >= 0 else "",
         )
-        for reading, total, length, all_grads, grads, weights, updates, scales, none, count, waits in rows
+        for reading, total, length, all_grads, grads, weights, updates, scales, none, count, waits, bad in rows
     ]
 
 
@@ -223,6 +233,16 @@ def sibling(name: str) -> str:
     if last.endswith("/kernel"):
         return f"{head}{'.' * bool(head)}{last.removesuffix('kernel')}bias"
     return f"{head}{'.' * bool(head)}{last.replace('weight', 'bias')}" if "weight" in last else ""
+
+
+def _passed(reading: Reading) -> float:
+    """What is written to gradients after the backward is noticed, and its norm taken on steps that are read in full."""
+    raw, clipped = (reading.scalars.get(name, math.nan) for name in ("grad_norm", "clipped_norm"))
+    if math.isnan(clipped):
+        return 0.0 if "update_norm" in reading.columns else math.nan
+    if not clipped > 0 or not raw > 0:
+        return -math.inf if raw > 0 else math.nan
+    return min(math.log10(clipped / raw), 0.0)
 
 
 def _dead(reading: Reading, plan: Plan) -> tuple[Tensor, bool, Tensor | None]:

@@ -52,6 +52,11 @@ def rank() -> int:
     return distributed.get_rank() if distributed.is_available() and distributed.is_initialized() else 0
 
 
+def together() -> bool:
+    """Are there several processes?"""
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
 @dataclass(frozen=True)
 class Held:
     """How a parameter is held."""

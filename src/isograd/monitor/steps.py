@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
 from isograd.monitor.cost import Schedule
 from isograd.monitor.deep import Deep
@@ -14,10 +17,10 @@ from isograd.monitor.names import Names
 from isograd.monitor.parts import Part
 from isograd.monitor.replay import Replay
 from isograd.monitor.rivals import broke
-from isograd.monitor.sharding import Shards
+from isograd.monitor.sharding import Shards, together
 from isograd.monitor.tap import Tap
 from isograd.monitor.updates import number
-from isograd.record.row import BEGINS, ELSEWHERE, GUARDED, PERHAPS, RIVALS
+from isograd.record.row import BEGINS, ELSEWHERE, GUARDED, PERHAPS, PROCESSES, RIVALS
 
 
 class Steps:
@@ -43,7 +46,8 @@ class Steps:
         """`first`: number of the first step; `known`: this very model has been trained into this record before."""
         self._host, self._names, self._shards = host, names, shards
         self._deep, self._replay, self._schedule = deep, replay, schedule
-        self._step, self._known = first, known
+        self._first = self._step = first
+        self._known = known
         self._behind = first > 0
         """The record has steps already: of this training, or of another."""
         self.begun = self._against = False
@@ -96,6 +100,8 @@ class Steps:
         begins = [tap.begins for tap in taps]
         if self._behind and False not in begins:
             step.notes.append(BEGINS if all(begins) and not self._known else PERHAPS)
+        if self._step == self._first and together():
+            step.notes.append(PROCESSES)
         self._behind = full = False
         for _, part in parts:
             full |= part.full
@@ -106,10 +112,9 @@ class Steps:
             step.notes.append(ELSEWHERE)
         step.suspicious |= any(note.startswith(GUARDED) for note in step.notes)
         for i, tap in enumerate(taps):
-            # an optimizer may have none, or None where it finds one by itself
-            rate = None if tap.optimizer is None else tap.optimizer.param_groups[0].get("lr")
+            rate = _rate(tap.optimizer)
             if rate is not None:
-                step.scalars[f"lr_{i}" if i else "lr"] = rate
+                step.scalars[f"lr_{i}" if i else "lr"] = _kept(rate)
         step.sites, step.shapes = self._names.sites, self._names.shapes
         step.flow, step.found = self._deep.taken(), self._replay.taken()
         step.due = self._schedule.due
@@ -134,6 +139,17 @@ class Steps:
             columns, values = self._shards.reduce(parameters, part.shares(parameters))
             packed.append(Packed(sites, columns, values, elements, part.scale))
         return packed
+
+
+def _rate(optimizer: Optimizer | None) -> float | Tensor | None:
+    """The largest learning rate of its groups. It may have none, or None where it finds one by itself."""
+    groups = () if optimizer is None else optimizer.param_groups
+    rates = [rate for group in groups if (rate := group.get("lr")) is not None]
+    if len(rates) > 1 and any(
+        isinstance(rate, Tensor) for rate in rates
+    ):  # not compared here: it would be waited for
+        return functools.reduce(torch.maximum, (torch.as_tensor(rate) for rate in rates))
+    return max(rates) if rates else None
 
 
 def _kept(value: float | Tensor) -> float | Tensor:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from isograd.monitor import scaling
 from isograd.monitor.parts import Part, Reader, idle
 from isograd.monitor.provenance import Closure, Provenance, stepping_inside
-from isograd.monitor.reading import ADDED_UP
+from isograd.monitor.reading import ADDED_UP, CLEARED
 from isograd.monitor.sharding import local
 from isograd.monitor.statistics import norms
 from isograd.monitor.updates import Moved, Sampled
@@ -137,12 +137,19 @@ class Tap:
 
     def unscaled(self, scale: Tensor | None) -> None:
         def act() -> None:
-            self.scale = None if scale is None else scale.clone()  # the scaler updates it in place
-            if self._part is not None and self._part.scale is None:
-                self._part.scale = self.scale
+            if scale is not None:
+                self._scaled(self._part, scale)
             self.provenance.settle()
 
         self._watcher.guarded(act)
+
+    def _scaled(self, part: Part | None, scale: Tensor) -> None:
+        """The factor that the gradients have had until now: those that were read, and what they were clipped to."""
+        if self.scale is None and self.clipped is not None:
+            self.clipped = self.clipped / scale
+        self.scale = scale.clone()  # the scaler updates it in place
+        if part is not None and part.scale is None:
+            part.scale = self.scale
 
     def scaler_stepping(self) -> None:
         if self.provenance.touched:
@@ -194,7 +201,7 @@ class Tap:
         part = self._part if self.taken and self._part is not None else self._take()
         fused = getattr(self.optimizer, "grad_scale", None)  # a fused optimizer unscales as it steps
         if fused is not None and part.scale is None:
-            part.scale = self.scale = fused.clone()
+            self._scaled(part, fused)
         return part
 
     def current(self) -> Part:
@@ -210,7 +217,7 @@ class Tap:
         part = self._part
         if part is None or self._read_at != provenance.backwards:
             part = self._read(whole=True)
-            if touched:
+            if touched and part.buckets:
                 part.notes.append(CLIPPED)
             if part.buckets and not provenance.backwards and not stepping_inside():
                 part.notes.append(UNHEARD)
@@ -218,7 +225,10 @@ class Tap:
             part.notes.append(ADDED_UP)
         if touched:
             provenance.read_early = True
-            if part.full and self.clipped is None:
+            if all(p.grad is None for p in self.parameters()):
+                part.notes.append(CLEARED)
+                self.clipped = 0.0
+            elif part.full and self.clipped is None:
                 self.clipped = _norm(part)
         provenance.taken()
         self.taken = True
@@ -255,7 +265,11 @@ class Tap:
         """NaN for a step that was left out: the state is that of an older one, or there is none yet."""
         if not made or self._moved is None:
             return [torch.full((), math.nan, device=p.device) for p in parameters]
-        return (self._moved.norms if self._moved.known else self._sampled.norms)(parameters)
+        if not self._moved.known:
+            return self._sampled.norms(parameters)
+        stepped = [p for p in parameters if p.grad is not None]  # an optimizer passes over the others
+        lengths = iter(self._moved.norms(stepped) if stepped else ())
+        return [torch.zeros((), device=p.device) if p.grad is None else next(lengths) for p in parameters]
 
     def restored(self) -> None:
         """The optimizer's state is an older one: its steps are counted anew."""
@@ -281,7 +295,7 @@ def _norm(part: Part) -> Tensor | None:
         return None
     with torch.no_grad():
         now = [[local(p.grad) for p in b.parameters if p.grad is not None] for b in part.buckets]
-        return torch.stack([torch.stack(norms(gradients)).norm() for gradients in now]).norm()
+        return torch.stack([torch.stack(norms(gradients)).norm() for gradients in now if gradients]).norm()
 
 
 def capturing() -> bool:

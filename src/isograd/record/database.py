@@ -35,6 +35,8 @@ DELETE FROM steps WHERE step IN (
 """
 """Every second step of the older half, but none on which something was found."""
 
+OTHER = "{} is a database, but no record of a run"
+
 
 class NotARun(ValueError):
     """A path that holds no record, or one of a newer format."""
@@ -45,10 +47,13 @@ def connect(directory: Path) -> sqlite3.Connection:
 
     Raises:
         sqlite3.Error, OSError: the disk does not let us.
-        NotARun: the record was written in a newer format.
+        NotARun: the record was written in a newer format, or the database is somebody else's.
     """
     db = sqlite3.connect(directory / FILE, timeout=WAIT, isolation_level=None, check_same_thread=False)
     try:
+        (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if tables and db.execute("PRAGMA user_version").fetchone() == (0,):
+            raise NotARun(OTHER.format(directory / FILE))
         db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = NORMAL")  # a power cut may cost the last steps, never the file
         db.execute("PRAGMA journal_size_limit = 16777216")
@@ -97,7 +102,7 @@ def connect_to_read(directory: Path) -> sqlite3.Connection:
         )
         _readable(db, directory)
         if db.execute("PRAGMA user_version").fetchone() == (0,):
-            raise NotARun(f"{file} is a database, but no record of a run")
+            raise NotARun(OTHER.format(file))
     except (sqlite3.Error, NotARun) as error:
         if db is not None:
             db.close()

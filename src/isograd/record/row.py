@@ -23,6 +23,10 @@ PERHAPS = "a training begins here, or goes on: its first loss tells"
 """The same, where the optimizer does not tell: it never remembers a step, or another one goes on with the same model."""
 RIVALS = "a loss of one network runs through weights that are trained on another: it has no level of its own"
 """Note of the first step at which that was seen."""
+PROCESSES = (
+    "of several processes that train together: the gradients are those of all, the loss is that of process 0"
+)
+"""Note of the first step."""
 ELSEWHERE = (
     "the network that this one is trained against had made a step before with gradients that are not finite"
 )

@@ -87,12 +87,15 @@ class Run(Kept, Closing):
 
     @classmethod
     def open(cls, path: str | Path) -> Run:
-        """A run to read, also while another process writes it.
+        """A run to read, also while another process writes it: its directory, or the file in it.
 
         Raises:
             NotARun: nothing is recorded at `path`.
         """
-        return cls(Path(path), database.connect_to_read(Path(path)))
+        path = Path(path)
+        if path.name == database.FILE and path.is_file():
+            path = path.parent
+        return cls(path, database.connect_to_read(path))
 
     @classmethod
     def create(
@@ -118,7 +121,7 @@ class Run(Kept, Closing):
                 were being written: the processes of one sweep ask for the same directory one after the other.
 
         Raises:
-            ValueError: `path` is a file, or holds a record of a newer format.
+            ValueError: `path` is a file, or holds a record of a newer format or another database.
         """
         wanted = home() / name() if path is None else Path(path)
         if wanted.is_file():

@@ -24,7 +24,8 @@ import math
 from statistics import median
 
 from isograd.diagnosis import Finding, Severity
-from isograd.monitor.history import Baseline, Detector, History
+from isograd.monitor.baseline import Baseline
+from isograd.monitor.history import Detector, History
 from isograd.monitor.jumps import absorbed, judged
 from isograd.monitor.origin import origin
 

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import WINDOW, Detector, History
-from isograd.monitor.origin import raised, replaced
+from isograd.monitor.origin import given, raised, replaced
 from isograd.monitor.seen import Seen
 
 CODE = "SA303"
@@ -69,6 +69,8 @@ class Dying(Detector):
         self.largest = math.nan
         self.counted = -1
         """Step at which units were last counted."""
+        self.before = ""
+        """What the run said when the first of the readings came that are all zero."""
         self.calm = False
         """No site is dying, and of each that has biases the first share is known."""
 
@@ -79,6 +81,10 @@ class Dying(Detector):
         assert seen is not None
         dying = self._follow(seen)
         zero = -math.inf in history.grads[-1] and _first_half(seen)
+        if zero and not self.held:
+            self.before = _after(
+                history, "units are off for every sample, or the gradient underflows on its way"
+            )
         if self.holds(zero, DEAD_FOR):
             silent = seen.grad == -math.inf
             return self._dead(history, int(silent.sum()), int((~seen.grad.isnan()).sum()))
@@ -130,7 +136,7 @@ class Dying(Detector):
             Severity.ERROR,
             f"{count} of {total} weight matrices, the first among them, have got a gradient of exactly zero for "
             f"{self.held} steps: what they feed is dead",
-            cause=_after(history, "units are off for every sample, or the gradient underflows on its way"),
+            cause=self.before,
             sites=tuple(history.names[:3]),
             evidence={"matrices": count, "of": total, "steps": self.held, "threshold": DEAD_FOR},
             remedies=("lower-learning-rate", "zero-biases", "leaky-activation"),
@@ -155,12 +161,18 @@ class Dying(Detector):
     def outcome(self, history: History) -> str | None:
         if math.isnan(self.largest):
             return None
-        return f"at most {self.largest:.0%} of a layer's units get no gradient (a warning from {LAYER:.0%})"
+        most = f"at most {self.largest:.0%} of a layer's units get no gradient"
+        if self.largest < LAYER:
+            return f"{most} (a warning from {LAYER:.0%})"
+        _, _, since, jitter = self.by_site
+        if bool(((since > 0) & (since < DYING_FOR) & (jitter <= JITTER * since)).any()):
+            return None  # too early to tell
+        return f"{most}: from the start on, by turns, or without harm to the loss"
 
 
 def _after(history: History, words: str) -> str:
     """What is dead, and what went before."""
-    before = raised(history) or replaced(history)
+    before = given(history) or raised(history) or replaced(history)
     return words if before is None else f"{words}; {before.words}"
 
 

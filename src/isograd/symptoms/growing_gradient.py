@@ -27,7 +27,8 @@ from __future__ import annotations
 import math
 
 from isograd.diagnosis import Finding, Severity
-from isograd.monitor.history import Baseline, Detector, History, worst
+from isograd.monitor.baseline import Baseline
+from isograd.monitor.history import Detector, History, worst
 from isograd.monitor.jumps import settling
 from isograd.monitor.origin import brought, origin
 from isograd.symptoms.steps_too_large import rising

@@ -28,7 +28,8 @@ from __future__ import annotations
 import math
 
 from isograd.diagnosis import Finding, Severity
-from isograd.monitor.history import WINDOW, Baseline, Detector, History
+from isograd.monitor.baseline import Baseline
+from isograd.monitor.history import WINDOW, Detector, History
 from isograd.monitor.jumps import absorbed, judged
 from isograd.monitor.origin import origin
 

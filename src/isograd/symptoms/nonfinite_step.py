@@ -31,7 +31,7 @@ from statistics import median
 from torch import Tensor
 
 from isograd.diagnosis import Finding, Severity
-from isograd.monitor.history import Detector, History
+from isograd.monitor.history import LEAP, START, Detector, History
 from isograd.monitor.origin import origin
 from isograd.monitor.reading import Reading
 from isograd.record.row import ELSEWHERE
@@ -51,6 +51,9 @@ OTHER = (
     ("look at what was found of the other network, and at its loss",),
 )
 """Cause, slug and what helps, where another network that is watched broke first."""
+HALF = (
+    "keep the weights in float32, and compute in half precision under torch.autocast; or give Adam eps=1e-4"
+)
 DATA = "check the data of this step for values that are not finite"
 SUDDEN = {
     True: (
@@ -69,6 +72,15 @@ SUDDEN = {
     ),
 }
 """By whether the loss was not finite, None where it is not known: words, and what helps."""
+BESIDE = (
+    "the loss of process 0 is finite, those of the other processes are not seen. Look at their batches, and at operations whose "
+    "derivative is infinite",
+    (
+        DATA,
+        "safe-derivative",
+        "name the operation: the next time watch(…, replay=True), isograd watch --replay",
+    ),
+)
 EXPLODED = 1.0
 """Decades by which gradient or loss had risen before, and above all that they had been: then it exploded. Near its end
 a training that is well has losses ten times as large as others."""
@@ -116,7 +128,9 @@ class NonFinite(Detector):
             f"{what} {verb} not finite" + (f" ({int(counts.sum())} elements)" if sick else ""),
             cause=words,
             sites=tuple(sick[:3]),
-            evidence={"elements": int(counts.sum()), "parameters": len(sick), "loss": loss, "cause": slug},
+            evidence={"elements": int(counts.sum()), "parameters": len(sick)}
+            | ({} if math.isnan(loss) else {"loss": loss})
+            | {"cause": slug},
             remedies=remedies,
         )
 
@@ -125,8 +139,14 @@ class NonFinite(Detector):
     ) -> tuple[str, str, tuple[str, ...]]:
         """`alone`: the loss is not finite, its gradient is. `forward`: the loss is not finite; None: not known."""
         losses = [math.log10(loss) if loss > 0 else -math.inf for loss in history.losses]
-        large = math.isfinite(history.typical_update) and history.typical_update > 0
-        if _risen(history.norms) or _risen(losses) or large:
+        if history.spoilt and history.spoilt[0] == history.step:
+            words = (
+                f"the step before has left values that are not finite in {history.spoilt[1]}, from a gradient that was finite: the "
+                "optimizer's own arithmetic, as in float16, where Adam's epsilon of 1e-8 is 0 and a square soon overflows"
+            )
+            return words, "step", (HALF,)
+        large = history.typical_update >= LEAP and history.step - history.measured[-1] < START
+        if _risen(losses) or (_risen(history.norms) and not _fallen(history.losses)) or large:
             cause = origin(history)
             return f"the training exploded before: {cause.words}", cause.slug, cause.remedies
         highest = max([*losses[-3:], *history.norms[-3:]], default=-math.inf)
@@ -150,7 +170,7 @@ class NonFinite(Detector):
                 "from-the-start",
                 ("critical-initialisation", "standardise-input", FIND),
             )
-        words, remedies = SUDDEN[forward]
+        words, remedies = BESIDE if history.processes and forward is False else SUDDEN[forward]
         return f"it came at once, from a training that was well: {words}", "sudden", remedies
 
     def examine(self, history: History) -> Finding | None:
@@ -158,7 +178,14 @@ class NonFinite(Detector):
         return None
 
     def outcome(self, history: History) -> str | None:
-        return f"the gradients of {history.count} steps were finite" if history.count else None
+        if history.count < 2:
+            return "the gradients of the one step were finite" if history.count else None
+        return f"the gradients of {history.count} steps were finite"
+
+
+def _fallen(losses: list[float]) -> bool:
+    """Are the last three below what came before? As a loss leaves its start, its gradient grows."""
+    return len(losses) > BEFORE and median(losses[-3:]) < median(losses[:-BEFORE])
 
 
 def _risen(logs: list[float]) -> bool:

@@ -27,7 +27,8 @@ import math
 from statistics import median
 
 from isograd.diagnosis import Finding, Severity
-from isograd.monitor.history import WINDOW, Baseline, Detector, History, worst
+from isograd.monitor.baseline import Baseline
+from isograd.monitor.history import WINDOW, Detector, History, worst
 from isograd.monitor.jumps import settling
 from isograd.monitor.origin import brought, origin
 from isograd.symptoms.growing_gradient import not_falling

@@ -11,7 +11,8 @@ Why it happens
 Evidence
     The medians of the two halves of the last 256 losses differ by less than 3 standard errors, or the later is higher by
     less than a hundredth of the first loss, 200 steps were taken
-    at full pace, by their size or their learning rate (those of annealing do not count), and of the way from the start to
+    at full pace, by their size or their learning rate (those of annealing do not count, unless for half of the run
+    the rate was below a thousandth of its highest, which is then the cause), and of the way from the start to
     zero, less than a tenth was gained, or more than half of what had been gained is lost again. A loss that is level more than
     a tenth above its start is no plateau: what throws a training there is told as a spike or as diverging, and where
     nothing was, the targets have moved, as the returns of a policy that gets better. Losses whose noise is as
@@ -32,7 +33,7 @@ from statistics import median
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import Detector, History
-from isograd.monitor.origin import Cause, replaced, shrunk, slow
+from isograd.monitor.origin import Cause, faded, replaced, shrunk, silenced, slow, still
 from isograd.monitor.seen import spread
 
 CODE = "TR701"
@@ -96,11 +97,13 @@ class Plateau(Detector):
         fallen_back = now - history.best > LOST * (first - history.best) and first > history.best
         paced = history.moving if math.isfinite(history.pace) else history.count
         near = -share <= GAINED
-        if paced < STEPS or not flat or not near or not (stuck or fallen_back):
+        over = faded(history)
+        if (paced < STEPS and over is None) or not flat or not near or not (stuck or fallen_back):
             return None
         lost = first - history.best > GAINED * first
         unknown = LOST_AGAIN if lost else UNLEARNED
-        cause = replaced(history) or shrunk(history) or slow(history) or unknown
+        known = (why(history) for why in (still, replaced, shrunk, silenced, slow))
+        cause = over or next(filter(None, known), unknown)
         where = f"back at {now:.3g} after {history.best:.3g}" if lost else f"still at {now:.3g}"
         return Finding(
             CODE,
@@ -114,6 +117,7 @@ class Plateau(Detector):
                 "best": history.best,
                 "gained": self.share,
                 "threshold": GAINED,
+                "cause": cause.slug,
             },
             remedies=(
                 *cause.remedies,

@@ -7,13 +7,15 @@ What it means
 Why it happens
     A learning rate that is too low or zero, a schedule that never reached it, or an optimizer whose epsilon outweighs
     its gradients. An optimizer over other parameters than those of the loss, such as a copy of the model or the one that
-    was there before: none of them gets a gradient.
+    was there before: none of them gets a gradient. A zero_grad() between the backward and the step. Clipping that leaves next
+    to nothing, as of gradients that a GradScaler has scaled and not yet unscaled.
 
 Evidence
     The largest update norm over weight norm of the median matrix, over 16 readings, that the run has ever had, so
     that annealing does not count; and the medians of the four quarters of the remembered losses, which fall evenly
     where nothing bends yet. A run whose updates still grow is warming up. An error where nothing moves at all: from the
-    first step on, in 32 readings in a row, no parameter got a gradient, or each learning rate was zero.
+    first step on, in 32 readings in a row, no parameter got a gradient, or none was left of it at the step, or each learning
+    rate was zero.
 
 What helps
     A higher learning rate; a look at epsilon and at the schedule.
@@ -30,7 +32,7 @@ from statistics import median
 
 from isograd.diagnosis import Finding, Severity
 from isograd.monitor.history import RECENT, WINDOW, Detector, History
-from isograd.monitor.origin import FASTER_STEPS, SLOW, Cause
+from isograd.monitor.origin import LOW, NO_RATE, SLOW, Cause, clipped, silenced, still
 from isograd.monitor.seen import spread
 
 CODE = "UP507"
@@ -47,18 +49,6 @@ NEVER = 32
 """Readings from the first on without any gradient, or at a learning rate of zero: a schedule may start with one step
 at zero, and a loop with a few batches before there is a loss."""
 
-NO_GRADIENT = Cause(
-    "no parameter has got a gradient: the optimizer holds others than the loss is computed from, such as those of a model "
-    "that was copied or built again, or all are detached or frozen",
-    "no-gradient",
-    ("make the optimizer over the parameters of the very model that computes the loss",),
-)
-NO_RATE = Cause(
-    "each learning rate is zero",
-    "learning-rate",
-    ("set a learning rate above zero: look at the schedule, and at when its step() is called",),
-)
-
 
 class TooSmall(Detector):
     """Remembers how fast the typical matrix ever went."""
@@ -71,7 +61,7 @@ class TooSmall(Detector):
     unexamined = f"needs update norms and {STEPS} steps, and where these are small a loss that falls by more than its noise"
 
     def examine(self, history: History) -> Finding | None:
-        cause = _still(history)
+        cause = still(history)
         if self.holds(cause is not None, NEVER) and cause is not None and self.held == history.count:
             return self._never(history, cause)
         if len(history.typical_updates) < RECENT or self.pace > SLOW:
@@ -84,16 +74,22 @@ class TooSmall(Detector):
             return None
         if self.pace > NONE and not self._steady(history.losses):
             return None
+        cause = silenced(history) or clipped(history) or LOW
         return Finding(
             CODE,
             NAME,
             Severity.WARNING,
             f"the typical weight matrix moved by at most {10**self.pace:.1g} of itself a step in {history.count} steps, "
             "and the loss has not bent yet",
-            cause="the learning rate is too low",
+            cause=cause.words,
             sites=tuple(history.names[:1]),
-            evidence={"update_ratio": 10**self.pace, "threshold": 10**SLOW, "steps": history.count},
-            remedies=(FASTER_STEPS,),
+            evidence={
+                "update_ratio": 10**self.pace,
+                "threshold": 10**SLOW,
+                "steps": history.count,
+                "cause": cause.slug,
+            },
+            remedies=cause.remedies,
         )
 
     def _never(self, history: History, cause: Cause) -> Finding:
@@ -101,7 +97,7 @@ class TooSmall(Detector):
             CODE,
             NAME,
             Severity.ERROR,
-            f"no weight has moved in {history.count} steps",
+            f"{'no weight has moved' if cause is NO_RATE else 'no gradient has reached the optimizer'} in {history.count} steps",
             cause=cause.words,
             sites=tuple(history.names[:1]),
             evidence={"steps": history.count, "threshold": NEVER, "cause": cause.slug},
@@ -124,12 +120,3 @@ class TooSmall(Detector):
         if self.pace <= SLOW and not history.first_loss - history.best > GAINED * abs(history.first_loss):
             return None
         return f"the typical weight matrix moved by up to {10**self.pace:.1g} of itself a step (a warning below {10**SLOW:.0e})"
-
-
-def _still(history: History) -> Cause | None:
-    """Why nothing can move; None: something may."""
-    seen = history.now
-    assert seen is not None
-    if seen.missing == len(seen.sites):
-        return NO_GRADIENT
-    return NO_RATE if seen.rates and not any(seen.rates) else None

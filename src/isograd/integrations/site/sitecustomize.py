@@ -6,6 +6,7 @@ Nothing of isograd is imported here: it joins when the script itself imports tor
 from __future__ import annotations
 
 import atexit
+import contextlib
 import importlib.util
 import os
 import sys
@@ -61,7 +62,9 @@ def _say_if_nothing_was_seen() -> None:
     if os.getpid() != settings["pid"] or settings["quiet"] or said or os.path.exists(settings["run"]):
         return
     why = "the script ended before it imported torch"
-    if "torch" in sys.modules:
+    if attach is not None and not attach.has_tried():
+        why = "the script ended before it made an optimizer of torch, or called backward()"
+    elif "torch" in sys.modules:
         why = (
             "no optimizer of torch took a step. A loop that updates the weights by itself is watched from inside: "
             "isograd.watch(model, None), and monitor.step() after each step"
@@ -71,6 +74,14 @@ def _say_if_nothing_was_seen() -> None:
     if ended := getattr(sys, "last_type", None):
         why = f"the script ended with {ended.__name__} before an optimizer of torch took a step"
     print(f"isograd: nothing was recorded: {why}", file=sys.stderr)
+
+
+def _end_as_interrupted() -> None:
+    """Python ends a script that Ctrl-C has stopped by the signal itself, so that the shell stops its loop of scripts too; it
+    forgets to where code is run from a string in between, as by a dataclass of what we import to tell the findings."""
+    if getattr(sys, "last_type", None) is KeyboardInterrupt:
+        with contextlib.suppress(KeyboardInterrupt):
+            exec("raise KeyboardInterrupt")
 
 
 def _run_the_one_we_hide() -> None:
@@ -87,5 +98,6 @@ def _run_the_one_we_hide() -> None:
 
 if "ISOGRAD_WATCH" in os.environ:
     sys.meta_path[:0] = [_After("torch"), _After("keras")]
-    atexit.register(_say_if_nothing_was_seen)  # runs after those that are registered later
+    atexit.register(_end_as_interrupted)  # runs after those that are registered later
+    atexit.register(_say_if_nothing_was_seen)
 _run_the_one_we_hide()
