@@ -357,6 +357,12 @@ def shifted(bias: float) -> Built:
     return batch(model)
 
 
+def dropped(p: float) -> Built:
+    """A dropout behind every hidden layer."""
+    body = [m for _ in range(4) for m in (nn.Linear(64, 64), nn.ReLU(), nn.Dropout(p))]
+    return batch(nn.Sequential(*body, nn.Linear(64, 10)))
+
+
 def loud(blocks: int) -> Built:
     """A residual stream without norms, branches at He's gain."""
     body = [
@@ -447,6 +453,7 @@ def cures() -> tuple[Cure, ...]:
         Cure("zero_biases", "4 ReLU layers, biases -10", lambda: shifted(-10.0), late, loss, 0.0, 1.0),
         Cure("leaky_activation", "4 ReLU layers, biases -10", lambda: shifted(-10.0), dead,
              "share of dead units", 0.0, 0.01),
+        fit("lower_dropout", "4 ReLU layers, dropout 0.9", lambda: dropped(0.9), trained("AdamW", 4e-3), 0.8),
         Cure("batch_first", "GRU over the samples of the batch", sequence(lambda: nn.GRU(8, 32)), of_others,
              "gradient of others", 0.0, 0.0),
         deep("batch_statistics", "10 batch norms in eval mode, running variances 100", lambda: outdated(10)),

@@ -325,6 +325,12 @@ def scaled_output(times: float) -> Built:
 relu_recurrence = partial(nn.RNN, nonlinearity="relu")
 
 
+def dropped(p: float, between: Callable[[], nn.Module] = nn.ReLU) -> Built:
+    """Four layers, a dropout behind each."""
+    layers = [m for _ in range(4) for m in (nn.Linear(64, 64), between(), nn.Dropout(p))]
+    return classified(nn.Sequential(*layers, nn.Linear(64, 10)))
+
+
 def scattered(scale: float) -> Built:
     """Residual blocks whose biases are drawn N(0, scale^2)."""
     blocks = (
@@ -349,6 +355,7 @@ PAIRS: dict[str, Pair] = {
     "rank_collapse": Pair(lambda: tokens(0.0), lambda: tokens(1.0)),
     "muted_normalisation": Pair(lambda: normalised(drawn_near_zero), normalised),
     "hidden_initialisation": Pair(lambda: normalised(weights=above_zero), normalised),
+    "loud_dropout": Pair(lambda: dropped(0.9), lambda: dropped(0.2)),
     "mixed_samples": Pair(lambda: classified(Rows(nn.GRU, False)), lambda: classified(Rows(nn.GRU, True))),
     "loud_biases": Pair(lambda: scattered(10.0), lambda: scattered(1.0)),
     "damped_skips": Pair(lambda: skipping(0.3), lambda: skipping(1.0)),
@@ -1309,6 +1316,32 @@ def test_clamps_and_factors_that_saturate_are_told_and_left_out(
         assert found.cured
         assert found.prescription is not None
         assert found.prescription.title == title
+
+
+@pytest.mark.parametrize(("p", "severity"), [(0.5, ""), (0.65, "WARNING"), (0.9, "ERROR"), (1.0, "ERROR")])
+def test_dropouts_that_multiply_to_noise_are_told_and_lowered(p: float, severity: str) -> None:
+    torch.manual_seed(0)
+    model, loss = dropped(p)
+    assert [f.severity.name for f in diagnosed((model, loss)).findings if f.code == "VG112"] == [
+        severity
+    ] * bool(severity)
+    assert "VG112" in diagnosed((model.eval(), loss)).healthy
+    if p == 0.9:
+        found = repair(model.train(), loss)
+        assert found.cured
+        assert found.prescription is not None
+        assert found.prescription.title == "dropout 0.1 for 4 layers"
+
+
+def test_of_dropouts_in_branches_those_of_one_branch_multiply() -> None:
+    torch.manual_seed(0)
+    for p, sick in ((0.7, False), (0.95, True)):
+        layer = nn.TransformerEncoderLayer(32, 4, 64, p, batch_first=True, norm_first=True)
+        encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+        model = nn.Sequential(
+            nn.Unflatten(1, (8, 8)), nn.Linear(8, 32), encoder, nn.Flatten(), nn.Linear(256, 10)
+        )
+        assert ("VG112" in {f.code for f in diagnosed(classified(model)).errors}) is sick
 
 
 class Times(nn.Module):

@@ -28,7 +28,7 @@ from isograd.remedies import (
 from isograd.remedies.scale_residual_branches import without_skips
 
 ORDER: tuple[str, ...] = (
-    "batch-first", "batch-statistics", "standardise-input", "reset-norm-epsilon", "reset-norm-gain", "leave-out-factor", "scale-embeddings", "zero-biases",
+    "batch-first", "lower-dropout", "batch-statistics", "standardise-input", "reset-norm-epsilon", "reset-norm-gain", "leave-out-factor", "scale-embeddings", "zero-biases",
     "recurrent-initialisation", "chrono-initialisation", "forget-bias", "scale-residual-branches",
     "rescale-weights", "orthogonal-initialisation", "delta-orthogonal", "critical-initialisation", "classic-initialisation", "lsuv",
 )  # fmt: skip

@@ -32,6 +32,7 @@ NAMES = (
     "leaky_activation",
     "leave_out_factor",
     "loss_scale",
+    "lower_dropout",
     "lower_learning_rate",
     "lsuv",
     "orthogonal_initialisation",

@@ -27,6 +27,7 @@ WORDS = {
     "for gate in rnn.weight_hh_l0.data.chunk(4): nn.init.orthogonal_(gate)",
     "rescale-weights": "multiply the weights of the layer to the size of the others: std 1/sqrt(fan_in)",
     "batch-first": "tell it that the samples come first: nn.LSTM(…, batch_first=True)",
+    "lower-dropout": "leave out less: nn.Dropout(0.1); p is the share that is left out",
     "reset-norm-epsilon": "set the normalisation's eps back to its default, 1e-5",
     "reset-norm-gain": "start the normalisation's weights at 1: nn.init.ones_(norm.weight)",
     "safe-derivative": "keep off the point where the derivative is infinite: sqrt(x + eps), x.clamp(min=eps)",

@@ -41,6 +41,7 @@ NAMES = (
     "muted_normalisation",
     "hidden_initialisation",
     "loud_biases",
+    "loud_dropout",
     "damped_skips",
     "muted_branches",
     "shrunk_output",
