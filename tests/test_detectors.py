@@ -323,7 +323,7 @@ def test_a_training_whose_loss_is_absurd_is_not_said_to_have_been_well() -> None
 
 
 @pytest.mark.parametrize(
-    ("left", "update", "cause"), [(-3.0, -3.3, "clipping"), (-3.0, -1.0, "learning-rate")]
+    ("left", "update", "cause"), [(-3.0, -3.3, "clipping"), (-3.0, -1.0, "low-learning-rate")]
 )
 def test_clipping_that_leaves_next_to_nothing_is_the_cause_unless_the_step_does_not_follow_it(
     left: float, update: float, cause: str
@@ -876,7 +876,7 @@ def test_a_learning_rate_of_zero_is_told_unless_it_is_the_first_of_a_schedule() 
     made_up = [made(i, replace(step, update=-math.inf)) for i, step in enumerate([Step(2.3)] * 60)]
     never = [replace(r, scalars=r.scalars | {"lr": 0.0}) for r in made_up]
     assert [(step, f.code, f.evidence["cause"]) for step, f in told(never)] == [
-        (31, "UP507", "learning-rate")
+        (31, "UP507", "low-learning-rate")
     ]
     assert not told([replace(r, scalars=r.scalars | {"lr": 0.1 * (i > 30)}) for i, r in enumerate(made_up)])
 

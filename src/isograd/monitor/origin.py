@@ -70,10 +70,10 @@ CLEARED = Cause(
 )
 NO_RATE = Cause(
     "each learning rate is zero",
-    "learning-rate",
+    "low-learning-rate",
     ("set a learning rate above zero: look at the schedule, and at when its step() is called",),
 )
-LOW = Cause("the learning rate is too low", "learning-rate", (FASTER_STEPS,))
+LOW = Cause("the learning rate is too low", "low-learning-rate", (FASTER_STEPS,))
 
 
 def origin(history: History) -> Cause:
