@@ -207,14 +207,8 @@ def _recurs(flow: Flow) -> bool:
 def _lone(flow: Flow) -> Site | None:
     """The normalisation that is given one value at a time, whose variance is exactly zero, and passes nothing back."""
     decades = flow.column("decades").tolist()
-    return next(
-        (
-            n.site
-            for n in flow.normalisations
-            if n.variance == 0 and n.site.depth >= 0 and decades[n.site.depth] == -math.inf
-        ),
-        None,
-    )
+    lone = (n.site for n in flow.normalisations if n.variance == 0 and n.site.depth >= 0)
+    return next((site for site in lone if decades[site.depth] == -math.inf), None)
 
 
 def costly(flow: Flow) -> list[Site]:
