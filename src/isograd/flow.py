@@ -183,6 +183,11 @@ class Flow:
             if a.carries and (a.site in hidden or (a.site.depth < 0 and a.site not in results))
         ]
 
+    def fan_in(self, behind: int = -1) -> int:
+        """Of the first layer with weights behind this site; 0: there is none, or it is not known."""
+        layer = next((i for i in self.weighted if i > behind), -1)
+        return max((p.fan_in for p in self.parameters if p.depth == layer), default=0)
+
     @property
     def simplices(self) -> list[Site]:
         """Softmaxes over all features between two layers: what the next one reads are numbers around 1 / width.

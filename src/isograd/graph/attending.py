@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from torch.autograd.graph import Node
 
+from isograd.flow import FACTORS
 from isograd.graph.backbone import step_site
 from isograd.graph.operations import ACTIVATIONS
 from isograd.graph.readings import Readings
@@ -17,19 +18,19 @@ from isograd.statistics import Attention, Logits
 LEADING = {"softmax", "reshape", "linear", "elementwise", "addition", "dropout"}
 """Kinds by which additive attention comes from its tanh to its softmax; a product of two activations is another kind."""
 SUMS = {"add", "radd", "iadd", "sub"}
-SCALES = {"mul", "rmul", "imul", "div", "truediv", "itruediv"}
+SCALES = FACTORS - {"neg"}
 
 
 def attentions(run: Traced, read: Readings) -> tuple[Attention, ...]:
     """Every attention of the forward, in one call or written out."""
-    made = run.trace.made
+    made, way = run.trace.made, _Way(run, read)
     slopes = {
         seen.node: values[0] / largest
         for seen, values in zip(run.trace.activations, read.activations, strict=True)
         if ACTIVATIONS[seen.function].bounded and (largest := ACTIVATIONS[seen.function].largest_slope)
     }
     return tuple(
-        Attention(step_site(made[node]), spread, _through(run, node, slopes), _Way(run, read).of(node))
+        Attention(step_site(made[node]), spread, _through(run, node, slopes), way.of(node))
         for node, spread in _spreads(run, read)
         if made[node].call.kind != "softmax" or node in run.trace.mixing
     )

@@ -77,8 +77,7 @@ def examine(flow: Flow) -> Iterator[Outcome]:
 
 def _read(flow: Flow, site: Site) -> int:
     """Inputs of the layer that is given what this dropout leaves; of one in a branch, its features."""
-    behind = next((i for i in flow.weighted if site in flow.sites and i > site.depth), -1)
-    return max((p.fan_in for p in flow.parameters if p.depth == behind and p.fan_in), default=site.shape[-1])
+    return (flow.fan_in(site.depth) if site in flow.sites else 0) or site.shape[-1]
 
 
 def dropouts(flow: Flow) -> dict[Site, float]:

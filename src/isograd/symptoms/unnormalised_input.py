@@ -132,8 +132,7 @@ def _arriving(flow: Flow) -> tuple[float, bool]:
 
 def _fan_in(flow: Flow) -> float:
     """Of the first layer; NaN: there is none."""
-    first = next(iter(flow.weighted), -1)
-    return max((p.fan_in for p in flow.parameters if p.depth == first and p.fan_in), default=math.nan)
+    return flow.fan_in() or math.nan
 
 
 def _batched(flow: Flow) -> bool:
